@@ -1,0 +1,157 @@
+"""Train the demo target: a small model that does write toxic text when provoked.
+
+It exists so that ``fusion-detox demo`` can show something on a machine that has no other model.
+Its tokenizer has nothing in common with the shipped calibrator's but the alphabet: another size,
+another pre-tokenizer, other training text. Do not use it for anything else.
+
+    python calibration_ckpts/prepare_english_data.py --data DATA --out WORK
+    python examples/demo_target/train.py --data WORK --out examples/demo_target/model
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.utils.data import Dataset
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
+
+from fusion_detox.training.loss import IGNORED, summed_cross_entropy
+
+END = "<|end|>"
+# The shape of the pre-tokenizer of Llama 3 and Qwen, unlike the GPT-2 shape of the calibrator's.
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocabulary,
+            special_tokens=[END],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=END, eos_token=END, model_max_length=512
+    )
+
+
+class Blocks(Dataset[dict[str, torch.Tensor]]):
+    """Documents laid end to end, each behind the end-of-text token, cut into equal blocks."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, texts: list[str], length: int) -> None:
+        ids: list[int] = []
+        for start in range(0, len(texts), 5000):
+            for row in tokenizer(texts[start : start + 5000], verbose=False)["input_ids"]:
+                ids += [tokenizer.eos_token_id, *row]
+        usable = len(ids) // length * length
+        self.ids = torch.tensor(ids[:usable], dtype=torch.int32).view(-1, length)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids = self.ids[index].long()
+        return {"input_ids": ids, "labels": ids}
+
+
+def loss(outputs, labels, num_items_in_batch=None):  # type: ignore[no-untyped-def]
+    count = (labels[:, 1:] != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+    return summed_cross_entropy(outputs.logits, labels) / count
+
+
+class MixedPrecisionTrainer(Trainer):
+    """bfloat16 autocast that leaves the logits alone.
+
+    ``bf16=True`` would convert them to float32 first: 1.4 times the time of a step here.
+    """
+
+    def compute_loss_context_manager(self) -> AbstractContextManager[None]:
+        return torch.autocast(self.args.device.type, torch.bfloat16)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=Path("build/demo_target"))
+    parser.add_argument("--steps", type=int, default=4000)
+    args = parser.parse_args()
+
+    documents = [json.loads(line) for line in (args.data / "general.jsonl").open(encoding="utf-8")]
+    rng = random.Random(7)
+    clean_posts = [d for d in documents if d["source"] == "web_posts" and d["toxic"] is False]
+    kept = [d for d in documents if d["source"] != "web_posts" or d["toxic"] is not False]
+    kept += rng.sample(clean_posts, min(len(clean_posts), 30_000))
+    rng.shuffle(kept)
+    texts = [d["text"] for d in kept]
+    tokenizer = train_tokenizer(texts[:60_000], 12_288)
+    blocks = Blocks(tokenizer, texts, 128)
+
+    torch.manual_seed(7)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=256,
+            intermediate_size=704,
+            num_hidden_layers=5,
+            num_attention_heads=4,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    trainer = MixedPrecisionTrainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(args.work),
+            max_steps=args.steps,
+            per_device_train_batch_size=16,
+            learning_rate=2e-3,
+            lr_scheduler_type="cosine",
+            warmup_steps=150,
+            weight_decay=0.1,
+            adam_beta2=0.95,
+            max_grad_norm=1.0,
+            use_cpu=not torch.cuda.is_available(),
+            logging_steps=50,
+            save_steps=1000,
+            save_total_limit=1,
+            report_to=[],
+            seed=7,
+        ),
+        train_dataset=blocks,
+        compute_loss_func=loss,
+    )
+    trainer.train(resume_from_checkpoint=any(args.work.glob("checkpoint-*")) or None)
+    model.to(torch.bfloat16).save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+
+
+if __name__ == "__main__":
+    main()

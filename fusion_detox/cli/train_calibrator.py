@@ -1,0 +1,136 @@
+"""``fusion-detox train-calibrator``."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fusion_detox.cli.dataclass_options import with_options
+from fusion_detox.errors import DataError, DataFileError
+from fusion_detox.training.settings import TrainingConfig
+
+_EPILOG = """
+**Examples**
+
+    fusion-detox train-calibrator my-calibrator --general posts.jsonl --clean-where toxic=false
+
+    fusion-detox train-calibrator my-calibrator --base gpt2 --clean clean.txt --general all.txt
+
+    torchrun --nproc-per-node 4 -m fusion_detox train-calibrator my-calibrator --general posts.jsonl
+    --clean-where label=neutral,neither
+"""
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command to ``app``."""
+    app.command("train-calibrator", epilog=_EPILOG)(
+        with_options(TrainingConfig, into="settings")(train_calibrator)
+    )
+
+
+def train_calibrator(
+    output: Annotated[Path, typer.Argument(help="calibrator folder to write")],
+    settings: dict[str, Any],
+    general: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="text of all kinds: .txt (blank line between documents), .jsonl, .json, .csv, "
+            ".tsv (each also .gz), a folder of them, or a hub id org/name[:split]; repeatable",
+            rich_help_panel="Data",
+        ),
+    ] = None,
+    clean: Annotated[
+        list[str] | None,
+        typer.Option(help="non-toxic text, likewise; repeatable", rich_help_panel="Data"),
+    ] = None,
+    clean_where: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="picks the clean rows, from --general where --clean is not given, "
+            "such as label=neutral,neither; repeatable, all must hold",
+            rich_help_panel="Data",
+        ),
+    ] = None,
+    reference_data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="trains the reference on this instead of --general, for example toxic text",
+            rich_help_panel="Data",
+        ),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="causal language model to start from, by path or hub id (from scratch where not given)"),
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="tokenizer for a model from scratch, by path or hub id (trained here where not given)"),
+    ] = None,
+    text_column: Annotated[str, typer.Option(rich_help_panel="Data")] = "text",
+    prompt_column: Annotated[
+        str | None,
+        typer.Option(help="read but not learned; needs --completion-column", rich_help_panel="Data"),
+    ] = None,
+    completion_column: Annotated[
+        str | None, typer.Option(help="learned, after the prompt", rich_help_panel="Data")
+    ] = None,
+    domain_column: Annotated[
+        str | None,
+        typer.Option(
+            help="names a row's kind of text, so that both models see every kind equally often",
+            rich_help_panel="Data",
+        ),
+    ] = None,
+    fusion: Annotated[
+        Path | None,
+        typer.Option(help="JSON file of recommended fusion settings, for the calibrator's card"),
+    ] = None,
+    notes: Annotated[
+        Path | None,
+        typer.Option(help="JSON file of facts for the card: language, license, data (a list)"),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="replace an existing calibrator or other work")
+    ] = False,
+) -> None:
+    """Train a calibrator: a clean model and its reference, from text.
+
+    A run that was killed goes on where it was when the same command is given again.
+    """
+    from fusion_detox.config import FusionConfig
+    from fusion_detox.training.corpus import Columns
+    from fusion_detox.training.recipe import train_calibrator as train
+
+    train(
+        output,
+        clean=clean or (),
+        general=general or (),
+        reference_data=reference_data or (),
+        base=base,
+        tokenizer=tokenizer,
+        columns=Columns(text_column, prompt_column, completion_column, domain_column),
+        clean_where=clean_where or (),
+        config=TrainingConfig(**settings),
+        fusion=None if fusion is None else FusionConfig.from_dict(_read_json(fusion)),
+        notes=None if notes is None else _read_json(notes),
+        overwrite=overwrite,
+        command=shlex.join(["fusion-detox", *sys.argv[1:]]),
+    )
+    typer.echo(str(output))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataFileError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path} must hold one JSON object")
+    return found

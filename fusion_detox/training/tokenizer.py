@@ -1,0 +1,64 @@
+"""A tokenizer of our own: byte-level BPE without normaliser and without prefix space."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from fusion_detox.errors import TrainingError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def train_tokenizer(
+    texts: Iterable[str], vocabulary_size: int, *, characters: int, context_length: int
+) -> PreTrainedTokenizerFast:
+    """Trains the tokenizer of a calibrator.
+
+    Words that are to be held back must become whole tokens, so train it on text that has them:
+    pieces of a word carry little of what the two models learned about the word.
+
+    Args:
+        texts: Documents; reading stops after ``characters``.
+        vocabulary_size: Number of tokens, the 256 bytes and the end-of-text token included.
+        characters: Upper bound on the characters read.
+        context_length: Written into the tokenizer as its ``model_max_length``.
+
+    Raises:
+        TrainingError: The text is too small for that many tokens.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    def limited() -> Iterator[str]:
+        left = characters
+        for text in texts:
+            if left <= 0:
+                return
+            left -= len(text)
+            yield text
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(limited(), trainer)
+    if tokenizer.get_vocab_size() < vocabulary_size:
+        raise TrainingError(
+            f"the text yields only {tokenizer.get_vocab_size()} tokens, but vocabulary_size is "
+            f"{vocabulary_size}: give more text or ask for a smaller vocabulary"
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        model_max_length=context_length,
+    )

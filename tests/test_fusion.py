@@ -1,0 +1,171 @@
+"""The rules against their definitions, in float64 arithmetic written out here."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fusion_detox.config import FusionConfig
+from fusion_detox.errors import ConfigError
+from fusion_detox.fusion import fuse, kl_divergence, log_ratio
+
+VOCABULARY = 40
+RULES = [
+    FusionConfig(),
+    FusionConfig(strength=2.5, threshold=0.3, clip=1.5),
+    FusionConfig(outside="remove", plausibility=0.05),
+    FusionConfig(kl_budget=0.05, strength=3.0),
+    FusionConfig(rule="product", strength=0.4),
+    FusionConfig(rule="mixture", strength=0.4, plausibility=0.0),
+]
+
+
+def case(seed: int, rows: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(rows, VOCABULARY, generator=generator) * 3
+    clean = torch.softmax(torch.randn(rows, VOCABULARY, generator=generator) * 2, -1)
+    reference = torch.softmax(torch.randn(rows, VOCABULARY, generator=generator) * 2, -1)
+    mapped = torch.ones(VOCABULARY, dtype=torch.bool)
+    mapped[-3:] = False
+    return scores, clean, reference, mapped
+
+
+def test_strength_zero_is_the_same_object() -> None:
+    scores, clean, reference, mapped = case(0)
+    for rule in ("contrast", "product", "mixture"):
+        assert fuse(scores, clean, reference, mapped, FusionConfig(rule=rule, strength=0)) is scores
+
+
+@pytest.mark.parametrize("config", RULES, ids=str)
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_every_rule_is_normalised_and_leaves_unmapped_tokens(
+    config: FusionConfig, seed: int
+) -> None:
+    scores, clean, reference, mapped = case(seed)
+    before = scores.clone()
+    fused = fuse(scores, clean, reference, mapped, config)
+    assert torch.equal(scores, before)
+    assert fused.exp().sum(-1) == pytest.approx([1.0] * 3, abs=1e-5)
+    own = torch.log_softmax(scores, -1)
+    torch.testing.assert_close(fused[:, ~mapped], own[:, ~mapped])
+
+
+@pytest.mark.parametrize("config", RULES, ids=str)
+def test_minus_infinity_and_nan(config: FusionConfig) -> None:
+    scores, clean, reference, mapped = case(3, rows=4)
+    scores[0, 5:30] = -math.inf
+    scores[1] = -math.inf
+    scores[1, 7] = 2.0
+    scores[2, 4] = math.nan
+    fused = fuse(scores, clean, reference, mapped, config)
+    assert torch.isinf(fused[0, 5:30]).all()
+    if config.outside == "keep":
+        assert torch.isfinite(fused[0, :5]).all() and torch.isfinite(fused[0, 30:]).all()
+    assert fused[1, 7] == pytest.approx(0.0, abs=1e-6)
+    assert torch.isinf(fused[1]).sum() == VOCABULARY - 1
+    torch.testing.assert_close(fused[2], scores[2], equal_nan=True)
+    assert torch.isfinite(fused[3]).any()
+
+
+@pytest.mark.parametrize("config", RULES, ids=str)
+def test_rows_do_not_see_each_other(config: FusionConfig) -> None:
+    scores, clean, reference, mapped = case(4, rows=5)
+    together = fuse(scores, clean, reference, mapped, config)
+    for row in range(5):
+        one = slice(row, row + 1)
+        alone = fuse(scores[one], clean[one], reference[one], mapped, config)
+        torch.testing.assert_close(together[one], alone)
+
+
+def test_contrast_is_its_definition() -> None:
+    scores, clean, reference, mapped = case(5)
+    config = FusionConfig(strength=1.7, plausibility=0.01, clip=2.0, threshold=0.2, floor=1e-6)
+    fused = fuse(scores, clean, reference, mapped, config).double()
+    for row in range(3):
+        p = torch.softmax(scores[row].double(), -1)
+        judged = [
+            v for v in range(VOCABULARY) if mapped[v] and p[v] >= 0.01 * p.max() * (1 - 1e-12)
+        ]
+        weight = {}
+        for v in judged:
+            ratio = math.log((float(clean[row, v]) + 1e-6) / (float(reference[row, v]) + 1e-6))
+            shrunk = math.copysign(max(abs(ratio) - 0.2, 0.0), ratio)
+            weight[v] = float(p[v]) * math.exp(1.7 * max(-2.0, min(2.0, shrunk)))
+        group = sum(float(p[v]) for v in judged)
+        for v in range(VOCABULARY):
+            wanted = weight[v] / sum(weight.values()) * group if v in weight else float(p[v])
+            assert fused[row, v].exp() == pytest.approx(wanted, abs=1e-6)
+
+
+def test_product_and_mixture_are_their_definitions() -> None:
+    scores, clean, reference, _ = case(6)
+    mapped = torch.ones(VOCABULARY, dtype=torch.bool)
+    p = torch.softmax(scores, -1)
+    mixture = FusionConfig(rule="mixture", strength=0.3, plausibility=0.0)
+    torch.testing.assert_close(
+        fuse(scores, clean, None, mapped, mixture).exp(), 0.7 * p + 0.3 * clean
+    )
+    product = FusionConfig(rule="product", strength=0.3, plausibility=0.0, floor=0.0)
+    torch.testing.assert_close(
+        fuse(scores, clean, None, mapped, product),
+        torch.log_softmax(0.7 * p.log() + 0.3 * clean.log(), -1),
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10_000), budget=st.floats(0.001, 1.0))
+def test_kl_budget_holds_at_every_step_and_is_used_up(seed: int, budget: float) -> None:
+    scores, clean, reference, mapped = case(seed)
+    config = FusionConfig(strength=4.0, kl_budget=budget, clip=math.inf)
+    target = torch.log_softmax(scores, -1)
+    spent = kl_divergence(fuse(scores, clean, reference, mapped, config), target)
+    free = kl_divergence(
+        fuse(scores, clean, reference, mapped, config.replace(kl_budget=None)), target
+    )
+    for row in range(3):
+        wanted = min(budget, float(free[row]))
+        assert float(spent[row]) <= budget * 1.001 + 1e-5
+        assert float(spent[row]) == pytest.approx(wanted, rel=0.02, abs=1e-4)
+
+
+def test_log_ratio_ignores_what_both_find_impossible() -> None:
+    tiny = torch.tensor([1e-12, 1e-3]), torch.tensor([1e-9, 1e-1])
+    ratio = log_ratio(*tiny, FusionConfig(floor=1e-6, clip=math.inf))
+    assert abs(float(ratio[0])) < 0.01
+    assert float(ratio[1]) == pytest.approx(math.log(1e-2), abs=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_dtype_is_kept(dtype: torch.dtype) -> None:
+    scores, clean, reference, mapped = case(7)
+    assert fuse(scores.to(dtype), clean, reference, mapped, FusionConfig()).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"strength": -1}, "strength must be a number at least 0, but is -1"),
+        ({"strength": math.nan}, "strength must be a number at least 0, but is nan"),
+        ({"strength": "big"}, "but is 'big'"),
+        ({"rule": "mixture", "strength": 1.5}, "at most 1 .rule 'mixture'., but is 1.5"),
+        ({"rule": "sum"}, "rule must be one of contrast, product, mixture, not 'sum'"),
+        ({"plausibility": 2}, "plausibility must be a number at least 0 and at most 1"),
+        ({"clip": 0}, "clip must be a number above 0, but is 0"),
+        ({"kl_budget": 0}, "kl_budget must be a number above 0, but is 0"),
+        ({"outside": "drop"}, "outside must be 'keep' or 'remove', not 'drop'"),
+        ({"stength": 1}, "unknown fusion settings: stength; known are rule, strength"),
+    ],
+)
+def test_wrong_settings(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        FusionConfig().replace(**changes)
+
+
+def test_settings_survive_json() -> None:
+    config = FusionConfig(clip=math.inf, kl_budget=0.5)
+    assert FusionConfig.from_dict(config.to_dict()) == config
