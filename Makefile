@@ -1,0 +1,72 @@
+# Two commands do all the set-up, each with an environment of its own:
+#
+#   make demo    a base model and the fused one side by side
+#   make test    all quality gates
+#
+# PYTHON     the interpreter that makes the environments, 3.10 or later
+# WORKERS    processes that run the tests
+# PIP_FLAGS  passed to pip; on Linux without a GPU, this saves gigabytes of CUDA libraries:
+#            make demo PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= python3
+WORKERS ?= 2
+PIP_FLAGS ?=
+
+VENV := .venv
+DEMO := .venv-demo
+SHIPPED := $(wildcard calibration_ckpts/*/calibrator.json examples/demo_target/model/config.json)
+SOURCES := $(shell find fusion_detox -name '*.py')
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types pytest clean
+
+help:
+	@awk '!/^#/ { exit } { sub(/^# ?/, ""); print }' Makefile
+
+demo: $(DEMO)/.installed
+	$(DEMO)/bin/fusion-detox demo
+
+# One after the other, also under make -j: the first failure is the last thing on the screen.
+test: $(VENV)/.installed
+	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory types
+	@$(MAKE) --no-print-directory pytest
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/python -m ruff check .
+	$(VENV)/bin/python -m ruff format --check .
+
+types: $(VENV)/.installed
+	$(VENV)/bin/python -m mypy --strict
+
+# One thread a process: the tiny models of the tests gain nothing from more.
+pytest: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
+
+clean:
+	rm -rf $(VENV) $(DEMO) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# $(call environment,FOLDER,WHAT TO INSTALL). An environment whose stamp is missing was never
+# finished, and is made anew.
+define environment
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+    echo "fusion_detox needs Python 3.10 or later, but '$(PYTHON)' is" \
+        "$$($(PYTHON) --version 2>/dev/null || echo missing)." >&2; \
+    echo "Install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; exit 1; }
+@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+    echo "'$(PYTHON)' cannot make virtual environments; on Debian and Ubuntu:" \
+        "apt install python3-venv" >&2; exit 1; }
+@test -e $(1)/.installed || { echo "Making $(1) (a few minutes, once) ..." >&2; \
+    $(PYTHON) -m venv --clear $(1); }
+@$(1)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) \
+    -c constraints.txt $(2)
+@touch $(1)/.installed
+endef
+
+$(DEMO)/.installed: pyproject.toml constraints.txt hatch_build.py $(SHIPPED) $(SOURCES)
+	$(call environment,$(DEMO),.)
+
+$(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py
+	$(call environment,$(VENV),-e ".[all$(comma)dev]")
+
+comma := ,

@@ -1,0 +1,68 @@
+"""Importing the package and asking the command line for help load nothing heavy."""
+
+import subprocess
+import sys
+
+import pytest
+
+import fusion_detox
+
+HEAVY = ("torch", "transformers", "tokenizers", "numpy", "datasets", "accelerate", "sklearn")
+CHECK = f"import sys; print(*sorted(set(sys.modules) & set({HEAVY!r})))"
+HELP = """
+import sys, time
+began = time.perf_counter()
+from fusion_detox.cli import main
+sys.argv = ["fusion-detox", *{arguments!r}]
+try:
+    status = main()
+except SystemExit as stopped:
+    status = stopped.code
+assert not status, status
+print("SECONDS", time.perf_counter() - began)
+"""
+
+
+def run(code):
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_import_is_light():
+    assert run(f"import fusion_detox; fusion_detox.__version__; {CHECK}") == [""]
+
+
+def test_settings_are_light():
+    assert run(f"from fusion_detox import FusionConfig; FusionConfig(); {CHECK}") == [""]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["demo", "--help"],
+        ["generate", "--help"],
+        ["train-calibrator", "--help"],
+        ["info", "--help"],
+    ],
+)
+def test_help_is_light_and_quick(arguments):
+    *text, seconds, heavy = run(HELP.format(arguments=arguments) + CHECK)
+    assert "Usage" in "\n".join(text)
+    assert heavy == ""
+    # It takes a third of a second alone; the bound leaves room for a busy machine.
+    assert float(seconds.split()[1]) < 5
+
+
+def test_public_names_resolve():
+    assert set(fusion_detox.__all__) <= set(dir(fusion_detox))
+    for name in fusion_detox.__all__:
+        assert getattr(fusion_detox, name) is not None
+
+
+def test_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'Fusion'"):
+        _ = fusion_detox.Fusion
