@@ -1,0 +1,97 @@
+"""Turns what transformers, huggingface_hub and torch raise while loading into errors of ours."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError
+
+from fusion_detox.errors import ModelError, ModelNotFoundError
+
+_SAFETENSORS = (
+    "Only safetensors are read, because other formats can run code when opened. Convert the model "
+    "once, where you trust it, with AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)."
+)
+
+
+@contextlib.contextmanager
+def explained(source: str, what: str, local_files_only: bool) -> Iterator[None]:
+    """Turn what loading raises into errors of ours."""
+    local = Path(source).is_dir()
+    offline = local_files_only or huggingface_hub.constants.HF_HUB_OFFLINE
+    try:
+        yield
+    except GatedRepoError as error:
+        raise ModelNotFoundError(
+            f"The hub repository {source} is gated. Ask for access on its page, then log in with "
+            f"`hf auth login`."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ModelNotFoundError(f"The hub repository {source} has no such revision.") from error
+    except RepositoryNotFoundError as error:
+        raise ModelNotFoundError(
+            f"There is no folder and no hub repository {source!r}. Check the spelling; for a "
+            f"private one, log in with `hf auth login`."
+        ) from error
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"{source} does not fit into the device's memory. Use a smaller model, dtype "
+            f"'bfloat16' or device 'cpu'."
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError) as error:
+        raise _unreachable(source, what, offline) from error
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
+        reason = first_line(error)
+        if not local and isinstance(error, OSError):
+            # transformers reports a missing repository and a missing network alike.
+            if isinstance(error.__cause__ or error.__context__, RepositoryNotFoundError):
+                raise ModelNotFoundError(
+                    f"There is no folder and no hub repository {source!r}. Check the spelling; "
+                    f"for a private one, log in with `hf auth login`."
+                ) from error
+            if "safetensors" not in reason:
+                raise _unreachable(source, what, offline) from error
+        if local and what == "model" and not any(Path(source).glob("*.safetensors")):
+            raise ModelError(f"{source} holds no *.safetensors. {_SAFETENSORS}") from error
+        if "safetensors" in reason and isinstance(error, OSError):
+            raise ModelError(f"{source} cannot be loaded: {reason}. {_SAFETENSORS}") from error
+        raise ModelError(f"{source}: the {what} cannot be loaded: {reason}.") from error
+
+
+def _unreachable(source: str, what: str, offline: bool) -> ModelNotFoundError:
+    if offline:
+        return ModelNotFoundError(
+            f"No {what} {source!r}: it is no folder and not in the cache, and the hub is not asked "
+            f"because HF_HUB_OFFLINE or local_files_only is set. Download it once with "
+            f"`hf download {source}` on a machine that may, or give a folder."
+        )
+    return ModelNotFoundError(
+        f"No {what} {source!r}: it is no folder here, and the hub did not answer or has no such "
+        f"{what}. Check the spelling and the network, or give a folder."
+    )
+
+
+def describe(names: Any, most: int = 3) -> str:
+    """A few names of a set, and how many more there are."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
+    kind = "tensor" if len(ordered) == 1 else "tensors"
+    return f"the {kind} {', '.join(ordered[:most])}{more}"
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, without its advice."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(".:")
