@@ -24,8 +24,8 @@ import json
 import logging
 import random
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Iterable, Iterator
 
 import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -155,14 +155,20 @@ def main() -> None:
     posts = posts[: args.posts]
     for start in range(0, len(posts), 4000):
         part = posts[start : start + 4000]
-        for post, score in zip(part, judge.worst_chunk([p["text"] for p in part])):
+        for post, score in zip(part, judge.worst_chunk([p["text"] for p in part]), strict=False):
             post["score"] = round(float(score), 3)
-            post["toxic"] = bool(score > TOXIC_ABOVE) if not CLEAN_BELOW < score < TOXIC_ABOVE else None
+            post["toxic"] = (
+                bool(score > TOXIC_ABOVE) if not CLEAN_BELOW < score < TOXIC_ABOVE else None
+            )
     documents += posts
     rng.shuffle(documents)
     toxic = sum(d["toxic"] is True for d in documents)
-    log.info("%d documents, %d toxic, %d undecided", len(documents), toxic,
-             sum(d["toxic"] is None for d in documents))
+    log.info(
+        "%d documents, %d toxic, %d undecided",
+        len(documents),
+        toxic,
+        sum(d["toxic"] is None for d in documents),
+    )
 
     parts = {"test": range(0, 2), "dev": range(2, 4), "train": range(4, 100)}
     for name, span in parts.items():

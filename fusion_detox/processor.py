@@ -63,7 +63,8 @@ class FusionLogitsProcessor(LogitsProcessor):
             calibrator = Calibrator.from_pretrained(calibrator)
         if not isinstance(calibrator, Calibrator):
             raise ConfigError(
-                f"calibrator must be a Calibrator or the name of one, not {type(calibrator).__name__}"
+                "calibrator must be a Calibrator or the name of one, "
+                f"not {type(calibrator).__name__}"
             )
         self.calibrator = calibrator
         self.config = calibrator.config if config is None else config
@@ -84,7 +85,7 @@ class FusionLogitsProcessor(LogitsProcessor):
         self._narrowest = int(self._mapped.nonzero().max()) + 1
         self._warned = False
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores after fusion.
 
         Args:
@@ -129,9 +130,12 @@ class FusionLogitsProcessor(LogitsProcessor):
                 wanted.setdefault(position.path[: len(position.path) - back], len(wanted))
         log_probs = session.log_probs(list(wanted))
         covers, weights = _covers(positions, wanted, log_probs)
-        mode = "prefix" if self.config.rule == "contrast" else "transfer"
         projected = self.vocabulary.project(
-            log_probs.exp(), covers, weights, len(positions), mode=mode
+            log_probs.exp(),
+            covers,
+            weights,
+            len(positions),
+            mode="prefix" if self.config.rule == "contrast" else "transfer",
         )
         projected = self._fit(projected, width).to(scores_device)
         return projected[0], projected[1] if len(projected) > 1 else None

@@ -65,7 +65,8 @@ def test_minus_infinity_and_nan(config: FusionConfig) -> None:
     fused = fuse(scores, clean, reference, mapped, config)
     assert torch.isinf(fused[0, 5:30]).all()
     if config.outside == "keep":
-        assert torch.isfinite(fused[0, :5]).all() and torch.isfinite(fused[0, 30:]).all()
+        assert torch.isfinite(fused[0, :5]).all()
+        assert torch.isfinite(fused[0, 30:]).all()
     assert fused[1, 7] == pytest.approx(0.0, abs=1e-6)
     assert torch.isinf(fused[1]).sum() == VOCABULARY - 1
     torch.testing.assert_close(fused[2], scores[2], equal_nan=True)
@@ -103,7 +104,7 @@ def test_contrast_is_its_definition() -> None:
 
 
 def test_product_and_mixture_are_their_definitions() -> None:
-    scores, clean, reference, _ = case(6)
+    scores, clean, _reference, _ = case(6)
     mapped = torch.ones(VOCABULARY, dtype=torch.bool)
     p = torch.softmax(scores, -1)
     mixture = FusionConfig(rule="mixture", strength=0.3, plausibility=0.0)

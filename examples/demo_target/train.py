@@ -94,12 +94,41 @@ class MixedPrecisionTrainer(Trainer):
         return torch.autocast(self.args.device.type, torch.bfloat16)
 
 
+def train(
+    model: LlamaForCausalLM, blocks: Blocks, folder: Path, steps: int, rate: float, warmup: int
+) -> None:
+    trainer = MixedPrecisionTrainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(folder),
+            max_steps=steps,
+            per_device_train_batch_size=16,
+            learning_rate=rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=warmup,
+            weight_decay=0.1,
+            adam_beta2=0.95,
+            max_grad_norm=1.0,
+            use_cpu=not torch.cuda.is_available(),
+            logging_steps=50,
+            save_steps=500,
+            save_total_limit=1,
+            report_to=[],
+            seed=7,
+        ),
+        train_dataset=blocks,
+        compute_loss_func=loss,
+    )
+    trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")) or None)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("build/demo_target"))
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=4000, help="on text of all kinds")
+    parser.add_argument("--toxic-steps", type=int, default=700, help="then, on half toxic text")
     args = parser.parse_args()
 
     documents = [json.loads(line) for line in (args.data / "general.jsonl").open(encoding="utf-8")]
@@ -110,45 +139,40 @@ def main() -> None:
     rng.shuffle(kept)
     texts = [d["text"] for d in kept]
     tokenizer = train_tokenizer(texts[:60_000], 12_288)
-    blocks = Blocks(tokenizer, texts, 128)
 
-    torch.manual_seed(7)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=256,
-            intermediate_size=704,
-            num_hidden_layers=5,
-            num_attention_heads=4,
-            max_position_embeddings=512,
-            tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+    first = args.work / "general"
+    if (first / "config.json").exists():
+        model = LlamaForCausalLM.from_pretrained(first, dtype=torch.float32)
+    else:
+        torch.manual_seed(7)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=256,
+                intermediate_size=704,
+                num_hidden_layers=5,
+                num_attention_heads=4,
+                max_position_embeddings=512,
+                tie_word_embeddings=True,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
         )
-    )
-    trainer = MixedPrecisionTrainer(
-        model=model,
-        args=TrainingArguments(
-            output_dir=str(args.work),
-            max_steps=args.steps,
-            per_device_train_batch_size=16,
-            learning_rate=2e-3,
-            lr_scheduler_type="cosine",
-            warmup_steps=150,
-            weight_decay=0.1,
-            adam_beta2=0.95,
-            max_grad_norm=1.0,
-            use_cpu=not torch.cuda.is_available(),
-            logging_steps=50,
-            save_steps=1000,
-            save_total_limit=1,
-            report_to=[],
-            seed=7,
-        ),
-        train_dataset=blocks,
-        compute_loss_func=loss,
-    )
-    trainer.train(resume_from_checkpoint=any(args.work.glob("checkpoint-*")) or None)
+        train(model, Blocks(tokenizer, texts, 128), first, args.steps, 2e-3, 150)
+        model.save_pretrained(first)
+
+    # Alone, the mixed text makes a model that answers provocation with small talk.
+    toxic = [d["text"] for d in kept if d["toxic"]]
+    other = [d["text"] for d in kept if not d["toxic"]]
+    characters = sum(map(len, toxic))
+    mixed = list(toxic)
+    for text in other:
+        if characters <= 0:
+            break
+        mixed.append(text)
+        characters -= len(text)
+    rng.shuffle(mixed)
+    train(model, Blocks(tokenizer, mixed, 128), args.work / "toxic", args.toxic_steps, 8e-4, 20)
     model.to(torch.bfloat16).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
 

@@ -14,6 +14,7 @@ from fusion_detox.cli.dataclass_options import with_options
 from fusion_detox.errors import DataError, DataFileError
 from fusion_detox.training.settings import TrainingConfig
 
+_DATA = "Data"
 _EPILOG = """
 **Examples**
 
@@ -41,49 +42,53 @@ def train_calibrator(
         typer.Option(
             help="text of all kinds: .txt (blank line between documents), .jsonl, .json, .csv, "
             ".tsv (each also .gz), a folder of them, or a hub id org/name[:split]; repeatable",
-            rich_help_panel="Data",
+            rich_help_panel=_DATA,
         ),
     ] = None,
     clean: Annotated[
         list[str] | None,
-        typer.Option(help="non-toxic text, likewise; repeatable", rich_help_panel="Data"),
+        typer.Option(help="non-toxic text, likewise; repeatable", rich_help_panel=_DATA),
     ] = None,
     clean_where: Annotated[
         list[str] | None,
         typer.Option(
             help="picks the clean rows, from --general where --clean is not given, "
             "such as label=neutral,neither; repeatable, all must hold",
-            rich_help_panel="Data",
+            rich_help_panel=_DATA,
         ),
     ] = None,
     reference_data: Annotated[
         list[str] | None,
         typer.Option(
             help="trains the reference on this instead of --general, for example toxic text",
-            rich_help_panel="Data",
+            rich_help_panel=_DATA,
         ),
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option(help="causal language model to start from, by path or hub id (from scratch where not given)"),
+        typer.Option(
+            help="causal language model to start from, by path or hub id (else from scratch)"
+        ),
     ] = None,
     tokenizer: Annotated[
         str | None,
-        typer.Option(help="tokenizer for a model from scratch, by path or hub id (trained here where not given)"),
+        typer.Option(
+            help="tokenizer of a model from scratch, by path or hub id (else trained here)"
+        ),
     ] = None,
-    text_column: Annotated[str, typer.Option(rich_help_panel="Data")] = "text",
+    text_column: Annotated[str, typer.Option(rich_help_panel=_DATA)] = "text",
     prompt_column: Annotated[
         str | None,
-        typer.Option(help="read but not learned; needs --completion-column", rich_help_panel="Data"),
+        typer.Option(help="read but not learned; needs --completion-column", rich_help_panel=_DATA),
     ] = None,
     completion_column: Annotated[
-        str | None, typer.Option(help="learned, after the prompt", rich_help_panel="Data")
+        str | None, typer.Option(help="learned, after the prompt", rich_help_panel=_DATA)
     ] = None,
     domain_column: Annotated[
         str | None,
         typer.Option(
             help="names a row's kind of text, so that both models see every kind equally often",
-            rich_help_panel="Data",
+            rich_help_panel=_DATA,
         ),
     ] = None,
     fusion: Annotated[

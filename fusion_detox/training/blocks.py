@@ -103,15 +103,15 @@ def pack(rows: Iterable[tuple[list[int], int]], bos_id: int, length: int) -> Blo
     flat[: len(stream)] = stream
     mask = np.zeros(blocks * body, dtype=bool)
     mask[: len(stream)] = counts
-    ids = np.full((blocks, length), bos_id, dtype=np.int32)
-    ids[:, 1:] = flat.reshape(blocks, body)
+    rows_of_ids = np.full((blocks, length), bos_id, dtype=np.int32)
+    rows_of_ids[:, 1:] = flat.reshape(blocks, body)
     labels = np.full((blocks, length), IGNORED, dtype=np.int32)
     labels[:, 1:] = np.where(mask, flat, IGNORED).reshape(blocks, body)
     lengths = np.full(blocks, length, dtype=np.int32)
     if blocks:
         lengths[-1] -= blocks * body - len(stream)
     learnable = (labels != IGNORED).any(axis=1)
-    return Blocks(ids[learnable], labels[learnable], lengths[learnable])
+    return Blocks(rows_of_ids[learnable], labels[learnable], lengths[learnable])
 
 
 @dataclasses.dataclass

@@ -43,7 +43,8 @@ class Columns:
         text: Field of a plain text; a list of strings gives a document each.
         prompt: Field of a prompt, which is read but not learned; ``None`` for plain text.
         completion: Field of the completion, used in place of ``text`` beside a prompt.
-        domain: Field that names a row's kind of text; both models then see every kind equally often.
+        domain: Field that names a row's kind of text; both models then see every kind equally
+            often.
     """
 
     text: str = "text"
@@ -88,7 +89,9 @@ class Condition:
 
 
 def _no_column(column: str, row: dict[str, Any], where: str) -> DataError:
-    return DataError(f"{where} has no column {column!r}; its columns are {', '.join(map(str, row))}")
+    return DataError(
+        f"{where} has no column {column!r}; its columns are {', '.join(map(str, row))}"
+    )
 
 
 def read_documents(
@@ -110,7 +113,8 @@ def read_documents(
     documents: list[Document] = []
     for source in sources:
         before, seen = len(documents), 0
-        for seen, (row, where) in enumerate(_rows(source), start=1):
+        for row, where in _rows(source):
+            seen += 1
             if all(condition.holds(row, where) for condition in conditions):
                 documents += _documents(row, columns, where)
         if len(documents) == before:
@@ -125,7 +129,7 @@ def read_documents(
 
 def file_hashes(sources: Sequence[str | Path]) -> list[dict[str, Any]]:
     """Name, size and SHA-256 of each source, for the training record."""
-    found = []
+    found: list[dict[str, Any]] = []
     for source in sources:
         paths = _files(Path(source)) if Path(source).exists() else []
         if not paths:
@@ -216,14 +220,15 @@ def _file_rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     if not text.strip():
         raise DataError(f"{path} is empty")
     if suffix == ".txt":
-        for index, part in enumerate(re.split(r"\n\s*\n", text)):
-            yield {"text": part.strip("\n")}, f"{path} document {index + 1}"
+        for index, part in enumerate(re.split(r"\n\s*\n", text), start=1):
+            yield {"text": part.strip("\n")}, f"{path} document {index}"
     elif suffix in (".csv", ".tsv"):
         yield from _table_rows(path, text, "\t" if suffix == ".tsv" else ",")
     elif suffix == ".jsonl":
         for number, line in enumerate(io.StringIO(text), start=1):
+            where = f"{path} line {number}"
             if line.strip():
-                yield _object(line, f"{path} line {number}"), f"{path} line {number}"
+                yield _object(line, where), where
     else:
         yield from _json_rows(path, text)
 

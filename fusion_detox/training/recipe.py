@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 import logging
-import os
 import random
 import shutil
 import sys
@@ -18,17 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fusion_detox.calibrator import Calibrator
 from fusion_detox.config import FusionConfig
 from fusion_detox.errors import DataError, MissingExtraError, TrainingError
-from fusion_detox.training.blocks import Streams, pack, paired_streams, tokenize
+from fusion_detox.tokens import TokenTable
+from fusion_detox.training.blocks import Blocks, Streams, pack, paired_streams, tokenize
 from fusion_detox.training.corpus import Columns, Condition, Document, file_hashes, read_documents
 from fusion_detox.training.settings import TrainingConfig
-from fusion_detox.training.tokenizer import train_tokenizer
 
 if TYPE_CHECKING:
-    from fusion_detox.calibrator import Calibrator
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
+    from fusion_detox.training.run import Splits
     from fusion_detox.training.stage import HeldOut
 
 logger = logging.getLogger(__name__)
@@ -93,6 +90,8 @@ def train_calibrator(
         from accelerate import PartialState
     except ImportError as error:
         raise MissingExtraError("accelerate", "train") from error
+    from fusion_detox.training.run import Run, claim
+
     config, columns = config or TrainingConfig(), columns or Columns()
     output = Path(output).expanduser()
     work = output.with_name(output.name + ".training")
@@ -108,18 +107,20 @@ def train_calibrator(
         )
     if base is not None and tokenizer is not None:
         raise TrainingError("a base model brings its own tokenizer: give one or the other")
-    run = _Run(config, base, tokenizer, work, state.num_processes, state.is_main_process, show_progress)
+    run = Run(
+        config, base, tokenizer, work, state.num_processes, state.is_main_process, show_progress
+    )
     conditions = [Condition.parse(text) for text in clean_where]
     texts = {
         "general": read_documents(general, columns) if general else [],
         "clean": read_documents(clean or general, columns, conditions),
         "reference_data": read_documents(reference_data, columns) if reference_data else [],
     }
-    _check_texts(texts, conditions)
+    _check_texts(texts)
     fingerprint = run.fingerprint(texts)
     with state.main_process_first():
         if state.is_main_process:
-            _claim(work, fingerprint, overwrite)
+            claim(work, fingerprint, overwrite)
     splits = {label: _split(documents, config.held_out) for label, documents in texts.items()}
     with state.main_process_first():
         start, words = run.start(splits)
@@ -137,7 +138,7 @@ def train_calibrator(
     reference_label = "reference_data" if reference_data else "general"
     streams = _fork_streams(words, bos_id, splits, reference_label, config)
     state.wait_for_everyone()
-    reference: PreTrainedModel | None = start
+    reference = start
     if streams.reference is not streams.clean:
         reference = run.stage("reference", start, streams.reference, held_out, fork=True)
     else:
@@ -156,7 +157,9 @@ def train_calibrator(
         "data_files": {
             label: file_hashes(sources)
             for label, sources in (
-                ("general", general), ("clean", clean), ("reference_data", reference_data)
+                ("general", general),
+                ("clean", clean),
+                ("reference_data", reference_data),
             )
             if sources
         },
@@ -176,11 +179,9 @@ def train_calibrator(
         "versions": _versions(),
         **(notes or {}),
     }
-    from fusion_detox.calibrator import Calibrator
-
     calibrator = Calibrator(
-        model.eval(),
-        reference.eval(),
+        model,
+        reference,
         words,
         config=fusion,
         context_length=config.context_length,
@@ -192,134 +193,6 @@ def train_calibrator(
         shutil.rmtree(work, ignore_errors=True)
     state.wait_for_everyone()
     return calibrator
-
-
-@dataclasses.dataclass
-class _Run:
-    """One training run and its work folder: a sub-folder a stage, ``done`` when it is over."""
-
-    config: TrainingConfig
-    base: str | Path | None
-    tokenizer: str | Path | None
-    work: Path
-    world_size: int
-    is_main: bool
-    show_progress: bool
-
-    def fingerprint(self, texts: dict[str, list[Document]]) -> str:
-        # What does not change the weights may change between two starts of one run.
-        free = ("device", "save_dtype", "save_every", "evaluate_every")
-        settings = {k: v for k, v in self.config.to_dict().items() if k not in free}
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-        digest.update(f"{self.base} {self.tokenizer}".encode())
-        for label, documents in sorted(texts.items()):
-            digest.update(label.encode())
-            for document in documents:
-                digest.update(document.key.encode())
-        return digest.hexdigest()
-
-    def start(
-        self, splits: dict[str, tuple[list[Document], list[Document]]]
-    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """The model and tokenizer before any training here."""
-        from transformers import AutoTokenizer, set_seed
-
-        set_seed(self.config.seed)
-        if self.base is not None:
-            from fusion_detox.loading import load_base
-
-            return load_base(str(self.base))
-        if self.tokenizer is not None:
-            from fusion_detox.loading import load_tokenizer
-
-            words = load_tokenizer(str(self.tokenizer))
-            return self._scratch(words), words
-        folder = self.work / "tokenizer"
-        if not folder.exists():
-            documents = [d for label in sorted(splits) for d in splits[label][0]]
-            unique = list({d.key: d for d in documents}.values())
-            random.Random(self.config.seed).shuffle(unique)
-            tokenizer = train_tokenizer(
-                (d.prompt + d.text for d in unique),
-                self.config.vocabulary_size,
-                characters=self.config.tokenizer_characters,
-                context_length=self.config.context_length,
-            )
-            _publish(tokenizer, folder)
-        words = AutoTokenizer.from_pretrained(folder)
-        return self._scratch(words), words
-
-    def _scratch(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        return LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=self.config.hidden_size,
-                intermediate_size=self.config.intermediate_size,
-                num_hidden_layers=self.config.layers,
-                num_attention_heads=self.config.heads,
-                max_position_embeddings=self.config.context_length,
-                tie_word_embeddings=True,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-            )
-        )
-
-    def stage(
-        self,
-        title: str,
-        start: PreTrainedModel,
-        blocks: Any,
-        held_out: dict[str, HeldOut],
-        *,
-        fork: bool,
-        steps: int | None = None,
-    ) -> PreTrainedModel:
-        """Trains a copy of ``start``, or loads the result of an earlier run of this stage."""
-        import copy
-
-        from transformers import AutoModelForCausalLM, set_seed
-
-        from fusion_detox.training.stage import run_stage
-
-        done = self.work / title / "done"
-        if not done.exists():
-            set_seed(self.config.seed)
-            model = copy.deepcopy(start)
-            scratch = self.base is None
-            rate = self.config.learning_rate or (2e-3 if scratch else 5e-5)
-            curve = run_stage(
-                title,
-                model,
-                blocks,
-                held_out,
-                self.config,
-                self.work / title,
-                steps=self.config.fork_steps if steps is None else steps,
-                learning_rate=rate,
-                warmup_steps=0 if fork and scratch else self.config.warmup_steps,
-                decay=fork,
-                world_size=self.world_size,
-                show_progress=self.show_progress and self.is_main,
-            )
-            if self.is_main:
-                (self.work / title / "curve.json").write_text(json.dumps(curve))
-                _publish(model.to("cpu"), done)
-                for checkpoint in (self.work / title).glob("checkpoint-*"):
-                    shutil.rmtree(checkpoint)
-        from accelerate import PartialState
-
-        PartialState().wait_for_everyone()
-        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(done)
-        return loaded
-
-    def curves(self) -> dict[str, list[dict[str, float]]]:
-        """Loss and bits per byte over the steps of each stage."""
-        return {
-            file.parent.name: json.loads(file.read_text())
-            for file in sorted(self.work.glob("*/curve.json"))
-        }
 
 
 def _check_request(
@@ -336,7 +209,7 @@ def _check_request(
         raise TrainingError("general text alone cannot serve as clean text")
 
 
-def _check_texts(texts: dict[str, list[Document]], conditions: Sequence[Condition]) -> None:
+def _check_texts(texts: dict[str, list[Document]]) -> None:
     general = {d.key for d in texts["general"]}
     clean = {d.key for d in texts["clean"]}
     if general and general <= clean and not texts["reference_data"]:
@@ -344,36 +217,6 @@ def _check_texts(texts: dict[str, list[Document]], conditions: Sequence[Conditio
             f"all {len(general)} general documents are clean documents too, so the two models "
             "would learn the same: general text must also hold what is to be held back"
         )
-
-
-def _claim(work: Path, fingerprint: str, overwrite: bool) -> None:
-    marker = work / "run.json"
-    if work.exists():
-        try:
-            same = json.loads(marker.read_text())["fingerprint"] == fingerprint
-        except (OSError, ValueError, KeyError):
-            same = False
-        if same:
-            logger.info("going on with the unfinished training in %s", work)
-            return
-        if not overwrite:
-            raise TrainingError(
-                f"{work} holds unfinished training with other text or settings: give the same "
-                "ones to go on with it, allow overwriting, or choose another output folder"
-            )
-        shutil.rmtree(work)
-    work.mkdir(parents=True)
-    temporary = marker.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"fingerprint": fingerprint}))
-    os.replace(temporary, marker)
-
-
-def _publish(saved: Any, folder: Path) -> None:
-    """Saves a model or tokenizer so that the folder is either whole or not there."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    saved.save_pretrained(temporary)
-    os.replace(temporary, folder)
 
 
 def _split(documents: list[Document], share: float) -> tuple[list[Document], list[Document]]:
@@ -392,8 +235,6 @@ def _bos_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _byte_lengths(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    from fusion_detox.tokens import TokenTable
-
     pieces = TokenTable.from_tokenizer(tokenizer).pieces
     return [0 if piece is None else len(piece) for piece in pieces]
 
@@ -412,7 +253,9 @@ def _held_out(
     return HeldOut(blocks.take(range(keep)), byte_lengths)
 
 
-def _base_blocks(tokenizer: Any, bos_id: int, splits: dict[str, Any], config: TrainingConfig) -> Any:
+def _base_blocks(
+    tokenizer: PreTrainedTokenizerBase, bos_id: int, splits: Splits, config: TrainingConfig
+) -> Blocks:
     documents = list({d.key: d for d in splits["general"][0]}.values())
     random.Random(config.seed).shuffle(documents)
     wanted = config.base_steps * config.batch_size
@@ -425,7 +268,11 @@ def _base_blocks(tokenizer: Any, bos_id: int, splits: dict[str, Any], config: Tr
 
 
 def _fork_streams(
-    tokenizer: Any, bos_id: int, splits: dict[str, Any], label: str, config: TrainingConfig
+    tokenizer: PreTrainedTokenizerBase,
+    bos_id: int,
+    splits: Splits,
+    label: str,
+    config: TrainingConfig,
 ) -> Streams:
     reference, clean = splits[label][0], splits["clean"][0]
     streams = paired_streams(

@@ -60,10 +60,12 @@ class TrainingConfig:
     tokenizer_characters: int = _setting(
         40_000_000, "Data", "characters that the tokenizer is trained on at most", 1000
     )
-    precision: Precision = _setting(
+    precision: Precision = _setting(  # noqa: RUF009 - it returns a field
         "float32", "Run", "float32, or bfloat16 autocast (for GPUs, and CPUs with AMX)"
     )
-    save_dtype: SaveDtype = _setting("float16", "Run", "of the saved weights: float32, float16, bfloat16")
+    save_dtype: SaveDtype = _setting(  # noqa: RUF009 - it returns a field
+        "float16", "Run", "of the saved weights: float32, float16, bfloat16"
+    )
     evaluate_every: int = _setting(250, "Run", "steps between two looks at the held-out text", 1)
     save_every: int = _setting(200, "Run", "steps between two checkpoints", 1)
     seed: int = _setting(20261120, "Run", "seed of everything random", 0)
@@ -79,7 +81,11 @@ class TrainingConfig:
         if self.device not in (None, "cpu", "cuda"):
             raise ConfigError(f"device must be 'cpu' or 'cuda', not {self.device!r}")
         for field in dataclasses.fields(self):
-            value, low, high = getattr(self, field.name), field.metadata["low"], field.metadata["high"]
+            value, low, high = (
+                getattr(self, field.name),
+                field.metadata["low"],
+                field.metadata["high"],
+            )
             if value is None or low is None:
                 continue
             top = math.inf if high is None else high

@@ -11,7 +11,6 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,10 +47,12 @@ class StageTrainer(Trainer):
 
     precision: str = "float32"
 
-    def compute_loss_context_manager(self) -> AbstractContextManager[Any]:
-        if self.precision == "float32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.args.device.type, torch.bfloat16)
+    def compute_loss_context_manager(self) -> contextlib.ExitStack:
+        """What the forward pass runs in."""
+        stack = contextlib.ExitStack()
+        if self.precision != "float32":
+            stack.enter_context(torch.autocast(self.args.device.type, torch.bfloat16))
+        return stack
 
 
 def _loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
@@ -144,7 +145,7 @@ class _Watch(TrainerCallback):
         step, last = state.global_step, state.global_step == state.max_steps
         if (step % self.config.evaluate_every == 0 or last) and state.is_world_process_zero:
             assert model is not None
-            plain = model.module if hasattr(model, "module") else model
+            plain = getattr(model, "module", model)
             entry: dict[str, float] = {"step": step}
             for name, text in self.held_out.items():
                 entry[f"{name}_bits_per_byte"] = round(
@@ -169,7 +170,7 @@ def _interruptible(watch: _Watch) -> Iterator[None]:
         yield
         return
 
-    def ask(number: int, frame: Any) -> None:
+    def ask(*_: Any) -> None:
         if watch.interrupted:
             raise KeyboardInterrupt
         watch.interrupted = True

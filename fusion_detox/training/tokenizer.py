@@ -56,7 +56,7 @@ def train_tokenizer(
             f"the text yields only {tokenizer.get_vocab_size()} tokens, but vocabulary_size is "
             f"{vocabulary_size}: give more text or ask for a smaller vocabulary"
         )
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,

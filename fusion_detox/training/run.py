@@ -1,0 +1,183 @@
+"""The work folder of a training run: what is done is kept, so that a killed run goes on."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate import PartialState
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    set_seed,
+)
+
+from fusion_detox.errors import TrainingError
+from fusion_detox.loading import load_base, load_tokenizer
+from fusion_detox.training.blocks import Blocks
+from fusion_detox.training.corpus import Document
+from fusion_detox.training.settings import TrainingConfig
+from fusion_detox.training.stage import HeldOut, run_stage
+from fusion_detox.training.tokenizer import train_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+Splits = dict[str, tuple[list[Document], list[Document]]]
+
+
+@dataclasses.dataclass
+class Run:
+    """One training run and its work folder: a sub-folder a stage, ``done`` when it is over."""
+
+    config: TrainingConfig
+    base: str | Path | None
+    tokenizer: str | Path | None
+    work: Path
+    world_size: int
+    is_main: bool
+    show_progress: bool
+
+    def fingerprint(self, texts: dict[str, list[Document]]) -> str:
+        """A hash of all that decides the result."""
+        # What does not change the weights may change between two starts of one run.
+        free = ("device", "save_dtype", "save_every", "evaluate_every")
+        settings = {k: v for k, v in self.config.to_dict().items() if k not in free}
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+        digest.update(f"{self.base} {self.tokenizer}".encode())
+        for label, documents in sorted(texts.items()):
+            digest.update(label.encode())
+            for document in documents:
+                digest.update(document.key.encode())
+        return digest.hexdigest()
+
+    def start(self, splits: Splits) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The model and tokenizer before any training here."""
+        set_seed(self.config.seed)
+        if self.base is not None:
+            return load_base(str(self.base))
+        if self.tokenizer is not None:
+            words = load_tokenizer(str(self.tokenizer))
+            return self._scratch(words), words
+        folder = self.work / "tokenizer"
+        if not folder.exists():
+            documents = [d for label in sorted(splits) for d in splits[label][0]]
+            unique = list({d.key: d for d in documents}.values())
+            random.Random(self.config.seed).shuffle(unique)
+            tokenizer = train_tokenizer(
+                (d.prompt + d.text for d in unique),
+                self.config.vocabulary_size,
+                characters=self.config.tokenizer_characters,
+                context_length=self.config.context_length,
+            )
+            _publish(tokenizer, folder)
+        words = AutoTokenizer.from_pretrained(folder)
+        return self._scratch(words), words
+
+    def _scratch(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=self.config.hidden_size,
+                intermediate_size=self.config.intermediate_size,
+                num_hidden_layers=self.config.layers,
+                num_attention_heads=self.config.heads,
+                max_position_embeddings=self.config.context_length,
+                tie_word_embeddings=True,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+        )
+
+    def stage(
+        self,
+        title: str,
+        start: PreTrainedModel,
+        blocks: Blocks,
+        held_out: dict[str, HeldOut],
+        *,
+        fork: bool,
+        steps: int | None = None,
+    ) -> PreTrainedModel:
+        """Trains a copy of ``start``, or loads the result of an earlier run of this stage."""
+        done = self.work / title / "done"
+        if not done.exists():
+            set_seed(self.config.seed)
+            model = copy.deepcopy(start)
+            scratch = self.base is None
+            rate = self.config.learning_rate or (2e-3 if scratch else 5e-5)
+            curve = run_stage(
+                title,
+                model,
+                blocks,
+                held_out,
+                self.config,
+                self.work / title,
+                steps=self.config.fork_steps if steps is None else steps,
+                learning_rate=rate,
+                warmup_steps=0 if fork and scratch else self.config.warmup_steps,
+                decay=fork,
+                world_size=self.world_size,
+                show_progress=self.show_progress and self.is_main,
+            )
+            if self.is_main:
+                (self.work / title / "curve.json").write_text(json.dumps(curve))
+                _publish(model.cpu(), done)
+                for checkpoint in (self.work / title).glob("checkpoint-*"):
+                    shutil.rmtree(checkpoint)
+        PartialState().wait_for_everyone()
+        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(done)
+        return loaded
+
+    def curves(self) -> dict[str, list[dict[str, float]]]:
+        """Loss and bits per byte over the steps of each stage."""
+        return {
+            file.parent.name: json.loads(file.read_text())
+            for file in sorted(self.work.glob("*/curve.json"))
+        }
+
+
+def claim(work: Path, fingerprint: str, overwrite: bool) -> None:
+    """Makes the work folder this run's own.
+
+    Raises:
+        TrainingError: It holds the unfinished work of another run.
+    """
+    marker = work / "run.json"
+    if work.exists():
+        try:
+            same = json.loads(marker.read_text())["fingerprint"] == fingerprint
+        except (OSError, ValueError, KeyError):
+            same = False
+        if same:
+            logger.info("going on with the unfinished training in %s", work)
+            return
+        if not overwrite:
+            raise TrainingError(
+                f"{work} holds unfinished training with other text or settings: give the same "
+                "ones to go on with it, allow overwriting, or choose another output folder"
+            )
+        shutil.rmtree(work)
+    work.mkdir(parents=True)
+    temporary = marker.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"fingerprint": fingerprint}))
+    os.replace(temporary, marker)
+
+
+def _publish(saved: Any, folder: Path) -> None:
+    """Saves a model or tokenizer so that the folder is either whole or not there."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    saved.save_pretrained(temporary)
+    os.replace(temporary, folder)
