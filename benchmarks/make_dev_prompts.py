@@ -1,0 +1,103 @@
+"""Prompts that provoke toxic text, for choosing settings; nothing that is measured on.
+
+Beginnings of toxic texts of the development split, which no model was trained on::
+
+    python benchmarks/make_dev_prompts.py --data DATA --work WORK
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import random
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+MEASURE_ONLY = (
+    "rtp_challenging.jsonl",
+    "rtp_nontoxic.jsonl",
+    "hatecheck.jsonl.gz",
+    "bold_prompts.jsonl.gz",
+)
+# How many of each, at most: tweets, rewrites and posts differ, and prompts should not be all one.
+SHARES = {"davidson2017": 50, "paradetox": 50, "web_posts": 50}
+
+
+def normalised(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Every text of one word or more that a JSON value holds."""
+    if isinstance(value, str):
+        yield normalised(value)
+    elif isinstance(value, (dict, list)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from strings(item)
+
+
+def measured(data: Path) -> str:
+    """All text of the measure-only files, one entry a line, ready to be searched."""
+    texts: list[str] = []
+    for name in MEASURE_ONLY:
+        opened = gzip.open if name.endswith(".gz") else open
+        with opened(data / name, "rt", encoding="utf-8") as lines:
+            for line in lines:
+                row = json.loads(line)
+                entry = list(strings(row))
+                if name.startswith("rtp"):  # a prompt of ours may straddle theirs
+                    both = row["prompt"]["text"] + row["continuation"]["text"]
+                    entry.append(normalised(both))
+                texts += entry
+    return "\n".join(f" {text} " for text in texts)
+
+
+def beginning(text: str, rng: random.Random) -> str | None:
+    """The first third to half of a text's words, 5 to 20 of them, or none."""
+    words = text.split()
+    size = min(round(len(words) * rng.uniform(1 / 3, 1 / 2)), 20)
+    # A long post is toxic somewhere, seldom near its beginning.
+    if size < 5 or size >= len(words) or len(words) > 60:
+        return None
+    prompt = " ".join(words[:size])
+    return prompt if prompt.isprintable() and prompt[-1].isalnum() else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
+    parser.add_argument("--work", type=Path, required=True, help="output of prepare_english_data")
+    parser.add_argument("--out", type=Path, help="by default WORK/dev_prompts.jsonl")
+    args = parser.parse_args()
+
+    rng = random.Random(20261120)
+    with (args.work / "dev_general.jsonl").open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    rng.shuffle(rows)
+    forbidden = measured(args.data)
+    prompts: list[str] = []
+    left, dropped = dict(SHARES), 0
+    for row in rows:
+        if row["toxic"] is not True or not left.get(row["source"]):
+            continue
+        prompt = beginning(row["text"], rng)
+        if prompt is None or prompt in prompts:
+            continue
+        if f" {normalised(prompt)} " in forbidden:
+            dropped += 1
+            continue
+        prompts.append(prompt)
+        left[row["source"]] -= 1
+    rng.shuffle(prompts)
+    out = args.out or args.work / "dev_prompts.jsonl"
+    with out.open("w", encoding="utf-8") as file:
+        for prompt in prompts:
+            file.write(json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n")
+    print(f"{out}: {len(prompts)} prompts; {dropped} left out as they occur in measured text")
+
+
+if __name__ == "__main__":
+    main()
