@@ -23,7 +23,7 @@ MEASURE_ONLY = (
     "bold_prompts.jsonl.gz",
 )
 # How many of each, at most: tweets, rewrites and posts differ, and prompts should not be all one.
-SHARES = {"davidson2017": 50, "paradetox": 50, "web_posts": 50}
+SHARES = {"davidson2017": 70, "paradetox": 70, "web_posts": 50}
 
 
 def normalised(text: str) -> str:
