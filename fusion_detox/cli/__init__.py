@@ -1,0 +1,116 @@
+"""The command line ``fusion-detox``.
+
+Exit codes: 0 done, 1 an error (one message on standard error), 2 wrong usage, 130 interrupted.
+Commands import what they need when they run, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from fusion_detox.cli import demo, generate, info, train_calibrator
+from fusion_detox.cli.console import debugging, note
+from fusion_detox.errors import FusionDetoxError
+
+app = typer.Typer(
+    name="fusion-detox",
+    help="Detoxify any causal language model while it decodes, with a small calibrator.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for _command in (demo, generate, train_calibrator, info):
+    _command.register(app)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from fusion_detox import __version__
+
+        typer.echo(f"fusion-detox {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show tracebacks (also: FUSION_DETOX_DEBUG=1).")
+    ] = False,
+) -> None:
+    if debug:
+        os.environ["FUSION_DETOX_DEBUG"] = "1"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: Arguments without the program's name; those of the process by default.
+
+    Returns:
+        The exit code.
+    """
+    if hasattr(sys.stdout, "reconfigure"):
+        # Models write any character; a terminal that lacks one must not end the run.
+        sys.stdout.reconfigure(errors="replace")
+    debug_before = os.environ.get("FUSION_DETOX_DEBUG")
+    try:
+        code = _run(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _drop_output()
+        return 1
+    except OSError as error:
+        if debugging() or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _drop_output()
+        note(f"error: cannot write: {error.strerror}")
+        return 1
+    finally:
+        if debug_before is None:
+            os.environ.pop("FUSION_DETOX_DEBUG", None)
+    return code
+
+
+def _run(argv: list[str] | None) -> int:
+    hook = sys.excepthook
+    try:
+        app(args=argv, prog_name="fusion-detox")
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if code == 130:
+            note("Interrupted.")
+        return code
+    except KeyboardInterrupt:
+        note("Interrupted.")
+        return 130
+    except FusionDetoxError as error:
+        if debugging():
+            raise
+        note(f"error: {error}")
+        return 1
+    finally:
+        sys.excepthook = hook
+    return 0
+
+
+def _drop_output() -> None:
+    """Points standard output at nothing, or the interpreter would fail to flush it at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, sys.stdout.fileno())
+        os.close(nothing)

@@ -1,0 +1,259 @@
+"""``fusion-detox generate``: completions of any prompts by any model, as JSON Lines."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fusion_detox.cli.console import messages, note, quiet_libraries
+from fusion_detox.cli.options import with_options
+from fusion_detox.cli.prompts import read_prompts
+from fusion_detox.config import FusionConfig
+from fusion_detox.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fusion_detox.generation import Job, Row
+    from fusion_detox.generation_file import CompletionFile, CompletionWriter
+
+_SAMPLING = "Sampling"
+_RUNNING = "Running"
+_FUSION = "Fusion (default: as the calibrator's card recommends)"
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command to the command line."""
+    fusion = with_options(FusionConfig, "fusion", panel=_FUSION, show_defaults=False)
+    app.command("generate")(fusion(generate))
+
+
+def generate(
+    model: Annotated[
+        str, typer.Argument(help="A causal language model: a folder or a hub id.", metavar="MODEL")
+    ],
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(help="Prompts, each a text to go on with.", metavar="[PROMPT]..."),
+    ] = None,
+    prompts_file: Annotated[
+        str | None,
+        typer.Option(
+            help="Prompts from a file, or - for standard input: one a line, or JSON Lines where "
+            "its name ends in .jsonl or --prompt-field is given.",
+            metavar="FILE|-",
+        ),
+    ] = None,
+    prompt_field: Annotated[
+        str | None,
+        typer.Option(
+            help="Field of the prompt in JSON Lines, prompt by default; prompt.text reaches in."
+        ),
+    ] = None,
+    calibrator: Annotated[
+        str, typer.Option(help="A shipped calibrator's name, a folder or a hub id.")
+    ] = "english-16k",
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="JSON Lines file, completed if it exists; standard output by default.",
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start the output file anew.")
+    ] = False,
+    base: Annotated[
+        bool, typer.Option("--base/--no-base", help="Also write each completion without fusion.")
+    ] = False,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Tokens a completion.", rich_help_panel=_SAMPLING)
+    ] = 40,
+    temperature: Annotated[
+        float, typer.Option(help="Divisor of the log-probs.", rich_help_panel=_SAMPLING)
+    ] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(help="Probability to draw from.", rich_help_panel=_SAMPLING)
+    ] = 0.9,
+    top_k: Annotated[
+        int, typer.Option(help="Tokens to draw from; 0 for all.", rich_help_panel=_SAMPLING)
+    ] = 0,
+    num_samples: Annotated[
+        int, typer.Option(help="Completions a prompt.", rich_help_panel=_SAMPLING)
+    ] = 1,
+    greedy: Annotated[
+        bool,
+        typer.Option("--greedy", help="Take the most probable token.", rich_help_panel=_SAMPLING),
+    ] = False,
+    seed: Annotated[
+        int,
+        typer.Option(
+            help="Seed; a completion depends on it, the prompt's index and the sample's number, "
+            "not on its batch.",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = 0,
+    batch_size: Annotated[int, typer.Option(help="Texts at a time.", rich_help_panel=_RUNNING)] = 8,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="Such as cpu or cuda:1; cuda by default where there is one.",
+            rich_help_panel=_RUNNING,
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Such as float32 or bfloat16.", rich_help_panel=_RUNNING),
+    ] = None,
+    revision: Annotated[
+        str | None,
+        typer.Option(help="Branch, tag or commit of a hub model.", rich_help_panel=_RUNNING),
+    ] = None,
+    offline: Annotated[
+        bool,
+        typer.Option("--offline", help="Use downloaded files only.", rich_help_panel=_RUNNING),
+    ] = False,
+    fusion: dict[str, Any] = {},  # noqa: B006 - replaced by an option for each of its settings
+) -> None:
+    """Complete prompts with fusion; write one JSON object a completion."""
+    texts = read_prompts(prompts or [], prompts_file, prompt_field)
+    if output and prompts_file and output.resolve() == Path(prompts_file).resolve():
+        raise ConfigError(f"--output is the file of the prompts, {output}; name another one")
+    if batch_size < 1:
+        raise ConfigError(f"--batch-size must be at least 1, but is {batch_size}")
+
+    from fusion_detox.generation import Sampling, jobs
+
+    sampling = Sampling(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        greedy=greedy,
+        samples=num_samples,
+        seed=seed,
+    )
+    wanted = jobs(texts, num_samples)
+
+    import torch
+
+    from fusion_detox.calibrator import Calibrator
+    from fusion_detox.generation import generate_rows, pad_token_id
+    from fusion_detox.generation_file import CompletionFile
+    from fusion_detox.loading import load_target
+    from fusion_detox.processor import FusionLogitsProcessor
+
+    with quiet_libraries():
+        loaded = Calibrator.from_pretrained(calibrator, local_files_only=offline)
+        config = loaded.config.replace(**fusion)
+        settings = {
+            "model": _identity(model),
+            "revision": revision,
+            "calibrator": _identity(calibrator),
+            "dtype": dtype,
+            "base": base,
+            "fusion": config.to_dict(),
+            "sampling": {
+                name: value
+                for name, value in dataclasses.asdict(sampling).items()
+                if name != "samples"
+            },
+        }
+        file = CompletionFile(output, settings, overwrite=overwrite) if output else None
+        pending = file.missing(wanted) if file else wanted
+        if len(pending) < len(wanted):
+            note(f"{len(wanted) - len(pending)} of {len(wanted)} completions are in {output}.")
+        if not pending:
+            return
+        target, tokenizer = load_target(
+            model,
+            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            dtype=dtype,
+            local_files_only=offline,
+            revision=revision,
+        )
+        processor = FusionLogitsProcessor(
+            loaded, tokenizer, config, pad_token_id=pad_token_id(target, tokenizer)
+        )
+        rows = generate_rows(
+            target,
+            tokenizer,
+            pending,
+            sampling,
+            processor=processor,
+            with_base=base,
+            batch_size=batch_size,
+        )
+        with _writer(file, settings) as writer:
+            _write(rows, pending, writer, output)
+
+
+def _write(
+    rows: Iterator[Row], pending: list[Job], writer: CompletionWriter, output: Path | None
+) -> None:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    console, began, tokens = messages(), time.perf_counter(), 0
+    progress = Progress(
+        TextColumn("completions"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TaskProgressColumn(show_speed=True),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        console=console,
+        # Rows and bar on one terminal would overwrite each other.
+        disable=not console.is_terminal or (output is None and sys.stdout.isatty()),
+        redirect_stdout=False,
+        transient=True,
+    )
+    try:
+        with progress:
+            task = progress.add_task("", total=len(pending), rate="")
+            for row in rows:
+                writer.write(row)
+                tokens += len(row.completion.token_ids) + len(
+                    row.base.token_ids if row.base else ()
+                )
+                rate = tokens / (time.perf_counter() - began)
+                progress.update(task, advance=1, rate=f"{rate:.0f} tokens/s")
+    except KeyboardInterrupt:
+        kept = f"{writer.written} of {len(pending)} completions were written"
+        note(f"{kept}; the same command goes on from there." if output else f"{kept}.")
+        raise
+    seconds = time.perf_counter() - began
+    where = f" to {output}" if output else ""
+    note(
+        f"Wrote {writer.written} completions{where} in {seconds:.1f} s, "
+        f"{tokens / max(seconds, 1e-9):.0f} tokens/s."
+    )
+
+
+@contextlib.contextmanager
+def _writer(file: CompletionFile | None, settings: dict[str, Any]) -> Iterator[CompletionWriter]:
+    from fusion_detox.generation_file import CompletionWriter
+
+    if file is not None:
+        with file.open() as writer:
+            yield writer
+    else:
+        yield CompletionWriter(sys.stdout.buffer, "standard output", settings)
+
+
+def _identity(name: str) -> str:
+    """The same model gives the same text, from whatever folder the command runs."""
+    path = Path(name)
+    return str(path.resolve()) if path.exists() else name

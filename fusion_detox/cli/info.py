@@ -1,0 +1,157 @@
+"""``fusion-detox info``: what a calibrator is, and how it fits a target's vocabulary."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fusion_detox.cli.console import quiet_libraries, results
+
+if TYPE_CHECKING:
+    from fusion_detox.calibrator import Calibrator
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command to the command line."""
+    app.command("info")(info)
+
+
+def info(
+    calibrator: Annotated[
+        str,
+        typer.Argument(
+            help="A shipped calibrator's name, a folder or a hub id.", metavar="CALIBRATOR"
+        ),
+    ],
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="Also map its vocabulary to this model's or tokenizer's (a folder or hub id).",
+            metavar="MODEL_OR_TOKENIZER",
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show a calibrator's card, and how it fits a target."""
+    from fusion_detox.calibrator import Calibrator
+
+    with quiet_libraries():
+        loaded = Calibrator.from_pretrained(calibrator)
+        facts = describe(loaded, calibrator)
+        if target is not None:
+            facts["map"] = describe_map(loaded, target)
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+    else:
+        _print_table(facts)
+
+
+def describe(calibrator: Calibrator, name: str) -> dict[str, Any]:
+    """What a calibrator is, as JSON-ready values."""
+    from fusion_detox.calibrator import find_calibrator
+
+    folder = find_calibrator(name)
+    return {
+        "name": name,
+        "folder": str(folder.resolve()),
+        "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+        "distributions": list(calibrator.models),
+        "parameters": {kind: _parameters(model) for kind, model in calibrator.models.items()},
+        "vocabulary_size": calibrator.vocabulary_size,
+        "tokenizer": calibrator.tokens.kind,
+        "context_length": calibrator.context_length,
+        "fusion": calibrator.config.to_dict(),
+        "training": calibrator.record,
+    }
+
+
+def describe_map(calibrator: Calibrator, target: str) -> dict[str, Any]:
+    """How a calibrator's vocabulary maps to a target's, as JSON-ready values.
+
+    Raises:
+        ModelNotFoundError: There is no tokenizer at that path or hub id.
+        ModelError: Its files are damaged.
+        VocabularyError: The two cannot be mapped.
+    """
+    from fusion_detox.loading import load_tokenizer
+    from fusion_detox.tokens import TokenTable
+    from fusion_detox.vocabulary import VocabularyMap
+
+    tokenizer = load_tokenizer(target)
+    tokens = TokenTable.from_tokenizer(tokenizer)
+    mapping = VocabularyMap.build(calibrator, tokens, tokenizer)
+    return {
+        "target": target,
+        "tokenizer": tokens.kind,
+        "target_size": len(tokens.pieces),
+        "kind": mapping.kind,
+        "coverage": float(mapping.coverage),
+        "mapped_tokens": int(mapping.mapped.sum()),
+        "build_seconds": float(mapping.build_seconds),
+    }
+
+
+def _parameters(model: Any) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _print_table(facts: dict[str, Any]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(show_header=False, title=f"Calibrator {facts['name']}", title_justify="left")
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in _lines(facts):
+        table.add_row(name, Text(value))
+    results().print(table)
+
+
+def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    counts = ", ".join(f"{kind} {_millions(n)}" for kind, n in facts["parameters"].items())
+    lines = [
+        ("folder", facts["folder"]),
+        ("size", f"{facts['bytes'] / 1e6:.1f} MB"),
+        ("distributions", counts + " parameters"),
+        ("vocabulary", f"{facts['vocabulary_size']:,} tokens, {facts['tokenizer']}"),
+        ("context", f"{facts['context_length']} tokens"),
+        ("recommended", ", ".join(f"{k} {_value(v)}" for k, v in facts["fusion"].items())),
+    ]
+    lines += [(f"training: {name}", text) for name, text in _flat(facts["training"])]
+    if "map" in facts:
+        found = facts["map"]
+        lines += [
+            ("target", f"{found['target']}: {found['target_size']:,} tokens, {found['tokenizer']}"),
+            ("map", f"{found['kind']}, {found['mapped_tokens']:,} target tokens judged"),
+            ("coverage", f"{found['coverage']:.4%} of probability mass"),
+            ("build time", f"{found['build_seconds']:.2f} s"),
+        ]
+    return lines
+
+
+def _flat(record: dict[str, Any]) -> list[tuple[str, str]]:
+    """A line for each entry of the training record; lists of objects become a line an object."""
+    lines = []
+    for name, value in record.items():
+        label = str(name).replace("_", " ")
+        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            lines += [(label, _value(item)) for item in value]
+        else:
+            lines.append((label, _value(value)))
+    return lines
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_value(item)}" for name, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_value, value))
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "none" if value is None else str(value)
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.1f} M" if count >= 1e5 else f"{count:,}"

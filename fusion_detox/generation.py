@@ -1,0 +1,330 @@
+"""Completions of many prompts, in batches, with or without fusion.
+
+Sampling is reproducible row by row: the noise of a token depends on the seed, the prompt's index,
+the sample's number, the step and the token's id, and on nothing else. A completion is therefore
+the same in any batch and after any resume (up to rounding in the model itself), and a fused
+completion is drawn with the very noise of its unfused twin, so that the two differ only from
+the token on where fusion made the difference.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from fusion_detox.errors import ConfigError, DataError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn.
+
+    Attributes:
+        max_new_tokens: Length of a completion in tokens, at least 1.
+        temperature: Divisor of the fused log-probs, above 0.
+        top_p: Smallest set of tokens with this probability, above 0 and at most 1.
+        top_k: Number of most probable tokens to draw from; 0 for all.
+        greedy: Always take the most probable token.
+        samples: Completions a prompt, at least 1.
+        seed: Seed of the noise, 0 or more.
+    """
+
+    max_new_tokens: int = 40
+    temperature: float = 1.0
+    top_p: float = 0.9
+    top_k: int = 0
+    greedy: bool = False
+    samples: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_new_tokens", 1), ("top_k", 0), ("samples", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ConfigError(f"{name} must be a whole number of at least {least}: {value!r}")
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise ConfigError(
+                f"temperature must be a number above 0, but is {self.temperature!r}; "
+                "for the most probable tokens choose greedy"
+            )
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p must be above 0 and at most 1, but is {self.top_p!r}")
+        if self.greedy and self.samples > 1:
+            raise ConfigError(
+                f"{self.samples} greedy samples of a prompt would be equal; ask for 1, or sample"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One completion to be written: which prompt, and which of its samples."""
+
+    index: int
+    sample: int
+    prompt: str
+
+
+class Completion(NamedTuple):
+    """A written continuation, without the prompt and without special tokens."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finished: bool
+
+
+class Row(NamedTuple):
+    """A finished job; ``base`` is the unfused completion where it was asked for."""
+
+    job: Job
+    completion: Completion
+    base: Completion | None
+
+
+def jobs(prompts: Sequence[str], samples: int = 1) -> list[Job]:
+    """All jobs of a list of prompts, in the order in which they are written.
+
+    Raises:
+        DataError: There is no prompt, or one is empty or holds lone surrogates.
+    """
+    if not prompts:
+        raise DataError("there are no prompts to complete")
+    for index, prompt in enumerate(prompts):
+        if not prompt.strip():
+            raise DataError(f"prompt {index} is empty; leave it out or give it some text")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"prompt {index} is not valid Unicode text (character {error.start}: "
+                f"{prompt[error.start]!r}); give it in UTF-8"
+            ) from error
+    return [Job(i, k, prompt) for i, prompt in enumerate(prompts) for k in range(samples)]
+
+
+def generate_rows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pending: Sequence[Job],
+    sampling: Sampling,
+    *,
+    processor: LogitsProcessor | None = None,
+    with_base: bool = False,
+    batch_size: int = 8,
+) -> Iterator[Row]:
+    """Completes jobs batch by batch; rows come in the order of ``pending``.
+
+    Args:
+        model: The target, a causal language model.
+        tokenizer: The target's tokenizer.
+        pending: What to write, see :func:`jobs`; leave out what is already there.
+        sampling: How to draw.
+        processor: Applied to the scores before temperature, top-k and top-p; usually a
+            ``FusionLogitsProcessor`` built with ``pad_token_id=pad_token_id(model, tokenizer)``.
+        with_base: Complete each job a second time without ``processor``.
+        batch_size: Texts at a time.
+
+    Raises:
+        ConfigError: ``batch_size`` is below 1.
+        DataError: A prompt with its completion does not fit into the model's context.
+        ModelError: The model gives no finite scores, or memory runs out.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1, but is {batch_size}")
+    encoded = [prompt_ids(model, tokenizer, job, sampling.max_new_tokens) for job in pending]
+    for start in range(0, len(pending), batch_size):
+        batch, ids = pending[start : start + batch_size], encoded[start : start + batch_size]
+        fused = complete_batch(model, tokenizer, batch, ids, sampling, processor)
+        base: Sequence[Completion | None] = [None] * len(batch)
+        if with_base:
+            base = complete_batch(model, tokenizer, batch, ids, sampling, None)
+        yield from map(Row, batch, fused, base)
+
+
+def complete_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batch: Sequence[Job],
+    ids: Sequence[Sequence[int]],
+    sampling: Sampling,
+    processor: LogitsProcessor | None,
+) -> list[Completion]:
+    """One call of ``model.generate``; ``ids`` are the prompts' tokens, one list a job."""
+    pad = pad_token_id(model, tokenizer)
+    width = max(map(len, ids))
+    input_ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in ids])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids])
+    stops = stop_ids(model)
+    settings = GenerationConfig(  # type: ignore[no-untyped-call]
+        max_new_tokens=sampling.max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        pad_token_id=pad,
+        eos_token_id=sorted(stops) or None,
+    )
+    processors = LogitsProcessorList([] if processor is None else [processor])
+    if not sampling.greedy:
+        processors.extend(_draw(sampling, batch, width))
+    processors.insert(0, _FiniteCheck())
+    try:
+        with torch.no_grad():
+            output: Any = model.generate(  # type: ignore[operator]
+                input_ids=input_ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                generation_config=settings,
+                logits_processor=processors,
+            )
+    except RuntimeError as error:
+        if not isinstance(error, torch.cuda.OutOfMemoryError) and "allocate memory" not in str(
+            error
+        ):
+            raise
+        raise ModelError(
+            f"memory of {model.device} ran out with {len(batch)} texts of up to "
+            f"{width + sampling.max_new_tokens} tokens; choose a smaller batch size"
+        ) from error
+    completions = []
+    for prompt, row in zip(ids, output[:, width:].tolist(), strict=True):
+        end = next((k for k, token in enumerate(row) if token in stops), len(row))
+        text = continuation_text(tokenizer, prompt, row[:end])
+        completions.append(Completion(text, tuple(row[:end]), end < len(row)))
+    return completions
+
+
+def prompt_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, job: Job, new_tokens: int
+) -> list[int]:
+    """Tokens of a prompt as the target's tokenizer begins a text.
+
+    Raises:
+        DataError: Prompt and completion do not fit into the model's context.
+    """
+    ids: list[int] = list(tokenizer(job.prompt)["input_ids"])
+    stops = stop_ids(model)
+    # T5-like tokenizers close each text; a completion must start before that mark.
+    while len(ids) > 1 and ids[-1] in stops:
+        ids.pop()
+    ids = ids or [pad_token_id(model, tokenizer)]
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit and len(ids) + new_tokens > limit:
+        raise DataError(
+            f"prompt {job.index} has {len(ids)} tokens, which with {new_tokens} new ones exceeds "
+            f"the {limit} positions of the model; shorten it or ask for fewer new tokens"
+        )
+    return ids
+
+
+def continuation_text(
+    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], new: Sequence[int]
+) -> str:
+    """Text of ``new``, with the space before it that SentencePiece drops at a text's start."""
+
+    def decode(ids: Sequence[int]) -> str:
+        text: Any = tokenizer.decode(
+            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return str(text)
+
+    before, whole = decode(prompt), decode([*prompt, *new])
+    return whole[len(before) :] if whole.startswith(before) else decode(new)
+
+
+def stop_ids(model: PreTrainedModel) -> frozenset[int]:
+    """Ids that end a completion, from the model's generation settings."""
+    eos: Any = model.generation_config.eos_token_id
+    if eos is None:
+        return frozenset()
+    return frozenset(eos if isinstance(eos, Collection) else [eos])
+
+
+def pad_token_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Id to pad with on the left: the tokenizer's, else an end of text, else 0."""
+    known = [tokenizer.pad_token_id, tokenizer.eos_token_id, *sorted(stop_ids(model)), 0]
+    return int(next(token for token in known if token is not None))
+
+
+def _draw(sampling: Sampling, batch: Sequence[Job], width: int) -> list[LogitsProcessor]:
+    chain: list[LogitsProcessor] = []
+    if sampling.temperature != 1:
+        chain.append(TemperatureLogitsWarper(sampling.temperature))
+    if sampling.top_k:
+        chain.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        chain.append(TopPLogitsWarper(sampling.top_p))
+    return [*chain, _KeyedDraw([_key(sampling.seed, job) for job in batch], width)]
+
+
+def _key(seed: int, job: Job) -> int:
+    name = f"{seed}:{job.index}:{job.sample}".encode()
+    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big", signed=True)
+
+
+class _FiniteCheck(LogitsProcessor):
+    """Refuses scores that hold no answer, which would otherwise become token 0."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if not torch.isfinite(scores.amax(dim=-1)).all():
+            raise ModelError(
+                f"the model's scores after {input_ids.shape[1]} tokens are not finite; its weights "
+                "are damaged or its dtype is too narrow (try float32 or bfloat16)"
+            )
+        return scores
+
+
+class _KeyedDraw(LogitsProcessor):
+    """Samples by leaving one token: the Gumbel-max trick with noise that is a hash.
+
+    ``argmax(scores + Gumbel noise)`` is a draw from ``softmax(scores)`` (Gumbel 1954;
+    Maddison et al. 2014). Comes last, under greedy search.
+    """
+
+    def __init__(self, keys: Sequence[int], width: int) -> None:
+        self._keys = torch.tensor(keys, dtype=torch.int64)
+        self._width = width
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        # On the CPU for MPS alone, which has no float64.
+        work = scores.cpu() if scores.device.type == "mps" else scores
+        rows, ids = torch.isfinite(work).nonzero(as_tuple=True)
+        step = input_ids.shape[1] - self._width
+        noise = _hashed_gumbel(self._keys.to(work.device)[rows], step, ids)
+        noisy = torch.full(work.shape, -torch.inf, dtype=torch.float64, device=work.device)
+        noisy[rows, ids] = work[rows, ids].double() + noise
+        drawn = noisy.argmax(dim=-1, keepdim=True).to(scores.device)
+        return torch.full_like(scores, -torch.inf).scatter_(-1, drawn, 0.0)
+
+
+def _hashed_gumbel(keys: Tensor, step: int, ids: Tensor) -> Tensor:
+    """Standard Gumbel noise in float64 from splitmix64 (Steele et al. 2014) of the arguments."""
+    state = _splitmix64(_splitmix64(keys + step) + ids)
+    uniform = (_shift(state, 12).double() + 0.5) * 2.0**-52
+    return -torch.log(-torch.log(uniform))
+
+
+def _splitmix64(state: Tensor) -> Tensor:
+    # The published constants as signed numbers; int64 products wrap around, as they should.
+    state = state + -0x61C8864680B583EB
+    state = (state ^ _shift(state, 30)) * -0x40A7B892E31B1A47
+    state = (state ^ _shift(state, 27)) * -0x6B2FB644ECCEEE15
+    return state ^ _shift(state, 31)
+
+
+def _shift(state: Tensor, bits: int) -> Tensor:
+    """Logical shift to the right, which int64 tensors lack."""
+    return (state >> bits) & ((1 << (64 - bits)) - 1)

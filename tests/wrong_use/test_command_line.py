@@ -1,0 +1,273 @@
+"""What a user can do wrong on the command line: one clear message, the right exit code."""
+
+import json
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+from transformers import BertConfig, BertForMaskedLM
+
+from fusion_detox.cli import main
+from fusion_detox.errors import DataFileError
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("FUSION_DETOX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("FUSION_DETOX_DEBUG", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def fails(capsys):
+    """Runs a command that must fail; gives its message in one line."""
+
+    def run(*arguments, code=1):
+        assert main([str(argument) for argument in arguments]) == code
+        found = capsys.readouterr()
+        assert found.out == "", "results only on standard output"
+        assert "Traceback" not in found.err
+        if code == 1:
+            assert found.err.startswith("error: ")
+            assert found.err.count("\n") == 1
+        return " ".join(re.sub(r"[│╭╮╰╯─]", " ", found.err).split())
+
+    return run
+
+
+def file(name, content):
+    Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nonsense"], "No such command 'nonsense'"),
+        (["generte", "m"], "Did you mean 'generate'"),
+        (["generate"], "Missing argument 'MODEL'"),
+        (["info"], "Missing argument 'CALIBRATOR'"),
+        (["generate", "m", "p", "--strenght", "1"], "No such option: --strenght"),
+        (["generate", "m", "p", "--strength", "much"], "Invalid value for '--strength'"),
+        (["generate", "m", "p", "--rule", "contrst"], "'contrst'"),
+        (["generate", "m", "p", "--kl-budget", "little"], "'little' is neither float nor 'none'"),
+        (["generate", "m", "p", "--max-new-tokens", "2.5"], "Invalid value for '--max-new-tokens'"),
+    ],
+)
+def test_usage(fails, arguments, message):
+    assert message in fails(*arguments, code=2)
+
+
+def test_no_prompts(fails):
+    assert "no prompts: give some as arguments, or a file" in fails("generate", "m")
+
+
+def test_prompts_twice(fails):
+    message = fails("generate", "m", "p", "--prompts-file", file("p.txt", "p\n"))
+    assert "with --prompts-file, not both" in message
+
+
+def test_field_without_file(fails):
+    assert "--prompt-field needs --prompts-file" in fails(
+        "generate", "m", "p", "--prompt-field", "x"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.txt", "", "p.txt holds no prompts"),
+        ("p.txt", " \n\n", "p.txt holds no prompts"),
+        ("p.txt", b"one\ncaf\xe9\n", "line 2 of p.txt is not UTF-8 (byte 0xe9); convert it"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt"\n', "line 2 of p.jsonl is not JSON"),
+        ("p.jsonl", '{"text": "a", "id": 1}', "has no field 'prompt' (it has: text, id)"),
+        ("p.jsonl", '["a"]', "has no field 'prompt' (it has: a list)"),
+        ("p.jsonl", '{"prompt": {"text": "a"}}', "field 'prompt' holds no text but {\"text\""),
+        ("p.jsonl", '{"prompt": " "}', "line 1 of p.jsonl: field 'prompt' is empty"),
+        ("p.jsonl", '{"prompt": "\\ud800"}', "prompt 0 is not valid Unicode text"),
+    ],
+)
+def test_unusable_prompts(fails, name, content, message):
+    assert message in fails("generate", "m", "--prompts-file", file(name, content))
+
+
+def test_prompts_file_missing(fails):
+    message = fails("generate", "m", "--prompts-file", "none.txt")
+    assert "there is no file of prompts at none.txt" in message
+
+
+def test_prompts_file_is_a_folder(fails, tmp_path):
+    message = fails("generate", "m", "--prompts-file", tmp_path)
+    assert "is a folder, not a file of prompts" in message
+
+
+def test_empty_prompt(fails):
+    assert "prompt 1 is empty" in fails("generate", "m", "p", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch-size", "0"], "--batch-size must be at least 1, but is 0"),
+        (["--temperature", "0"], "temperature must be a number above 0, but is 0.0; for the most"),
+        (["--top-p", "90"], "top_p must be above 0 and at most 1, but is 90.0"),
+        (["--max-new-tokens", "0"], "max_new_tokens must be a whole number of at least 1: 0"),
+        (["--greedy", "--num-samples", "3"], "3 greedy samples of a prompt would be equal"),
+        (["--seed", "-1"], "seed must be a whole number of at least 0: -1"),
+    ],
+)
+def test_sampling(fails, arguments, message):
+    assert message in fails("generate", "m", "p", *arguments)
+
+
+def test_calibrator_missing(fails):
+    assert "no-such-one" in fails("generate", "m", "p", "--calibrator", "no-such-one")
+    assert "no-such-one" in fails("info", "no-such-one")
+    assert "no-such-one" in fails("demo", "--calibrator", "no-such-one")
+
+
+def test_a_model_is_no_calibrator(fails, target):
+    assert "calibrator.json" in fails("info", target)
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory, make_llama, other_tokenizer):
+    folder = tmp_path_factory.mktemp("target")
+    settings = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    make_llama(len(other_tokenizer), seed=3, **settings).save_pretrained(folder)
+    other_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def common(target, calibrator_folder):
+    return ["generate", target, "--calibrator", calibrator_folder, "--max-new-tokens", "4"]
+
+
+def test_negative_strength(fails, common):
+    message = fails(*common, "p", "--strength", "-1")
+    assert "strength must be a number at least 0, but is -1.0" in message
+
+
+def test_mixture_beyond_one(fails, common):
+    message = fails(*common, "p", "--rule", "mixture", "--strength", "1.5")
+    assert "at most 1 (rule 'mixture'), but is 1.5" in message
+
+
+def test_output_folder_missing(fails, common):
+    message = fails(*common, "p", "-o", "none/out.jsonl")
+    assert "the folder none of the output does not exist; create it" in message
+
+
+def test_output_is_a_folder(fails, common, tmp_path):
+    assert "is a folder; name a file for the output" in fails(*common, "p", "-o", tmp_path)
+
+
+def test_output_is_the_prompts_file(fails, common):
+    name = file("p.txt", "p\n")
+    message = fails(*common, "--prompts-file", name, "-o", "./p.txt", "--overwrite")
+    assert "--output is the file of the prompts" in message
+    assert Path(name).read_text() == "p\n"
+
+
+def test_output_of_something_else(fails, common):
+    message = fails(*common, "p", "-o", file("out.jsonl", "precious\n"))
+    assert "line 1 of out.jsonl is not a row of completions" in message
+    assert Path("out.jsonl").read_text() == "precious\n"
+
+
+def test_output_of_other_settings(fails, common, capsys):
+    assert main([*map(str, common), "p", "-o", "out.jsonl"]) == 0
+    capsys.readouterr()
+    before = Path("out.jsonl").read_bytes()
+    message = fails(*common, "p", "-o", "out.jsonl", "--seed", "5", "--clip", "2")
+    assert "fusion.clip was 3.0, now 2.0; sampling.seed was 0, now 5" in message
+    assert "--overwrite to start anew" in message
+    assert Path("out.jsonl").read_bytes() == before
+
+
+def test_output_of_other_prompts(fails, common, capsys):
+    assert main([*map(str, common), "p", "-o", "out.jsonl"]) == 0
+    capsys.readouterr()
+    message = fails(*common, "q", "-o", "out.jsonl")
+    assert "was written for other prompts: prompt 0 was 'p', now it is 'q'" in message
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_disk_full(fails, common):
+    message = fails(*common, "p", "-o", "/dev/full")
+    assert "cannot write to /dev/full: No space left on device; 0 rows of this run are" in message
+
+
+def test_model_missing(fails, common):
+    message = fails("generate", "./none", "p", *common[2:], "-o", "out.jsonl")
+    assert "none" in message
+    assert not Path("out.jsonl").exists(), "a failed start leaves no empty file"
+
+
+def test_model_is_an_encoder(fails, common, other_tokenizer, capsys):
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    BertForMaskedLM(BertConfig(vocab_size=500, intermediate_size=8, **sizes)).save_pretrained(
+        "bert"
+    )
+    other_tokenizer.save_pretrained("bert")
+    capsys.readouterr()
+    message = fails("generate", "bert", "p", *common[2:])
+    assert "bert" in message.lower()
+    assert "causal" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [(["--device", "gpu7"], "gpu7"), (["--dtype", "float33"], "float33")]
+)
+def test_unknown_device_or_dtype(fails, common, arguments, message):
+    assert message in fails(*common, "p", *arguments)
+
+
+def test_prompt_too_long_for_the_model(fails, common):
+    message = fails(*common, "short", "long " * 60)
+    assert re.search(r"prompt 1 has \d+ tokens, which with 4 new ones exceeds the 64", message)
+
+
+def test_target_of_info_missing(fails, calibrator_folder):
+    assert "none" in fails("info", calibrator_folder, "--target", "./none")
+
+
+def test_interrupted_generation_keeps_its_work(common, capsys, monkeypatch):
+    from fusion_detox import generation
+
+    complete, calls = generation.complete_batch, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return complete(*arguments)
+
+    command = [*map(str, common), "a", "b", "c", "--batch-size", "1", "-o"]
+    with monkeypatch.context() as patch:
+        patch.setattr(generation, "complete_batch", interrupted)
+        assert main([*command, "out.jsonl"]) == 130
+    found = capsys.readouterr()
+    assert found.out == ""
+    assert "1 of 3 completions were written; the same command goes on from there" in found.err
+    assert found.err.endswith("Interrupted.\n")
+    assert [json.loads(line)["prompt"] for line in Path("out.jsonl").read_text().splitlines()] == [
+        "a"
+    ]
+    assert main([*command, "out.jsonl"]) == 0
+    assert main([*command, "whole.jsonl"]) == 0
+    assert Path("out.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("how", ["option", "environment"])
+def test_debugging_shows_the_traceback(monkeypatch, how):
+    if how == "environment":
+        monkeypatch.setenv("FUSION_DETOX_DEBUG", "1")
+    command = ["generate", "m", "--prompts-file", "none.txt"]
+    with pytest.raises(DataFileError, match="no file of prompts"):
+        main(["--debug", *command] if how == "option" else command)
+    assert os.environ.get("FUSION_DETOX_DEBUG") == ("1" if how == "environment" else None)
