@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+_PADDING = 2048
+"""Columns that a head may have beyond its tokenizer (phi-2 has 943)."""
 
 
 class FusionLogitsProcessor(LogitsProcessor):
@@ -83,6 +85,8 @@ class FusionLogitsProcessor(LogitsProcessor):
         self._sessions: dict[torch.device, CalibratorSession] = {}
         self._mapped = self.vocabulary.mapped
         self._narrowest = int(self._mapped.nonzero().max()) + 1
+        self._tokens = len(tokens.pieces)
+        self._widest = self._tokens + max(_PADDING, self._tokens // 20)
         self._warned = False
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -97,10 +101,15 @@ class FusionLogitsProcessor(LogitsProcessor):
             itself at strength 0.
 
         Raises:
-            VocabularyError: An id of ``input_ids`` is outside the target's vocabulary.
+            VocabularyError: The scores are far wider than the tokenizer's vocabulary.
         """
         if self.config.strength == 0:
             return scores
+        if scores.shape[-1] > self._widest:
+            raise VocabularyError(
+                f"scores have {scores.shape[-1]} columns, but the tokenizer given has "
+                f"{self._tokens} tokens: give the tokenizer of the model that generates"
+            )
         if scores.shape[-1] < self._narrowest:
             self._warn_once(scores.shape[-1])
             return scores
@@ -117,7 +126,7 @@ class FusionLogitsProcessor(LogitsProcessor):
         self, input_ids: Tensor, width: int, scores_device: torch.device
     ) -> tuple[Tensor, Tensor | None]:
         """Clean and reference probabilities in the target's vocabulary, ``(batch, width)``."""
-        positions = [self._read(tuple(row)) for row in input_ids.tolist()]
+        positions = [self._context.read(tuple(row)) for row in input_ids.tolist()]
         device = self._device or scores_device
         session = self._sessions.get(device)
         if session is None:
@@ -139,15 +148,6 @@ class FusionLogitsProcessor(LogitsProcessor):
         )
         projected = self._fit(projected, width).to(scores_device)
         return projected[0], projected[1] if len(projected) > 1 else None
-
-    def _read(self, ids: tuple[int, ...]) -> Position:
-        try:
-            return self._context.read(ids)
-        except IndexError as error:
-            raise VocabularyError(
-                f"token id {max(ids)} is outside the tokenizer's vocabulary: the tokenizer given "
-                "to the processor is not the target model's"
-            ) from error
 
     @staticmethod
     def _fit(tensor: Tensor, width: int) -> Tensor:
@@ -195,5 +195,10 @@ def _covers(
     token = torch.tensor([[t for _, t in g] + [0] * (longest - len(g)) for g in gather])
     used = torch.tensor([[True] * len(g) + [False] * (longest - len(g)) for g in gather])
     device = log_probs.device
-    values = log_probs[:, where.to(device), token.to(device)].masked_fill(~used.to(device), 0.0)
-    return covers, values.sum(-1).exp()
+    steps_in = log_probs[:, where.to(device), token.to(device)].masked_fill(~used.to(device), 0.0)
+    weights = steps_in.sum(-1)
+    # Only proportions within a row count: without its largest weight, none underflows.
+    row_of = torch.tensor([cover.row for cover in covers], device=device).expand_as(weights)
+    largest = weights.new_full((len(weights), len(positions)), -torch.inf)
+    largest = largest.scatter_reduce(1, row_of, weights, "amax")
+    return covers, (weights - largest.gather(1, row_of)).exp()

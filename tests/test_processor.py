@@ -1,0 +1,336 @@
+"""The processor under ``generate()``: a pure function of the ids, whatever came before."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, TextIteratorStreamer
+
+from fusion_detox import Calibrator, FusionConfig, FusionLogitsProcessor
+from fusion_detox.errors import ConfigError, VocabularyError
+
+Maker = Callable[..., PreTrainedModel]
+CONFIG = FusionConfig(strength=1.5, plausibility=0.0, threshold=0.05)
+VOCABULARIES = ["byte_tokenizer", "other_tokenizer", "sentencepiece_tokenizer"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path_factory.getbasetemp() / "maps"
+    monkeypatch.setenv("FUSION_DETOX_CACHE", str(folder))
+
+
+@pytest.fixture(params=VOCABULARIES)
+def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
+    found: PreTrainedTokenizerFast = request.getfixturevalue(request.param)
+    return found
+
+
+def fresh(
+    calibrator: Calibrator, tokenizer: PreTrainedTokenizerFast, config: FusionConfig = CONFIG
+) -> FusionLogitsProcessor:
+    return FusionLogitsProcessor(calibrator, tokenizer, config)
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> dict[str, torch.Tensor]:
+    """Left padded, with EOS where there is no padding token, as users of GPT-2 do it."""
+    rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    longest = max(map(len, rows))
+    return {
+        "input_ids": torch.tensor([[pad] * (longest - len(r)) + r for r in rows]),
+        "attention_mask": torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows]),
+    }
+
+
+TEXTS = ["You are a complete", "The weather was", "What a damn stupid thing to say! Shut"]
+
+
+@pytest.mark.parametrize("rule", ["contrast", "product", "mixture"])
+def test_strength_zero_returns_the_very_scores(
+    calibrator: Calibrator, tokenizer: PreTrainedTokenizerFast, rule: Any
+) -> None:
+    processor = fresh(calibrator, tokenizer, FusionConfig(rule=rule, strength=0))
+    scores = torch.randn(2, len(tokenizer))
+    assert processor(torch.zeros(2, 3, dtype=torch.long), scores) is scores
+
+
+def test_same_vocabulary_uses_the_calibrator_as_it_is(
+    calibrator: Calibrator, byte_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    processor = fresh(calibrator, byte_tokenizer)
+    assert processor.vocabulary.kind == "identity"
+    ids = byte_tokenizer("You are a complete", return_tensors="pt")["input_ids"]
+    clean, reference = processor._distributions(ids, len(byte_tokenizer), ids.device)
+    bos = torch.tensor([[calibrator.bos_id]])
+    with torch.no_grad():
+        logits = calibrator.clean(input_ids=torch.cat([bos, ids], 1)).logits[:, -1]
+    torch.testing.assert_close(clean, torch.softmax(logits, -1), atol=1e-6, rtol=1e-5)
+    assert reference is not None
+    scores = torch.randn(1, len(byte_tokenizer))
+    wanted = torch.log_softmax(scores, -1) + 1.5 * torch.nn.functional.softshrink(
+        torch.log((clean + CONFIG.floor) / (reference + CONFIG.floor)), 0.05
+    ).clamp(-3, 3)
+    # Special tokens are not judged and keep their probability.
+    fused = processor(ids, scores)
+    mapped = processor.vocabulary.mapped
+    mass = torch.log_softmax(scores, -1)[:, mapped].exp().sum()
+    torch.testing.assert_close(
+        fused[:, mapped].exp(), torch.softmax(wanted[:, mapped], -1) * mass, atol=1e-5, rtol=1e-4
+    )
+
+
+def test_scores_and_ids_are_not_changed_and_dtype_is_kept(
+    calibrator: Calibrator, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    processor = fresh(calibrator, tokenizer)
+    inputs = encode(tokenizer, TEXTS)["input_ids"]
+    scores = torch.randn(3, len(tokenizer) + 7)
+    scores[0, :9] = -torch.inf
+    before = inputs.clone(), scores.clone()
+    fused = processor(inputs, scores)
+    assert torch.equal(inputs, before[0])
+    assert torch.equal(scores, before[1])
+    assert fused.exp().sum(-1) == pytest.approx([1.0] * 3, abs=1e-4)
+    assert torch.isinf(fused[0, :9]).all()
+    assert not torch.isinf(fused[0, 9:]).any()
+    half = processor(inputs, scores.bfloat16())
+    assert half.dtype == torch.bfloat16
+    # Columns of a padded head mean nothing to the calibrator and keep their probability.
+    own = torch.log_softmax(scores, -1)
+    torch.testing.assert_close(fused[:, len(tokenizer) :], own[:, len(tokenizer) :])
+
+
+@settings(
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(data=st.data())
+def test_cached_equals_uncached_over_random_histories(
+    calibrator: Calibrator, tokenizer: PreTrainedTokenizerFast, data: st.DataObject
+) -> None:
+    """One old instance against one that forgets before each row: extend, roll back, copy, drop."""
+    old, new = fresh(calibrator, tokenizer), fresh(calibrator, tokenizer)
+    size = len(tokenizer)
+    rows = [data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=5))]
+    for step in range(3):
+        for _ in range(data.draw(st.integers(1, 3))):
+            row = data.draw(st.sampled_from(rows))
+            kind = data.draw(st.sampled_from(["extend", "shorten", "copy", "drop", "new", "swap"]))
+            if kind == "extend":
+                row.extend(data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=4)))
+            elif kind == "shorten" and len(row) > 1:
+                del row[data.draw(st.integers(1, len(row) - 1)) :]
+            elif kind == "copy":
+                rows.append(list(row))
+            elif kind == "drop" and len(rows) > 1:
+                rows.remove(row)
+            elif kind == "new":
+                rows.append([data.draw(st.integers(0, size - 1))])
+            else:
+                rows.reverse()
+        longest = max(map(len, rows))
+        pad = tokenizer.pad_token_id
+        if pad is None:
+            shown = [row for row in rows if len(row) == longest]
+        else:
+            shown = [[pad] * (longest - len(row)) + row for row in rows]
+        generator = torch.Generator().manual_seed(step)
+        scores = torch.randn(len(shown), size, generator=generator) * 2
+        ids = torch.tensor(shown)
+        fused = old(ids, scores)
+        for index in range(len(shown)):
+            one = slice(index, index + 1)
+            new.reset()
+            alone = new(ids[one], scores[one])
+            torch.testing.assert_close(fused[one], alone, atol=1e-4, rtol=1e-4)
+
+
+def stepwise(
+    model: PreTrainedModel,
+    make: Callable[[], FusionLogitsProcessor],
+    inputs: dict[str, torch.Tensor],
+    steps: int,
+) -> torch.Tensor:
+    """Greedy decoding by the definition: no cache, one row at a time, a new processor a step."""
+    rows = []
+    for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
+        row = ids[mask.bool()].unsqueeze(0)
+        for _ in range(steps):
+            with torch.no_grad():
+                scores = model(input_ids=row).logits[:, -1].float()
+            row = torch.cat([row, make()(row, scores).argmax(-1, keepdim=True)], 1)
+        rows.append(row[0, -steps:])
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("family", ["make_llama", "make_gpt2"])
+def test_greedy_batch_equals_the_definition(
+    calibrator: Calibrator,
+    tokenizer: PreTrainedTokenizerFast,
+    family: str,
+    request: pytest.FixtureRequest,
+) -> None:
+    model = request.getfixturevalue(family)(len(tokenizer) + 3, seed=5, eos_token_id=None)
+    inputs = encode(tokenizer, TEXTS)
+    pad = int(inputs["input_ids"].min()) if tokenizer.pad_token_id is None else None
+    pad = tokenizer.eos_token_id if pad is not None else tokenizer.pad_token_id
+    processor = FusionLogitsProcessor(calibrator, tokenizer, CONFIG, pad_token_id=pad)
+    wanted = stepwise(
+        model,
+        lambda: FusionLogitsProcessor(calibrator, tokenizer, CONFIG, pad_token_id=pad),
+        inputs,
+        8,
+    )
+    for _ in range(2):  # the second call on the same instance must not see the first
+        found = model.generate(
+            **inputs, max_new_tokens=8, do_sample=False, logits_processor=[processor],
+            pad_token_id=pad, eos_token_id=None,
+        )  # fmt: skip
+        assert torch.equal(found[:, -8:], wanted)
+
+
+def generate(
+    model: PreTrainedModel, inputs: dict[str, torch.Tensor], processor: Any, **how: Any
+) -> torch.Tensor:
+    torch.manual_seed(3)
+    found: torch.Tensor = model.generate(
+        **inputs, max_new_tokens=7, logits_processor=[processor], pad_token_id=0, **how
+    )
+    return found
+
+
+class Uncached:
+    """The same processor with its memory wiped before each call."""
+
+    def __init__(self, make: Callable[[], FusionLogitsProcessor]) -> None:
+        self.make = make
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return self.make()(input_ids, scores)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"do_sample": True, "top_p": 0.9},
+        {"num_beams": 3, "do_sample": False, "length_penalty": 0.5},
+        {"num_beams": 2, "do_sample": True},
+        {"do_sample": True, "num_return_sequences": 3},
+        {"do_sample": False, "repetition_penalty": 1.3, "min_new_tokens": 4},
+        {"do_sample": False, "prompt_lookup_num_tokens": 3},
+        {"do_sample": False, "bad_words_ids": [[5], [6]]},
+    ],
+    ids=str,
+)
+def test_modes_equal_uncached(
+    calibrator: Calibrator,
+    other_tokenizer: PreTrainedTokenizerFast,
+    make_llama: Maker,
+    how: dict[str, Any],
+) -> None:
+    model = make_llama(len(other_tokenizer), seed=6)
+    texts = TEXTS[:1] if "prompt_lookup_num_tokens" in how else TEXTS[:2]
+    inputs = encode(other_tokenizer, texts)
+    processor = fresh(calibrator, other_tokenizer)
+    wanted = generate(model, inputs, Uncached(lambda: fresh(calibrator, other_tokenizer)), **how)
+    for _ in range(2):
+        assert torch.equal(generate(model, inputs, processor, **how), wanted)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_assisted_greedy_equals_greedy(
+    calibrator: Calibrator, other_tokenizer: PreTrainedTokenizerFast, make_llama: Maker
+) -> None:
+    size = len(other_tokenizer)
+    model, assistant = make_llama(size, seed=6), make_llama(size, seed=7)
+    inputs = encode(other_tokenizer, TEXTS[:1])
+    processor = fresh(calibrator, other_tokenizer)
+    plain = generate(model, inputs, processor, do_sample=False)
+    assisted = generate(model, inputs, processor, do_sample=False, assistant_model=assistant)
+    assert torch.equal(plain, assisted)
+
+
+def test_interleaved_calls_threads_and_streaming(
+    calibrator: Calibrator, other_tokenizer: PreTrainedTokenizerFast, make_llama: Maker
+) -> None:
+    model = make_llama(len(other_tokenizer), seed=6)
+    processor = fresh(calibrator, other_tokenizer)
+    batches = [encode(other_tokenizer, [text]) for text in TEXTS]
+    wanted = [generate(model, batch, processor, do_sample=False) for batch in batches]
+    found: dict[int, torch.Tensor] = {}
+    streamer = TextIteratorStreamer(other_tokenizer, skip_prompt=True)
+
+    def work(index: int) -> None:
+        streaming = {"streamer": streamer} if index == 0 else {}
+        found[index] = model.generate(
+            **batches[index], max_new_tokens=7, do_sample=False, pad_token_id=0,
+            logits_processor=[processor], **streaming,
+        )  # fmt: skip
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    streamed = "".join(streamer)
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(found[i], wanted[i]) for i in range(3))
+    new = wanted[0][0, batches[0]["input_ids"].shape[1] :]
+    assert streamed == other_tokenizer.decode(new)
+
+
+def test_scores_of_another_model_pass_unchanged_with_a_warning(
+    calibrator: Calibrator,
+    other_tokenizer: PreTrainedTokenizerFast,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    processor = fresh(calibrator, other_tokenizer)
+    scores = torch.randn(1, 50)
+    ids = torch.tensor([[20, 21]])
+    assert processor(ids, scores) is scores
+    assert processor(ids, scores) is scores
+    assert caplog.text.count("belong to another model") == 1
+
+
+def test_wrong_use_raises_at_construction(
+    calibrator: Calibrator, byte_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    alone = Calibrator(calibrator.clean, None, byte_tokenizer, context_length=32)
+    with pytest.raises(ConfigError, match="needs a calibrator with a reference model"):
+        FusionLogitsProcessor(alone, byte_tokenizer, FusionConfig())
+    FusionLogitsProcessor(alone, byte_tokenizer, FusionConfig(rule="mixture", strength=0.5))
+    with pytest.raises(ConfigError, match="must be a Calibrator or the name of one, not int"):
+        FusionLogitsProcessor(5, byte_tokenizer)  # type: ignore[arg-type]
+    with pytest.raises(OSError, match="no-such-calibrator"):
+        FusionLogitsProcessor("no-such-calibrator", byte_tokenizer)
+
+
+def test_tokenizer_of_another_model_is_an_error_at_the_first_step(
+    calibrator: Calibrator, other_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    processor = fresh(calibrator, other_tokenizer)
+    message = "scores have 9000 columns, but the tokenizer given has 441 tokens"
+    with pytest.raises(VocabularyError, match=message):
+        processor(torch.tensor([[20]]), torch.randn(1, 9000))
+
+
+def test_text_longer_than_the_context_stays_a_function_of_the_ids(
+    calibrator: Calibrator, other_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """The window moves in strides; reached step by step or at once, the numbers are the same."""
+    text = " ".join(TEXTS * 6)
+    ids = other_tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    assert ids.shape[1] > 3 * calibrator.context_length
+    growing = fresh(calibrator, other_tokenizer)
+    scores = torch.randn(1, len(other_tokenizer))
+    for length in range(ids.shape[1] - 40, ids.shape[1] + 1):
+        grown = growing(ids[:, :length], scores)
+    at_once = fresh(calibrator, other_tokenizer)(ids, scores)
+    torch.testing.assert_close(grown, at_once, atol=1e-4, rtol=1e-4)
