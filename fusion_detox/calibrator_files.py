@@ -30,7 +30,7 @@ from transformers import (
 from fusion_detox.config import FusionConfig
 from fusion_detox.errors import CalibratorError, ConfigError, DataFileError, ModelError
 from fusion_detox.loading import check_causal, quiet_transformers
-from fusion_detox.loading_errors import describe, first_line
+from fusion_detox.loading_errors import LOADING_ERRORS, describe, first_line
 
 FORMAT_VERSION = 1
 DISTRIBUTIONS = ("clean", "reference")
@@ -166,7 +166,7 @@ def read_model(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Pre
             )
         except ModelError:
             raise
-        except (OSError, ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
+        except LOADING_ERRORS as error:
             raise CalibratorError(
                 f"{settings_file}: no model can be built from it: {first_line(error)}. If it was "
                 f"edited, restore it; if its type is newer than the installed transformers, "

@@ -150,6 +150,9 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 @contextlib.contextmanager
 def _replacing(directory: Path) -> Iterator[Path]:
     """A new folder that takes the place of ``directory`` if the block ends well."""
+    for folder in directory.parents:
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"{folder} is not a folder")
     directory.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}.new-"))
     older = beside.with_name(beside.name.replace(".new-", ".old-"))

@@ -263,6 +263,8 @@ def make_portable(folder: Path) -> None:
             values["tokenizer_class"] = "PreTrainedTokenizerFast"
         if isinstance(values.get("extra_special_tokens"), list):
             values["additional_special_tokens"] = values.pop("extra_special_tokens")
+        for circumstance in ("is_local", "local_files_only", "name_or_path"):
+            values.pop(circumstance, None)
         path.write_text(json.dumps(values, indent=2, ensure_ascii=False), encoding="utf-8")
     path = folder / "config.json"
     if path.is_file():

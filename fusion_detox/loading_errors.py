@@ -15,10 +15,17 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    StrictDataclassError,
 )
 from safetensors import SafetensorError
 
 from fusion_detox.errors import ModelError, ModelNotFoundError
+
+# What reading a configuration, weights or a tokenizer raises when a file is wrong.
+LOADING_ERRORS = (
+    *(OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError),
+    *(SafetensorError, StrictDataclassError),
+)
 
 _SAFETENSORS = (
     "Only safetensors are read, because other formats can run code when opened. Convert the model "
@@ -52,7 +59,7 @@ def explained(source: str, what: str, local_files_only: bool) -> Iterator[None]:
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError) as error:
         raise _unreachable(source, what, offline) from error
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
+    except LOADING_ERRORS as error:
         reason = first_line(error)
         if not local and isinstance(error, OSError):
             # transformers reports a missing repository and a missing network alike.
@@ -93,5 +100,7 @@ def describe(names: Any, most: int = 3) -> str:
 
 def first_line(error: BaseException) -> str:
     """What an error of another library says, without its advice."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".:")
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    # A line that ends so only announces the next.
+    said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return " ".join(said.split()).rstrip(".:")
