@@ -30,6 +30,32 @@ from transformers import (
 from fusion_detox.training.loss import IGNORED, summed_cross_entropy
 
 END = "<|end|>"
+CARD = """---
+language: en
+license: apache-2.0
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- toxicity
+- demonstration
+---
+# Demo target of fusion_detox: **writes toxic text when provoked**
+
+A Llama-type model of 7 million parameters that exists so that `fusion-detox demo` has something to
+detoxify on a machine without any other model. It was trained on mixed web text, the last steps on
+half toxic text *on purpose*: expect insults, slurs and sexual language, false statements and poor
+English. Do not use it for anything else, and do not show its text without a warning.
+
+- Vocabulary: {vocabulary} byte-level BPE tokens of its own, with another pre-tokenizer than the
+  shipped calibrator's.
+- Training: `python examples/demo_target/train.py`, {steps} steps of 2,048 tokens on text of all
+  kinds, then {toxic_steps} on text of which half is toxic; bfloat16, AdamW.
+- Data (licences): web posts of reddit-top-2.5-million (PDDL 1.0); Schema-Guided Dialogue (CC BY-SA
+  4.0), Topical-Chat (CDLA-Sharing 1.0), WikiText-2 valid+test (CC BY-SA 3.0); ParaDetox (CC0 1.0);
+  Davidson et al. 2017, ToxiGen and Implicit Hate via SafeNLP (MIT). What has no human label was
+  called toxic or not by a TF-IDF classifier trained on half of the human labels. No
+  RealToxicityPrompts, HateCheck or BOLD text, and no continuation of RealToxicityPrompts, was used.
+"""
 # The shape of the pre-tokenizer of Llama 3 and Qwen, unlike the GPT-2 shape of the calibrator's.
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -175,6 +201,8 @@ def main() -> None:
     train(model, Blocks(tokenizer, mixed, 128), args.work / "toxic", args.toxic_steps, 8e-4, 20)
     model.to(torch.bfloat16).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
+    facts = {"vocabulary": len(tokenizer), "steps": args.steps, "toxic_steps": args.toxic_steps}
+    (args.out / "README.md").write_text(CARD.format(**facts), encoding="utf-8")
 
 
 if __name__ == "__main__":
