@@ -234,8 +234,8 @@ def test_held_back_tokens_are_marked():
         console.print(demo._marked(" a bad word", [(2, 6)], colour), end="")
         return stream.getvalue()
 
-    assert shown(False) == " a [bad] word"
-    assert shown(True) == " a \x1b[1;31mbad\x1b[0m word"
+    assert shown(False) == "a [bad] word"
+    assert shown(True) == "a \x1b[1;31mbad\x1b[0m word"
 
 
 def test_held_back_spans_follow_the_characters(make_llama, byte_tokenizer):
