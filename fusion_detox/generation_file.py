@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -145,6 +146,26 @@ class CompletionFile:
             f"line {number} of {self.path} is not a row of completions; choose another output "
             "file, or --overwrite to lose what it holds"
         )
+
+
+def folder_fingerprint(folder: Path, *, samples: int = 64, size: int = 1 << 14) -> str:
+    """Tells whether a model folder holds what it held: 12 hex digits of SHA-256.
+
+    Reads all of the configuration, but of large weights ``samples`` pieces of ``size`` bytes only:
+    training moves all weights, so that the pieces tell two models apart.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.suffix not in (".safetensors", ".json") or not path.is_file():
+            continue
+        length = path.stat().st_size
+        whole = path.suffix == ".json" or length <= samples * size
+        digest.update(f"{path.relative_to(folder).as_posix()}:{length}:".encode())
+        with path.open("rb") as file:
+            for piece in range(1 if whole else samples):
+                file.seek(piece * (length - size) // (samples - 1))
+                digest.update(file.read(-1 if whole else size))
+    return digest.hexdigest()[:12]
 
 
 def _record(row: Row, settings: dict[str, Any]) -> dict[str, Any]:

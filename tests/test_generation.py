@@ -25,7 +25,7 @@ from fusion_detox.generation import (
     pad_token_id,
     prompt_ids,
 )
-from fusion_detox.generation_file import CompletionFile, CompletionWriter
+from fusion_detox.generation_file import CompletionFile, CompletionWriter, folder_fingerprint
 
 PROMPTS = ["You are a", "The weather was fine, so we walked", "She", "What a damn", "In 1987 the"]
 SETTINGS = {"model": "tiny", "fusion": {"strength": 1.0}}
@@ -321,6 +321,19 @@ def test_a_full_disk_keeps_what_is_written(tmp_path):
     path = tmp_path / "out.jsonl"
     path.write_bytes(stream.taken)
     assert CompletionFile(path, SETTINGS).missing([row(0).job, row(1).job]) == [row(1).job]
+
+
+def test_fingerprints_tell_folders_apart(tmp_path):
+    small, large = tmp_path / "config.json", tmp_path / "model.safetensors"
+    small.write_text("{}")
+    large.write_bytes(bytes(3 << 20))
+    first = folder_fingerprint(tmp_path)
+    (tmp_path / "notes.txt").write_text("not a part of the model")
+    assert folder_fingerprint(tmp_path) == first
+    large.write_bytes(bytes((3 << 20) - 1) + b"1")
+    second = folder_fingerprint(tmp_path)
+    small.write_text("[]")
+    assert len({first, second, folder_fingerprint(tmp_path)}) == 3
 
 
 def test_explanation_tells_what_was_moved():

@@ -254,6 +254,10 @@ def _writer(file: CompletionFile | None, settings: dict[str, Any]) -> Iterator[C
 
 
 def _identity(name: str) -> str:
-    """The same model gives the same text, from whatever folder the command runs."""
-    path = Path(name)
-    return str(path.resolve()) if path.exists() else name
+    """A folder's name and content, as another model may be saved to it; else the name."""
+    from fusion_detox.generation_file import folder_fingerprint
+    from fusion_detox.shipped import find_shipped
+
+    path = Path(name).expanduser()
+    folder = path if path.is_dir() else find_shipped(name)
+    return f"{folder.resolve().name}@{folder_fingerprint(folder)}" if folder else name

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -187,6 +188,16 @@ def test_output_of_other_settings(fails, common, capsys):
     assert "fusion.clip was 3.0, now 2.0; sampling.seed was 0, now 5" in message
     assert "--overwrite to start anew" in message
     assert Path("out.jsonl").read_bytes() == before
+
+
+def test_output_of_another_model_in_the_same_folder(fails, common, target, make_llama, capsys):
+    copy = shutil.copytree(target, "copy")
+    assert main(["generate", copy, "p", *map(str, common[2:]), "-o", "out.jsonl"]) == 0
+    assert main(["generate", "./copy", "p", *map(str, common[2:]), "-o", "out.jsonl"]) == 0
+    make_llama(470, seed=4).save_pretrained(copy)
+    capsys.readouterr()
+    message = fails("generate", copy, "p", *common[2:], "-o", "out.jsonl")
+    assert re.search(r'\(model was "copy@\w{12}", now "copy@\w{12}"\)', message)
 
 
 def test_output_of_other_prompts(fails, common, capsys):
