@@ -11,9 +11,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -148,8 +146,7 @@ def read_model(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Pre
     settings_file = folder / "config.json"
     read_json(settings_file)
     for path in weight_files(folder):
-        with open_weights(path):
-            pass
+        tensor_shapes(path)
     options = {"trust_remote_code": False, "local_files_only": True}
     with quiet_transformers():
         try:
@@ -172,7 +169,7 @@ def read_model(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Pre
                 f"edited, restore it; if its type is newer than the installed transformers, "
                 f"upgrade them."
             ) from error
-    _check_report(folder, info)
+    _check_report(folder, model, info)
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise CalibratorError(
@@ -248,12 +245,16 @@ def weight_files(folder: Path) -> list[Path]:
     raise CalibratorError(f"{single} is missing. {_MEND}")
 
 
-@contextlib.contextmanager
-def open_weights(path: Path) -> Iterator[Any]:
-    """A safetensors file, of which only the header is read; refuses a damaged one."""
+def tensor_shapes(path: Path) -> dict[str, list[int]]:
+    """Name and shape of each tensor, from the header of a safetensors file.
+
+    Raises:
+        CalibratorError: The file is damaged.
+    """
     try:
         with safe_open(path, framework="pt") as tensors:
-            yield tensors
+            names = list(tensors.keys())
+            return {name: list(tensors.get_slice(name).get_shape()) for name in names}
     except (SafetensorError, OSError) as error:
         size = path.stat().st_size
         raise CalibratorError(
@@ -262,13 +263,18 @@ def open_weights(path: Path) -> Iterator[Any]:
         ) from error
 
 
-def _check_report(folder: Path, info: dict[str, Any]) -> None:
+def _check_report(folder: Path, model: PreTrainedModel, info: dict[str, Any]) -> None:
     """Refuse a model that was not filled by exactly the tensors of its files."""
     if info["mismatched_keys"]:
-        name, in_file, expected = min(info["mismatched_keys"])
+        # Names only in transformers 4.57, with both shapes in 5.
+        name = min(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])
+        shapes: dict[str, list[int]] = {}
+        for path in weight_files(folder):
+            shapes.update(tensor_shapes(path))
+        expected = list(model.state_dict()[name].shape)
         raise CalibratorError(
-            f"{folder}: the tensor {name} has the shape {list(in_file)}, but config.json asks for "
-            f"{list(expected)}. The two files do not belong together or config.json was edited. "
+            f"{folder}: the tensor {name} has the shape {shapes.get(name)}, but config.json asks "
+            f"for {expected}. The two files do not belong together or config.json was edited. "
             f"{_MEND}"
         )
     for kind, keys in (("lack", "missing_keys"), ("hold, unknown,", "unexpected_keys")):

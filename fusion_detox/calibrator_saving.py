@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -20,10 +21,10 @@ from fusion_detox.calibrator_files import (
     HUB_FILES,
     Settings,
     check_rule,
-    open_weights,
     read_json,
     read_record,
     read_settings,
+    tensor_shapes,
     weight_files,
 )
 from fusion_detox.card import render_card
@@ -65,16 +66,13 @@ def write_folder(
         for part, model in models.items():
             model.save_pretrained(folder / part)
             make_portable(folder / part)
-        tokenizer.save_pretrained(folder)
-        make_portable(folder)
-        if not (folder / "tokenizer.json").is_file():
-            raise CalibratorError(
-                f"The tokenizer {type(tokenizer).__name__} cannot be saved as tokenizer.json. Use "
-                f"one that the `tokenizers` library runs (a fast tokenizer)."
-            )
+        _save_tokenizer(tokenizer, folder)
         _write_json(folder / "training.json", record)
         _write_json(folder / "calibrator.json", _to_json(settings))
         (folder / "README.md").write_text(_card(folder, name), encoding="utf-8")
+        # safetensors gives its files to their owner only.
+        for path in folder.glob("*/*.safetensors"):
+            path.chmod((folder / "README.md").stat().st_mode)
 
 
 def write_config(directory: str | os.PathLike[str], config: FusionConfig) -> None:
@@ -100,11 +98,27 @@ def write_config(directory: str | os.PathLike[str], config: FusionConfig) -> Non
                     _write_json(path, _to_json(settings))
                 else:
                     path.write_text(_card(folder, folder.name), encoding="utf-8")
-                path.chmod((folder / "calibrator.json").stat().st_mode & 0o777)
+                path.chmod((folder / "calibrator.json").stat().st_mode)
                 os.replace(path, folder / name)
             except BaseException:
                 path.unlink(missing_ok=True)
                 raise
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        # tokenizers raises nothing more special than this, for a full disk too.
+        if type(error) is Exception:
+            raise OSError(first_line(error)) from error
+        raise
+    make_portable(folder)
+    if not (folder / "tokenizer.json").is_file():
+        raise CalibratorError(
+            f"The tokenizer {type(tokenizer).__name__} cannot be saved as tokenizer.json. Use one "
+            f"that the `tokenizers` library runs (a fast tokenizer)."
+        )
 
 
 def _to_json(settings: Settings) -> dict[str, Any]:
@@ -116,14 +130,8 @@ def _card(folder: Path, name: str) -> str:
     """The card of a folder that is complete but for it."""
     parts = {}
     for part in read_settings(folder).distributions:
-        elements = 0
-        for path in weight_files(folder / part):
-            with open_weights(path) as tensors:
-                for key in tensors.keys():  # noqa: SIM118 - it is no dictionary
-                    count = 1
-                    for size in tensors.get_slice(key).get_shape():
-                        count *= size
-                    elements += count
+        shapes = [s for path in weight_files(folder / part) for s in tensor_shapes(path).values()]
+        elements = sum(math.prod(shape) for shape in shapes)
         kind = read_json(folder / part / "config.json").get("model_type", "unknown")
         parts[part] = {"parameters": elements, "model_type": kind}
     return render_card(

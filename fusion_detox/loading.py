@@ -266,6 +266,8 @@ def make_portable(folder: Path) -> None:
         for circumstance in ("is_local", "local_files_only", "name_or_path"):
             values.pop(circumstance, None)
         path.write_text(json.dumps(values, indent=2, ensure_ascii=False), encoding="utf-8")
+    # Version 4 writes it beside; all of it stands in the file above.
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)
     path = folder / "config.json"
     if path.is_file():
         values = json.loads(path.read_text(encoding="utf-8"))

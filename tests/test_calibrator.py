@@ -64,6 +64,8 @@ def test_round_trip(byte_tokenizer, tmp_path, request, kind, tied):
     text = "What a stupid idiot,\n 東京 🙂"
     assert after.tokenizer(text).input_ids == byte_tokenizer(text).input_ids
     after.save_pretrained(tmp_path / "again")
+    modes = {path.stat().st_mode for path in (tmp_path / "again").rglob("*") if path.is_file()}
+    assert len(modes) == 1
     one, two = contents(tmp_path / "first"), contents(tmp_path / "again")
     name = Path("README.md")
     assert one.pop(name) == two.pop(name).replace(b"again", b"first")
