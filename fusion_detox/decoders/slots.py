@@ -1,0 +1,123 @@
+"""What a decoder is, and the slots that hold the keys and values of its rows."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Row(NamedTuple):
+    """Work on one slot.
+
+    Attributes:
+        slot: The slot's number.
+        start: Its leading columns that are filled and right; may be 0.
+        tokens: Ids for the columns from ``start`` on; at least one.
+        asked: Ascending offsets into ``tokens`` after which the next token is asked for.
+    """
+
+    slot: int
+    start: int
+    tokens: tuple[int, ...]
+    asked: tuple[int, ...]
+
+    @property
+    def stop(self) -> int:
+        """Filled columns afterwards."""
+        return self.start + len(self.tokens)
+
+
+class SlotStore:
+    """Keys and values of many texts, one slot each; the column of a token is its position.
+
+    Shortening a text needs no change here: columns beyond its end are masked.
+
+    Args:
+        shapes: For each layer, ``(heads, head_dim)`` of its keys and of its values.
+        columns: Longest text in tokens.
+        device: Where they are kept.
+        dtype: Of both.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[tuple[tuple[int, int], tuple[int, int]]],
+        columns: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.columns = columns
+
+        def empty(shape: tuple[int, int]) -> Tensor:
+            return torch.zeros(0, columns, *shape, device=device, dtype=dtype)
+
+        # By layer, (slots, columns, heads, head_dim).
+        self.keys = [empty(keys) for keys, _ in shapes]
+        self.values = [empty(values) for _, values in shapes]
+
+    @property
+    def slots(self) -> int:
+        """Number of slots."""
+        return len(self.keys[0])
+
+    def resize(self, slots: int) -> None:
+        """Have this many slots; what the first ones hold stays."""
+        for tensors in (self.keys, self.values):
+            for layer, old in enumerate(tensors):
+                # Zeros, because masked values are multiplied by 0, and 0 * NaN is NaN.
+                new = old.new_zeros(slots, *old.shape[1:])
+                kept = min(slots, len(old))
+                new[:kept] = old[:kept]
+                tensors[layer] = new
+
+    def copy(self, source: int, target: int, start: int, stop: int) -> None:
+        """Copy the columns ``start`` to ``stop`` of one slot to another."""
+        for tensors in (self.keys, self.values):
+            for tensor in tensors:
+                tensor[target, start:stop] = tensor[source, start:stop]
+
+    def write(self, layer: int, where: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Store new columns.
+
+        Args:
+            layer: The layer's number.
+            where: ``(tokens,)`` of ``slot * columns + column``.
+            keys: ``(tokens, heads, head_dim)``.
+            values: Likewise.
+        """
+        self.keys[layer].flatten(0, 1).index_copy_(0, where, keys)
+        self.values[layer].flatten(0, 1).index_copy_(0, where, values)
+
+
+class Decoder(ABC):
+    """Logits of one or two models at the ends of texts that live in slots.
+
+    Attributes:
+        distributions: Number of models.
+    """
+
+    distributions: int
+
+    @abstractmethod
+    def resize(self, slots: int) -> None:
+        """Have this many slots; what the first ones hold stays."""
+
+    @abstractmethod
+    def copy(self, source: int, target: int, start: int, stop: int) -> None:
+        """Copy the columns ``start`` to ``stop`` of one slot to another."""
+
+    @abstractmethod
+    def logits(self, rows: Sequence[Row]) -> Tensor:
+        """Feed the rows' tokens, in one forward pass, and fill their columns.
+
+        Args:
+            rows: At least one, of different slots.
+
+        Returns:
+            ``(distributions, asked, vocab)``; the asked positions of the first row, then those
+            of the second and so on.
+        """
