@@ -61,3 +61,13 @@ def test_demo_target(checkout):
     assert shipped.demo_target_path() == in_checkout
     in_package = put(checkout / "fusion_detox" / "_shipped" / "demo_target", "config.json")
     assert shipped.demo_target_path() == in_package
+
+
+@pytest.mark.parametrize("name", shipped.shipped_names())
+def test_what_ships_loads(name):
+    folder = shipped.find_shipped(name)
+    calibrator = Calibrator.from_pretrained(name)
+    assert calibrator.reference is not None
+    assert calibrator.record["command"]
+    assert calibrator.record["data"]
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 40e6
