@@ -15,6 +15,7 @@ scores of RealToxicityPrompts are only measured against; nothing is chosen by th
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -149,22 +150,27 @@ def train_lexical(texts: list[str], labels: NDArray[np.int64]) -> dict[str, NDAr
     return tensors | {"bias": model.intercept_.astype(np.float32)}
 
 
+def embed(texts: list[str], work: Path) -> torch.Tensor:
+    """Sentence embeddings, of which those made earlier are taken from a file."""
+    cache = work / "embeddings.npz"
+    known: dict[str, NDArray[np.float32]] = {}
+    if cache.exists():
+        with np.load(cache) as stored:
+            known = dict(zip(stored["keys"].tolist(), stored["values"], strict=True))
+    keys = [hashlib.md5(text.encode()).hexdigest() for text in texts]
+    new = {key: text for key, text in zip(keys, texts, strict=True) if key not in known}
+    if new:
+        known |= dict(zip(new, Embedder()(list(new.values())).numpy(), strict=True))
+        np.savez(cache, keys=np.array(list(known)), values=np.stack(list(known.values())))
+    return torch.from_numpy(np.stack([known[key] for key in keys]))
+
+
 def train_contextual(
     texts: list[str], labels: NDArray[np.int64], work: Path, dev: list[dict[str, Any]]
 ) -> dict[str, NDArray[Any]]:
     """The head that does best on the development labels, of 30 epochs."""
-    embedder = Embedder()
-
-    def embed(name: str, texts: list[str]) -> torch.Tensor:
-        cache = work / f"embeddings_{name}.npy"
-        if cache.exists() and len(np.load(cache, mmap_mode="r")) == len(texts):
-            return torch.from_numpy(np.load(cache))
-        embeddings = embedder(texts)
-        np.save(cache, embeddings.numpy())
-        return embeddings
-
-    inputs, outputs = embed("train", texts), torch.from_numpy(labels).float()
-    dev_inputs = embed("dev", [row["text"] for row in dev])
+    inputs, outputs = embed(texts, work), torch.from_numpy(labels).float()
+    dev_inputs = embed([row["text"] for row in dev], work)
     dev_labels = [row["toxic"] for row in dev]
     torch.manual_seed(SEED)
     model = head(inputs.shape[1])
