@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from fusion_detox import __version__
-from fusion_detox.cli import demo, main
+from fusion_detox.cli import demo, info, main
 from fusion_detox.cli.options import with_options
 from fusion_detox.cli.prompts import read_prompts
 from fusion_detox.config import FusionConfig
@@ -168,6 +168,23 @@ def test_info_shows_the_card(calibrator_folder, capsys):
     for part in ("clean", "reference", "32 tokens", "byte-level", "train-calibrator --seed 7"):
         assert part in text
     assert "rule contrast" in text
+
+
+def test_a_training_record_is_shown_in_short():
+    record = {
+        "base_model": None,
+        "seed": 7,
+        "data": [{"name": "a", "license": "MIT"}, {"name": "b"}],
+        "bits_per_byte": {"general": {"clean": 1.25, "reference": None}},
+        "curves": {"clean": [{"step": step} for step in range(100)]},
+    }
+    assert info._flat(record) == [
+        ("seed", "7"),
+        ("data", "name a, license MIT"),
+        ("data", "name b"),
+        ("bits per byte", "general (clean 1.25)"),
+        ("curves", "clean 100 entries, see --json"),
+    ]
 
 
 def test_info_in_json_with_a_map(calibrator_folder, target_folder, capsys):

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from fusion_detox.calibrator import Calibrator
 
 
+_LONGEST_LIST = 12
+
+
 def register(app: typer.Typer) -> None:
     """Adds the command to the command line."""
     app.command("info")(info)
@@ -135,6 +138,8 @@ def _flat(record: dict[str, Any]) -> list[tuple[str, str]]:
     """A line for each entry of the training record; lists of objects become a line an object."""
     lines = []
     for name, value in record.items():
+        if value is None or value in ({}, [], ""):
+            continue
         label = str(name).replace("_", " ")
         if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
             lines += [(label, _value(item)) for item in value]
@@ -145,9 +150,15 @@ def _flat(record: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _value(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{name} {_value(item)}" for name, item in value.items())
+        inner = (
+            (name, f"({_value(item)})" if isinstance(item, dict) else _value(item))
+            for name, item in value.items()
+            if item is not None
+        )
+        return ", ".join(f"{name} {text}" for name, text in inner)
     if isinstance(value, list):
-        return ", ".join(map(_value, value))
+        long = len(value) > _LONGEST_LIST
+        return f"{len(value)} entries, see --json" if long else "; ".join(map(_value, value))
     if isinstance(value, float):
         return f"{value:g}"
     return "none" if value is None else str(value)
