@@ -98,7 +98,7 @@ class Bench:
                 rows = [json.loads(line) for line in lines]
             for source in args.sources:
                 kept = [r["text"] for r in rows if r.get("source", source) == source]
-                encoded = [list(self.tokenizer(text)["input_ids"]) for text in kept]
+                encoded = [list(self.tokenizer(text, verbose=False)["input_ids"]) for text in kept]
                 encoded = [ids for ids in encoded if len(ids) >= args.text_tokens]
                 self.texts[source] = encoded[: args.texts]
         self._calibrators: dict[str, tuple[Any, str]] = {}
