@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -61,10 +62,9 @@ class _Matrix(NamedTuple):
         result = dense.new_empty(len(dense), size)
         step = size if dense.device.type != "cpu" else max(1, _BLOCK // max(1, len(dense)))
         bounds = [*range(0, size, step), size]
-        edges = self.pointers[bounds].tolist() if len(bounds) > 2 else [0, len(self.columns)]
+        edges: list[int] = self.pointers[bounds].tolist()
         # As fast as a CSR product at batch 1 and several times faster at batch 32.
-        for n in range(len(bounds) - 1):
-            low, high, begin, end = *bounds[n : n + 2], *edges[n : n + 2]
+        for (low, high), (begin, end) in zip(pairwise(bounds), pairwise(edges), strict=True):
             bags = torch.nn.functional.embedding_bag(
                 self.columns[begin:end],
                 transposed,

@@ -74,8 +74,9 @@ def build_static(
     places: list[int] = []
     paths: list[tuple[int, ...]] = []
     for n, split in zip(longer, calibrator.tokens.split(calibrator.tokenizer, texts), strict=True):
-        path = split or own.greedy(target.sorted[n])
-        if path and len(path) > 1 and max(path) < len(pieces):
+        narrow = split is None or max(split) >= len(pieces)
+        path = own.greedy(target.sorted[n]) if narrow else split
+        if path and len(path) > 1:
             places.append(n)
             paths.append(path)
     factors = static_factors(calibrator, Paths.of(paths), _subtrees(pieces))

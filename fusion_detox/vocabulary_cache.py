@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -31,10 +32,10 @@ def load_map(path: Path, key: str) -> tuple[dict[str, Tensor], float] | None:
 
     A truncated, damaged or foreign file is reported in the log and counts as none.
     """
-    if not path.exists():
-        return None
     try:
-        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+        if not path.exists():
+            return None
+        with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != f"fusion-detox-map-{FORMAT_VERSION}":
                 raise ValueError("it is not a vocabulary map of this version")
@@ -69,7 +70,8 @@ def save_map(path: Path, key: str, tensors: dict[str, Tensor], coverage: float) 
             path.parent,
             error,
         )
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def _check(tensors: dict[str, Tensor], sizes: dict[str, list[int]]) -> None:

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _UNIGRAM_ROWS = 256
-_MOST_ROWS = 4096
+_MOST_ROWS = 2048
 _BATCH = 128
 # Multiply-adds spent on the pairs of tokens: about a second of one CPU core.
-_WORK = 2e10
+_WORK = 20_000_000_000
 
 
 class _Model(Protocol):
@@ -104,12 +104,14 @@ def static_factors(
     average = average / average.sum()
 
     exact = average[paths.following].log()
-    starts = _range_mass(average[None, order], start, stop).squeeze(0)
-    goes_on = starts[paths.following].log()
+    end = paths.following
+    first_row = torch.zeros_like(end)
+    goes_on = _range_mass(average[None, order], first_row, start[end], stop[end]).log()
     weight = average[paths.heads].log().index_add(0, paths.owner, exact).exp()
     importance = torch.zeros_like(average).index_add_(0, paths.previous, weight[paths.owner])
-    limit = int(_WORK // (2 * sum(p.numel() for p in calibrator.clean.parameters()) or 1))
-    limit = min(max(limit, _UNIGRAM_ROWS), _MOST_ROWS, int((importance > 0).sum()))
+    size = sum(parameter.numel() for parameter in calibrator.clean.parameters())
+    limit = min(max(_WORK // (2 * size + 1), _UNIGRAM_ROWS), _MOST_ROWS)
+    limit = min(limit, int((importance > 0).sum()))
     chosen = importance.topk(limit).indices.sort().values
 
     # Pairs in the order of their first token, so that each batch of rows owns a slice of them.
@@ -147,10 +149,11 @@ def factor_identity(calibrator: _Model) -> str:
     return digest.hexdigest()
 
 
-def _range_mass(laws: Tensor, start: Tensor, stop: Tensor) -> Tensor:
-    """Mass of all tokens that start with each token; ``laws`` in byte order."""
-    mass = torch.nn.functional.pad(laws.double().cumsum(-1), (1, 0))
-    return (mass[:, stop] - mass[:, start]).clamp_min(1e-30).float()
+def _range_mass(laws: Tensor, row: Tensor, start: Tensor, stop: Tensor) -> Tensor:
+    """Mass from ``start`` up to ``stop`` in given rows of laws that are in byte order."""
+    mass = laws.cumsum(-1, dtype=torch.float64)
+    below = torch.where(start > 0, mass[row, (start - 1).clamp_min(0)], 0.0)
+    return (mass[row, stop - 1] - below).clamp_min(1e-30).float()
 
 
 def _next_laws(calibrator: _Model, tokens: Tensor) -> Iterator[tuple[slice, Tensor]]:

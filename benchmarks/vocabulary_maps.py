@@ -1,0 +1,215 @@
+r"""What a calibrator's map costs and loses on real vocabularies.
+
+    python benchmarks/vocabulary_maps.py --calibrator english-16k \\
+        --tokenizers ../shared/tokenizers --texts HELD_OUT.jsonl
+
+For each target vocabulary: seconds to build the map and to load it from the cache, milliseconds to
+apply it, coverage, and the bits per byte of held-out text scored through the map, less those of
+the calibrator scoring the same text in its own tokens (0: nothing is lost). Text is cut where
+tokens of both end; a piece of several target tokens is one that the target enters inside of a
+word of the calibrator ("inside"), any other is one target token ("single").
+
+A prefix mass scores text as well: the chain of "goes on with these bytes" is the probability of
+the bytes in whatever tokens, so its excess can be below 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from fusion_detox import Calibrator
+from fusion_detox.context import TextContext
+from fusion_detox.processor import _covers
+from fusion_detox.session import CalibratorSession
+from fusion_detox.tokens import TokenTable, encode
+from fusion_detox.vocabulary import Cover, VocabularyMap
+
+RESULTS = Path(__file__).parent / "results" / "vocabulary_maps.json"
+NAMES = ("gpt2", "cl100k_base", "o200k_base", "mistral_v1_sentencepiece", "tekken")
+VARIANTS = (("transfer", 4), ("transfer", 0), ("prefix", 4), ("prefix", 0))
+ROWS = 16
+LONGEST = 600  # characters of a text
+
+
+def held_out(path: Path, count: int) -> list[str]:
+    """Texts of some length, evenly spread over the file."""
+    with path.open(encoding="utf-8") as lines:
+        texts = [json.loads(line)["text"].strip() for line in lines]
+    texts = [text[:LONGEST].rsplit(" ", 1)[0] for text in texts if len(text) > 150]
+    return texts[:: max(1, len(texts) // count)][:count]
+
+
+def ends(pieces: Sequence[bytes]) -> list[int]:
+    total = 0
+    return [total := total + len(piece) for piece in pieces]
+
+
+def score_text(calibrator, session, vocabulary, tokens, tokenizer, text):
+    """Per variant and kind of place: bits through the map, own bits and bytes."""
+    (target_ids,), (own_ids,) = encode(tokenizer, [text]), encode(calibrator.tokenizer, [text])
+    pieces = [tokens.pieces[i] or b"" for i in target_ids]
+    if tokens.dummy_prefix:
+        pieces[0] = pieces[0].removeprefix(b" ")
+    own_pieces = [calibrator.tokens.pieces[i] or b"" for i in own_ids]
+    if b"".join(pieces) != b"".join(own_pieces):
+        return None
+    own_bits, paths = [], [tuple(own_ids[:n]) for n in range(len(own_ids))]
+    for start in range(0, len(paths), ROWS):
+        logs = session.log_probs(paths[start : start + ROWS])[0]
+        following = torch.tensor(own_ids[start : start + ROWS], device=logs.device)
+        own_bits += (-logs.gather(1, following[:, None])[:, 0] / 0.6931472).tolist()
+
+    context = TextContext(calibrator, tokens, vocabulary.kind == "identity", None)
+    bits = {variant: [] for variant in VARIANTS}
+    for start in range(0, len(target_ids), ROWS):
+        rows = range(start, min(start + ROWS, len(target_ids)))
+        positions = [context.read(tuple(target_ids[:n])) for n in rows]
+        following = torch.tensor([target_ids[n] for n in rows])
+        for mode, depth in VARIANTS:
+            cut = [p._replace(word=p.word[len(p.word) - depth :]) for p in positions]
+            wanted: dict[tuple[int, ...], int] = {}
+            for position in cut:
+                for back in range(len(position.word) + 1):
+                    wanted.setdefault(position.path[: len(position.path) - back], len(wanted))
+            logs = session.log_probs(list(wanted))[:1]
+            covers, weights = _covers(cut, wanted, logs)
+            mass = vocabulary.project(logs.exp(), covers, weights, len(cut), mode=mode)[0].cpu()
+            chosen = mass[torch.arange(len(cut)), following].clamp_min(1e-10)
+            bits[mode, depth] += (-chosen.log2()).tolist()
+
+    places = {}
+    boundaries, own_boundaries = ends(pieces), ends(own_pieces)
+    common = sorted(set(boundaries) & set(own_boundaries))
+    for begin, end in pairwise(common):  # the text's first words are left out
+        mine = [n for n, at in enumerate(boundaries) if begin < at <= end]
+        own = sum(own_bits[n] for n, at in enumerate(own_boundaries) if begin < at <= end)
+        kind = "single" if len(mine) == 1 else "inside"
+        for variant in VARIANTS:
+            place = places.setdefault((variant, kind), [0.0, 0.0, 0])
+            place[0] += sum(bits[variant][n] for n in mine)
+            place[1] += own
+            place[2] += end - begin
+    return places
+
+
+def measure_loss(calibrator, session, vocabulary, tokens, tokenizer, texts):
+    totals: dict[tuple[tuple[str, int], str], list[float]] = {}
+    skipped = 0
+    for text in texts:
+        places = score_text(calibrator, session, vocabulary, tokens, tokenizer, text)
+        skipped += places is None
+        for key, values in (places or {}).items():
+            kept = totals.setdefault(key, [0.0, 0.0, 0])
+            totals[key] = [a + b for a, b in zip(kept, values, strict=True)]
+    report = {"texts": len(texts) - skipped, "texts_not_byte_equal": skipped}
+    for variant in VARIANTS:
+        mode, depth = variant
+        rows = {kind: totals[variant, kind] for kind in ("single", "inside")}
+        rows["all"] = [a + b for a, b in zip(*rows.values(), strict=True)]
+        report[f"{mode}, {'healing' if depth else 'no healing'}"] = {
+            kind: {
+                "excess_bits_per_byte": round((got - own) / size, 4),
+                "own_bits_per_byte": round(own / size, 4),
+                "bytes": size,
+            }
+            for kind, (got, own, size) in rows.items()
+        }
+    return report
+
+
+def measure_speed(calibrator, vocabulary):
+    """Milliseconds of one application, two distributions, two covers a row; best of several."""
+    device = next(calibrator.clean.parameters()).device
+    report = {}
+    for rows in (1, 8, 32):
+        probs = torch.rand(2, 2 * rows, calibrator.vocabulary_size, device=device).softmax(-1)
+        covers = [Cover(row, row, b"") for row in range(rows)]
+        covers += [Cover(row, rows + row, b" th") for row in range(rows)]
+        weights = torch.rand(2, len(covers), device=device)
+        best = {}
+        for mode in ("prefix", "transfer"):
+            times = []
+            for _ in range(10):
+                started = time.perf_counter()
+                vocabulary.project(probs, covers, weights, rows, mode=mode).sum().item()
+                times.append(time.perf_counter() - started)
+            best[mode] = round(min(times) * 1e3, 3)
+        report[f"batch_{rows}"] = best
+    return report
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--calibrator", default="english-16k")
+    parser.add_argument("--tokenizers", type=Path, required=True, help="folder of tokenizers")
+    parser.add_argument("--texts", type=Path, help="held-out JSON Lines; without, no loss")
+    parser.add_argument("--count", type=int, default=40)
+    parser.add_argument("--names", nargs="+", default=list(NAMES))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+
+    calibrator = Calibrator.from_pretrained(args.calibrator).to(args.device)
+    report = {
+        "setup": {
+            "calibrator": args.calibrator,
+            "vocabulary_size": calibrator.vocabulary_size,
+            "device": args.device,
+            "threads": torch.get_num_threads(),
+            "cores": os.cpu_count(),
+            "load": os.getloadavg()[0],
+            "machine": platform.machine(),
+            "torch": torch.__version__,
+        },
+        "vocabularies": {},
+    }
+    for name in args.names:
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizers / name)
+        started, used = time.perf_counter(), time.process_time()
+        tokens = TokenTable.from_tokenizer(tokenizer)
+        table_seconds = time.perf_counter() - started
+        table_cpu_seconds = time.process_time() - used
+        with tempfile.TemporaryDirectory() as cache:
+            used = time.process_time()
+            built = VocabularyMap.build(calibrator, tokens, tokenizer, cache_dir=Path(cache))
+            build_cpu_seconds = time.process_time() - used
+            fresh = TokenTable.from_tokenizer(tokenizer)  # without a fingerprint in memory
+            used = time.process_time()
+            loaded = VocabularyMap.build(calibrator, fresh, tokenizer, cache_dir=Path(cache))
+            cached_cpu_seconds = time.process_time() - used
+        row = {
+            "kind": built.kind,
+            "tokens": len(tokens.pieces),
+            "mapped": int(built.mapped.sum()),
+            "coverage": built.coverage,
+            "table_seconds": round(table_seconds, 3),
+            "build_seconds": round(built.build_seconds, 3),
+            "cached_seconds": round(loaded.build_seconds, 3),
+            "table_cpu_seconds": round(table_cpu_seconds, 3),
+            "build_cpu_seconds": round(build_cpu_seconds, 3),
+            "cached_cpu_seconds": round(cached_cpu_seconds, 3),
+            "apply_ms": measure_speed(calibrator, loaded),
+        }
+        if args.texts:
+            session = CalibratorSession(calibrator, device=torch.device(args.device))
+            texts = held_out(args.texts, args.count)
+            row["loss"] = measure_loss(calibrator, session, loaded, tokens, tokenizer, texts)
+        report["vocabularies"][name] = row
+        print(name, json.dumps(row, indent=1))
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
