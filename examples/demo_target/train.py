@@ -199,6 +199,7 @@ def main() -> None:
         characters -= len(text)
     rng.shuffle(mixed)
     train(model, Blocks(tokenizer, mixed, 128), args.work / "toxic", args.toxic_steps, 8e-4, 20)
+    model.config.use_cache = True  # Trainer turns it off
     model.to(torch.bfloat16).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     facts = {"vocabulary": len(tokenizer), "steps": args.steps, "toxic_steps": args.toxic_steps}

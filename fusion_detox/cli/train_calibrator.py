@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fusion_detox.cli.dataclass_options import with_options
+from fusion_detox.cli.options import with_options
 from fusion_detox.errors import DataError, DataFileError
 from fusion_detox.training.settings import TrainingConfig
 

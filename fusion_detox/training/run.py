@@ -133,6 +133,7 @@ class Run:
             )
             if self.is_main:
                 (self.work / title / "curve.json").write_text(json.dumps(curve))
+                model.config.use_cache = True  # Trainer turns it off
                 _publish(model.cpu(), done)
                 for checkpoint in (self.work / title).glob("checkpoint-*"):
                     shutil.rmtree(checkpoint)
