@@ -212,9 +212,9 @@ def _file_rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
+        number = raw[: error.start].count(b"\n") + 1
         raise DataError(
-            f"{path} line {line}: byte 0x{raw[error.start]:02x} is not UTF-8; "
+            f"{path} line {number}: byte 0x{raw[error.start]:02x} is not UTF-8; "
             f"convert the file first, for example with iconv"
         ) from error
     if not text.strip():
