@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 Mode = Literal["prefix", "transfer"]
 
 # Columns of a sparse product that are transposed at a time, so that they stay in the CPU's cache.
-_BLOCK = 1 << 20
+_BLOCK = 1 << 18
 
 
 class Cover(NamedTuple):
@@ -222,10 +222,9 @@ class VocabularyMap:
             of which no cover can be continued. For the identity the very ``probs``, padded with
             zeros where the target is wider.
         """
-        canonical = [(n, cover) for n, cover in enumerate(covers) if not cover.remainder]
         device = probs.device
-        positions = torch.tensor([cover.position for _, cover in canonical], device=device)
-        row = torch.tensor([cover.row for _, cover in canonical], device=device)
+        columns = [(n, *cover[:2]) for n, cover in enumerate(covers) if not cover.remainder]
+        kept, row, positions = torch.tensor(columns, device=device).long().view(-1, 3).unbind(1)
         if self.kind == "identity":
             result = probs.new_zeros(probs.shape[0], rows, self._size)
             width = min(self._size, probs.shape[-1])
@@ -233,59 +232,55 @@ class VocabularyMap:
             return result
 
         matrices, usable = self._matrices(device)
-        if canonical:
-            weight = weights[:, [n for n, _ in canonical]]
-            mixed = probs.new_zeros(probs.shape[0], rows, probs.shape[-1])
-            mixed.index_add_(1, row, probs[:, positions] * weight[..., None])
-            result = matrices[mode].apply(mixed.flatten(0, 1)).view(len(probs), rows, -1)
-            total = mixed @ usable
-        else:
-            result = probs.new_zeros(probs.shape[0], rows, self._size)
-            total = probs.new_zeros(probs.shape[0], rows)
-        if len(canonical) < len(covers):
-            self._heal(result, total, probs, covers, weights, mode)
-        return result.div_(total.where(total > 0, torch.ones_like(total))[..., None])
+        mixed = probs.new_zeros(len(probs), rows, probs.shape[-1])
+        mixed.index_add_(1, row, probs[:, positions] * weights[:, kept, None])
+        total = mixed @ usable
+        healed = self._heal(total, probs, covers, weights, mode)
+        # Scaled here rather than at the end, where there are many times more numbers.
+        scale = torch.where(total > torch.finfo(total.dtype).tiny, 1 / total, 0.0)
+        result = matrices[mode].apply((mixed * scale[..., None]).flatten(0, 1))
+        result = result.view(len(probs), rows, self._size)
+        if healed is not None:
+            row_of, targets, values = healed
+            where = row_of * self._size + targets
+            # One-dimensional on purpose: index_add_ along an inner dimension is far slower.
+            for d in range(len(probs)):
+                result[d].view(-1).index_add_(0, where, values[d] * scale[d, row_of])
+        return result
 
     def _heal(
-        self,
-        result: Tensor,
-        total: Tensor,
-        probs: Tensor,
-        covers: Sequence[Cover],
-        weights: Tensor,
-        mode: Mode,
-    ) -> None:
-        """Adds the covers that have a remainder to the masses and to their totals, in place."""
+        self, total: Tensor, probs: Tensor, covers: Sequence[Cover], weights: Tensor, mode: Mode
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """What covers with a remainder contribute: rows, target ids, ``(distributions, n)`` masses.
+
+        Their weight is added to ``total``, in place.
+        """
         chosen, healings = [], []
         for n, cover in enumerate(covers):
             if cover.remainder and len((healing := self._tables.of(cover.remainder)).tokens):
                 chosen.append(n)
                 healings.append(healing)
         if not chosen:
-            return
-        device, count, size = probs.device, len(probs), result.shape[-1]
+            return None
+        device = probs.device
         lengths = torch.tensor([len(healing.tokens) for healing in healings])
         cover_of = torch.repeat_interleave(torch.tensor(chosen), lengths)
         row_of = torch.tensor([cover.row for cover in covers])[cover_of]
         position_of = torch.tensor([cover.position for cover in covers])[cover_of]
         tokens = torch.cat([healing.tokens for healing in healings])
-        if mode == "transfer":
-            owners = torch.arange(len(tokens))
-            targets = torch.cat([healing.following for healing in healings])
-        else:
-            starts = (lengths.cumsum(0) - lengths).tolist()
-            owners = torch.cat(
-                [healing.owners + start for healing, start in zip(healings, starts, strict=True)]
-            )
-            targets = torch.cat([healing.prefixes for healing in healings])
         gather = (position_of * probs.shape[-1] + tokens).to(device)
-        scatter = (row_of[owners] * size + targets).to(device)
-        cover_of, row_of, owners = cover_of.to(device), row_of.to(device), owners.to(device)
-        # One-dimensional on purpose: index_add_ along an inner dimension is far slower.
-        for d in range(count):
-            values = probs[d].flatten()[gather] * weights[d, cover_of]
-            total[d].index_add_(0, row_of, values)
-            result[d].view(-1).index_add_(0, scatter, values[owners])
+        cover_of, row_of = cover_of.to(device), row_of.to(device)
+        values = torch.stack([law.flatten()[gather] for law in probs]) * weights[:, cover_of]
+        for d in range(len(probs)):
+            total[d].index_add_(0, row_of, values[d])
+        if mode == "transfer":
+            return row_of, torch.cat([healing.following for healing in healings]).to(device), values
+        starts = (lengths.cumsum(0) - lengths).tolist()
+        owners = torch.cat(
+            [healing.owners + start for healing, start in zip(healings, starts, strict=True)]
+        ).to(device)
+        targets = torch.cat([healing.prefixes for healing in healings]).to(device)
+        return row_of[owners], targets, values[:, owners]
 
     def _matrices(self, device: torch.device) -> tuple[dict[str, _Matrix], Tensor]:
         """The matrices, and which calibrator tokens they use as 0 and 1, on a device."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # Long target tokens together take at most this much of the calibrator token they begin with.
 _LARGEST_SHARE = 0.999
+_FEW_FOREIGN = 0.01
 
 
 class CalibratorLike(Protocol):
@@ -68,17 +69,7 @@ def build_static(
         for piece, split in zip(pieces, splits, strict=True)
     ]
 
-    # Target tokens that are no single calibrator token, by the calibrator's tokenisation of them.
-    longer = [n for n, text in enumerate(target.sorted) if text not in own.ids]
-    texts = [target.sorted[n] for n in longer]
-    places: list[int] = []
-    paths: list[tuple[int, ...]] = []
-    for n, split in zip(longer, calibrator.tokens.split(calibrator.tokenizer, texts), strict=True):
-        narrow = split is None or max(split) >= len(pieces)
-        path = own.greedy(target.sorted[n]) if narrow else split
-        if path and len(path) > 1:
-            places.append(n)
-            paths.append(path)
+    places, paths = _spell_longer(calibrator, own, target, len(pieces))
     factors = static_factors(calibrator, Paths.of(paths), _subtrees(pieces))
     heads = [path[0] for path in paths]
     exact, goes_on = (_Long(places, heads, factor.tolist()) for factor in factors)
@@ -90,6 +81,30 @@ def build_static(
         "split_ptr": _pointers(torch.tensor([len(split) for split in splits])),
         "split_ids": from_array(array("i", chain.from_iterable(splits))),
     }
+
+
+def _spell_longer(
+    calibrator: CalibratorLike, own: ByteIndex, target: ByteIndex, width: int
+) -> tuple[list[int], list[tuple[int, ...]]]:
+    """Target tokens that are no single calibrator token, in the calibrator's tokenisation."""
+    foreign = sum(len(text) > 1 and not text.isascii() for text in own.ids)
+    # Longest match is as good, and quicker, for scripts that the calibrator writes in bytes.
+    exactly = foreign > _FEW_FOREIGN * len(own.ids)
+    longer = [n for n, text in enumerate(target.sorted) if text not in own.ids]
+    chosen = [n for n in longer if exactly or target.sorted[n].isascii()]
+    texts = [target.sorted[n] for n in chosen]
+    splits = calibrator.tokens.split(calibrator.tokenizer, texts)
+    known = {n: split for n, split in zip(chosen, splits, strict=True) if split}
+    places: list[int] = []
+    paths: list[tuple[int, ...]] = []
+    for n in longer:
+        path = known.get(n)
+        if path is None or max(path) >= width:
+            path = own.greedy(target.sorted[n])
+        if path and len(path) > 1:
+            places.append(n)
+            paths.append(path)
+    return places, paths
 
 
 _Entries = tuple["array[int]", "array[int]", "array[float]"]
@@ -145,29 +160,31 @@ def _transfer_entries(
     that begin alike (a Moebius inversion over prefixes).
     """
     reached = {i for i in first if i is not None}
-    head_of: dict[int, int] = {}
-    shares: dict[int, float] = {}
+    ids = [target.ids[text] for text in target.sorted]
+    head_of: list[int | None] = [None] * len(ids)
+    shares = [0.0] * len(ids)
     for place, head, factor in zip(*long, strict=True):
-        if target.ids[target.sorted[place]] in reached or first[head] is None:
+        if ids[place] in reached or first[head] is None:
             continue
         head_of[place] = head
         shares[place] = factor
         parent = parents[place]
-        while parent >= 0 and head_of.get(parent) != head:
+        while parent >= 0 and head_of[parent] != head:
             parent = parents[parent]
         if parent >= 0:
             shares[parent] -= factor
     taken = [0.0] * len(first)
-    for place, share in shares.items():
-        taken[head_of[place]] += max(share, 0.0)
+    for head_at, share in zip(head_of, shares, strict=True):
+        if head_at is not None:
+            taken[head_at] += max(share, 0.0)
     scale = [min(1.0, _LARGEST_SHARE / total) if total else 1.0 for total in taken]
 
     rows, columns, values = array("i"), array("i"), array("f")
-    for place, share in shares.items():
-        if share > 0.0:
-            rows.append(target.ids[target.sorted[place]])
-            columns.append(head_of[place])
-            values.append(share * scale[head_of[place]])
+    for i, head_at, share in zip(ids, head_of, shares, strict=True):
+        if head_at is not None and share > 0.0:
+            rows.append(i)
+            columns.append(head_at)
+            values.append(share * scale[head_at])
     for j, token in enumerate(first):
         if token is not None:
             rows.append(token)

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 _UNIGRAM_ROWS = 256
 _MOST_ROWS = 2048
 _BATCH = 128
-# Multiply-adds spent on the pairs of tokens: about a second of one CPU core.
-_WORK = 20_000_000_000
+# Multiply-adds spent on the pairs of tokens: well below a second of one CPU core.
+_WORK = 10_000_000_000
 
 
 class _Model(Protocol):
