@@ -52,8 +52,9 @@ def fuse(
         shift = mixed - (inside - group)
     dropped = mapped & ~judged if config.outside == "remove" else None
     moved = _move(log_probs, shift, judged, dropped)
-    untouched = torch.isnan(scores).any(-1, keepdim=True) | ~judged.any(-1, keepdim=True)
-    return torch.where(untouched, scores.float(), moved).to(scores.dtype)
+    moved = torch.where(judged.any(-1, keepdim=True), moved, log_probs)
+    broken = torch.isnan(scores).any(-1, keepdim=True)
+    return torch.where(broken, scores.float(), moved).to(scores.dtype)
 
 
 def log_ratio(clean: Tensor, reference: Tensor, config: FusionConfig) -> Tensor:

@@ -56,6 +56,15 @@ def test_every_rule_is_normalised_and_leaves_unmapped_tokens(
 
 
 @pytest.mark.parametrize("config", RULES, ids=str)
+def test_nothing_to_judge_leaves_the_target_normalised(config: FusionConfig) -> None:
+    """A row whose plausible tokens are all special must not come back as raw logits."""
+    scores, clean, reference, mapped = case(8)
+    scores[1, -1] = 200.0
+    fused = fuse(scores, clean, reference, mapped, config.replace(plausibility=0.05))
+    torch.testing.assert_close(fused[1], torch.log_softmax(scores[1], -1))
+
+
+@pytest.mark.parametrize("config", RULES, ids=str)
 def test_minus_infinity_and_nan(config: FusionConfig) -> None:
     scores, clean, reference, mapped = case(3, rows=4)
     scores[0, 5:30] = -math.inf

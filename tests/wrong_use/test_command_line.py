@@ -247,10 +247,13 @@ def test_target_of_info_missing(fails, calibrator_folder):
     assert "none" in fails("info", calibrator_folder, "--target", "./none")
 
 
-def test_interrupted_generation_keeps_its_work(common, capsys, monkeypatch):
+def test_interrupted_generation_keeps_its_work(common, capsys, monkeypatch, request):
     from fusion_detox import generation
 
     complete, calls = generation.complete_batch, []
+    # A job in the background starts with SIGINT ignored, and so does what it starts.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
 
     def interrupted(*arguments):
         calls.append(arguments)
