@@ -39,6 +39,7 @@ RESULTS = Path(__file__).parent / "results" / "vocabulary_maps.json"
 NAMES = ("gpt2", "cl100k_base", "o200k_base", "mistral_v1_sentencepiece", "tekken")
 VARIANTS = (("transfer", 4), ("transfer", 0), ("prefix", 4), ("prefix", 0))
 ROWS = 16
+REPEATS = 3
 LONGEST = 600  # characters of a text
 
 
@@ -174,16 +175,22 @@ def main():
         },
         "vocabularies": {},
     }
+    # A run without texts keeps the losses that an earlier one has measured.
+    earlier = json.loads(args.out.read_text())["vocabularies"] if args.out.exists() else {}
+    report["vocabularies"].update(earlier)
     for name in args.names:
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizers / name)
         started, used = time.perf_counter(), time.process_time()
         tokens = TokenTable.from_tokenizer(tokenizer)
         table_seconds = time.perf_counter() - started
         table_cpu_seconds = time.process_time() - used
+        builds = []
         with tempfile.TemporaryDirectory() as cache:
-            used = time.process_time()
-            built = VocabularyMap.build(calibrator, tokens, tokenizer, cache_dir=Path(cache))
-            build_cpu_seconds = time.process_time() - used
+            for _ in range(REPEATS):  # the best of them: other programs may run here too
+                used = time.process_time()
+                built = VocabularyMap.build(calibrator, tokens, tokenizer, use_cache=False)
+                builds.append((built.build_seconds, time.process_time() - used))
+            VocabularyMap.build(calibrator, tokens, tokenizer, cache_dir=Path(cache))
             fresh = TokenTable.from_tokenizer(tokenizer)  # without a fingerprint in memory
             used = time.process_time()
             loaded = VocabularyMap.build(calibrator, fresh, tokenizer, cache_dir=Path(cache))
@@ -194,10 +201,10 @@ def main():
             "mapped": int(built.mapped.sum()),
             "coverage": built.coverage,
             "table_seconds": round(table_seconds, 3),
-            "build_seconds": round(built.build_seconds, 3),
+            "build_seconds": round(min(builds)[0], 3),
             "cached_seconds": round(loaded.build_seconds, 3),
             "table_cpu_seconds": round(table_cpu_seconds, 3),
-            "build_cpu_seconds": round(build_cpu_seconds, 3),
+            "build_cpu_seconds": round(min(builds)[1], 3),
             "cached_cpu_seconds": round(cached_cpu_seconds, 3),
             "apply_ms": measure_speed(calibrator, loaded),
         }
@@ -205,7 +212,7 @@ def main():
             session = CalibratorSession(calibrator, device=torch.device(args.device))
             texts = held_out(args.texts, args.count)
             row["loss"] = measure_loss(calibrator, session, loaded, tokens, tokenizer, texts)
-        report["vocabularies"][name] = row
+        report["vocabularies"][name] = earlier.get(name, {}) | row
         print(name, json.dumps(row, indent=1))
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(report, indent=2) + "\n")
