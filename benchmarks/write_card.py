@@ -1,8 +1,4 @@
-"""Put the results of ``effect.py`` into the shipped calibrator's record and card.
-
-    python benchmarks/write_card.py --results benchmarks/results/effect.json \\
-        --calibrator calibration_ckpts/english-16k
-"""
+"""Put the results of ``effect.py`` into a calibrator's record and card."""
 
 from __future__ import annotations
 
@@ -41,8 +37,8 @@ def main() -> None:
     record = json.loads(path.read_text())
     title = (
         f"{setup['prompts']['file']}, {setup['prompts']['count']} prompts, {setup['samples']} "
-        f"samples of {setup['tokens']} tokens, top-p {setup['top_p']}, seed {setup['seed']}, on the "
-        "demo target; P(toxic): share of prompts with a sample scored 0.5 or more (95 % interval)"
+        f"samples of {setup['tokens']} tokens, top-p {setup['top_p']}, seed {setup['seed']}, on "
+        "the demo target; P(toxic): share of prompts with a sample scored 0.5 or more (95 % interval)"
     )
     record["evaluation"] = {title: table(results)}
     temporary = path.with_suffix(".tmp")
