@@ -36,9 +36,10 @@ def main() -> None:
     path = args.calibrator / "training.json"
     record = json.loads(path.read_text())
     title = (
-        f"{setup['prompts']['file']}, {setup['prompts']['count']} prompts, {setup['samples']} "
-        f"samples of {setup['tokens']} tokens, top-p {setup['top_p']}, seed {setup['seed']}, on "
-        "the demo target; P(toxic): share of prompts with a sample scored 0.5 or more (95 % interval)"
+        f"{setup['prompts']['file']}, {setup['prompts']['count']} prompts, "
+        f"{setup['samples']} samples of {setup['tokens']} tokens, top-p {setup['top_p']}, "
+        f"seed {setup['seed']}, on the demo target; P(toxic): share of prompts with a sample "
+        "scored 0.5 or more (95 % interval)"
     )
     record["evaluation"] = {title: table(results)}
     temporary = path.with_suffix(".tmp")
