@@ -34,7 +34,8 @@ class FusionConfig:
         floor: Probability added to both distributions before their ratio is taken, so that
             the noise of tokens that both find impossible does not count.
         kl_budget: Per step, the strength is lowered until the fused distribution is at most this
-            many nats of KL divergence away from the target's; ``None`` sets no bound.
+            many nats of KL divergence away from the target's; ``None`` sets no bound. For
+            contrast only.
     """
 
     rule: Rule = "contrast"
@@ -59,6 +60,11 @@ class FusionConfig:
         self._check("floor", 0.0, 1e-2)
         if self.kl_budget is not None:
             self._check("kl_budget", 0.0, math.inf, open_below=True)
+            if self.rule != "contrast":
+                raise ConfigError(
+                    f"kl_budget holds for the rule 'contrast' only, but rule is {self.rule!r}: "
+                    "leave it out, or lower strength"
+                )
 
     def _check(
         self, name: str, low: float, high: float, open_below: bool = False, finite: bool = True

@@ -167,6 +167,7 @@ def test_dtype_is_kept(dtype: torch.dtype) -> None:
         ({"plausibility": 2}, "plausibility must be a number at least 0 and at most 1"),
         ({"clip": 0}, "clip must be a number above 0, but is 0"),
         ({"kl_budget": 0}, "kl_budget must be a number above 0, but is 0"),
+        ({"rule": "product", "kl_budget": 0.1}, "kl_budget holds for the rule 'contrast' only"),
         ({"outside": "drop"}, "outside must be 'keep' or 'remove', not 'drop'"),
         ({"stength": 1}, "unknown fusion settings: stength; known are rule, strength"),
     ],
