@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fusion_detox.cli.console import quiet_libraries
 from fusion_detox.cli.options import with_options
 from fusion_detox.errors import DataError, DataFileError
 from fusion_detox.training.settings import TrainingConfig
@@ -111,21 +112,22 @@ def train_calibrator(
     from fusion_detox.training.corpus import Columns
     from fusion_detox.training.recipe import train_calibrator as train
 
-    train(
-        output,
-        clean=clean or (),
-        general=general or (),
-        reference_data=reference_data or (),
-        base=base,
-        tokenizer=tokenizer,
-        columns=Columns(text_column, prompt_column, completion_column, domain_column),
-        clean_where=clean_where or (),
-        config=TrainingConfig(**settings),
-        fusion=None if fusion is None else FusionConfig.from_dict(_read_json(fusion)),
-        notes=None if notes is None else _read_json(notes),
-        overwrite=overwrite,
-        command=shlex.join(["fusion-detox", *sys.argv[1:]]),
-    )
+    with quiet_libraries():
+        train(
+            output,
+            clean=clean or (),
+            general=general or (),
+            reference_data=reference_data or (),
+            base=base,
+            tokenizer=tokenizer,
+            columns=Columns(text_column, prompt_column, completion_column, domain_column),
+            clean_where=clean_where or (),
+            config=TrainingConfig(**settings),
+            fusion=None if fusion is None else FusionConfig.from_dict(_read_json(fusion)),
+            notes=None if notes is None else _read_json(notes),
+            overwrite=overwrite,
+            command=shlex.join(["fusion-detox", *sys.argv[1:]]),
+        )
     typer.echo(str(output))
 
 

@@ -167,7 +167,7 @@ def claim(work: Path, fingerprint: str, overwrite: bool) -> None:
         if not overwrite:
             raise TrainingError(
                 f"{work} holds unfinished training with other text or settings: give the same "
-                "ones to go on with it, allow overwriting, or choose another output folder"
+                "ones to go on with it, choose another folder, or give it up with --overwrite"
             )
         shutil.rmtree(work)
     work.mkdir(parents=True)
