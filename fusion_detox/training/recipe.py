@@ -97,7 +97,9 @@ def train_calibrator(
     work = output.with_name(output.name + ".training")
     _check_request(clean, general, reference_data, base, clean_where)
     if output.exists() and not overwrite:
-        raise TrainingError(f"{output} exists already: choose another folder, or replace it with --overwrite")
+        raise TrainingError(
+            f"{output} exists already: choose another folder, or replace it with --overwrite"
+        )
 
     state = PartialState(cpu=config.device == "cpu")
     if config.batch_size % state.num_processes:
