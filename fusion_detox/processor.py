@@ -190,7 +190,7 @@ def _covers(
     longest = max(map(len, gather))
     if longest == 0:
         return covers, log_probs.new_ones(len(log_probs), len(covers))
-    # One more, always zero, entry pads the ragged lists.
+    # The ragged lists are filled up with an entry that is masked.
     where = torch.tensor([[p for p, _ in g] + [0] * (longest - len(g)) for g in gather])
     token = torch.tensor([[t for _, t in g] + [0] * (longest - len(g)) for g in gather])
     used = torch.tensor([[True] * len(g) + [False] * (longest - len(g)) for g in gather])

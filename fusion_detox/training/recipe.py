@@ -95,7 +95,7 @@ def train_calibrator(
     config, columns = config or TrainingConfig(), columns or Columns()
     output = Path(output).expanduser()
     work = output.with_name(output.name + ".training")
-    _check_request(clean, general, reference_data, base, clean_where)
+    _check_request(clean, general, base, tokenizer, clean_where)
     if output.exists() and not overwrite:
         raise TrainingError(
             f"{output} exists already: choose another folder, or replace it with --overwrite"
@@ -107,8 +107,6 @@ def train_calibrator(
             f"batch_size {config.batch_size} cannot be spread evenly over "
             f"{state.num_processes} processes"
         )
-    if base is not None and tokenizer is not None:
-        raise TrainingError("a base model brings its own tokenizer: give one or the other")
     run = Run(
         config, base, tokenizer, work, state.num_processes, state.is_main_process, show_progress
     )
@@ -135,20 +133,26 @@ def train_calibrator(
     }
     began = time.time()
     if base is None:
-        blocks = _base_blocks(words, bos_id, splits, config)
-        start = run.stage("base", start, blocks, held_out, steps=config.base_steps, fork=False)
+        start = run.stage(
+            "base",
+            start,
+            lambda: _base_blocks(words, bos_id, splits, config),
+            held_out,
+            steps=config.base_steps,
+            fork=False,
+        )
     reference_label = "reference_data" if reference_data else "general"
     streams = _fork_streams(words, bos_id, splits, reference_label, config)
     state.wait_for_everyone()
     reference = start
     if streams.reference is not streams.clean:
-        reference = run.stage("reference", start, streams.reference, held_out, fork=True)
+        reference = run.stage("reference", start, lambda: streams.reference, held_out, fork=True)
     else:
         logger.warning(
             "no general text given: the base model itself is the reference, so the difference "
             "also holds what the domain of the clean text changed"
         )
-    model = run.stage("clean", start, streams.clean, held_out, fork=True)
+    model = run.stage("clean", start, lambda: streams.clean, held_out, fork=True)
 
     record = {
         "command": command or " ".join(sys.argv),
@@ -198,7 +202,7 @@ def train_calibrator(
 
 
 def _check_request(
-    clean: Sources, general: Sources, reference: Sources, base: Any, where: Sequence[str]
+    clean: Sources, general: Sources, base: Any, tokenizer: Any, where: Sequence[str]
 ) -> None:
     if not clean and not (general and where):
         raise TrainingError(
@@ -207,8 +211,8 @@ def _check_request(
         )
     if base is None and not general:
         raise TrainingError("without a base model, general text is needed to train one from")
-    if general and not clean and reference and not where:
-        raise TrainingError("general text alone cannot serve as clean text")
+    if base is not None and tokenizer is not None:
+        raise TrainingError("a base model brings its own tokenizer: give one or the other")
 
 
 def _check_texts(texts: dict[str, list[Document]]) -> None:

@@ -10,6 +10,7 @@ import logging
 import os
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,13 +105,16 @@ class Run:
         self,
         title: str,
         start: PreTrainedModel,
-        blocks: Blocks,
+        blocks: Callable[[], Blocks],
         held_out: dict[str, HeldOut],
         *,
         fork: bool,
         steps: int | None = None,
     ) -> PreTrainedModel:
-        """Trains a copy of ``start``, or loads the result of an earlier run of this stage."""
+        """Trains a copy of ``start``, or loads the result of an earlier run of this stage.
+
+        ``blocks`` is called only where there is training to do.
+        """
         done = self.work / title / "done"
         if not done.exists():
             set_seed(self.config.seed)
@@ -120,7 +124,7 @@ class Run:
             curve = run_stage(
                 title,
                 model,
-                blocks,
+                blocks(),
                 held_out,
                 self.config,
                 self.work / title,
