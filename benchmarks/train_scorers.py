@@ -1,4 +1,4 @@
-"""Train the two toxicity scorers of the benchmarks and of the demo, and measure them.
+"""Train the two toxicity scorers of the package, and measure them.
 
 Both learn from human labels only, the half of them that the filter of the models' training text
 has not seen, and from harmless dialogues and encyclopedia text, those that name groups of
@@ -8,8 +8,8 @@ people above all: who trains on labelled text alone learns that naming a group i
     python calibration_ckpts/prepare_english_data.py --data DATA --out WORK
     python benchmarks/train_scorers.py --data DATA --work WORK
 
-writes ``fusion_detox/scoring/lexical.*`` and ``benchmarks/scorers/contextual.*``. The Perspective
-scores of RealToxicityPrompts are only measured against; nothing is chosen by them.
+writes ``lexical.*`` and ``contextual.*`` in ``fusion_detox/scoring/``. The Perspective scores of
+RealToxicityPrompts are only measured against; nothing is chosen by them.
 """
 
 from __future__ import annotations

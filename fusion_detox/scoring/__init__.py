@@ -1,5 +1,67 @@
-"""How toxic a text is, for the demo and the benchmarks; nothing here steers a model."""
+"""How toxic a text is, by whichever scorer; nothing here steers a model.
 
-from fusion_detox.scoring.lexical import LexicalScorer
+``make_scorer("lexical")`` and the other names of ``SCORERS`` make one. Importing this package loads
+neither torch nor numpy; a scorer's libraries are loaded when it is made.
+"""
 
-__all__ = ["LexicalScorer"]
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fusion_detox.scoring.base import NoTextScoredError, Scorer, ScoringError
+    from fusion_detox.scoring.cache import CachedScorer
+    from fusion_detox.scoring.classifier import ClassifierScorer
+    from fusion_detox.scoring.contextual import ContextualScorer
+    from fusion_detox.scoring.detoxify_scorer import DetoxifyPackageScorer, load_detoxify
+    from fusion_detox.scoring.embedding import Embedder
+    from fusion_detox.scoring.lexical import LexicalScorer
+    from fusion_detox.scoring.perspective import PerspectiveScorer
+    from fusion_detox.scoring.registry import SCORERS, make_scorer
+
+__all__ = [
+    "SCORERS",
+    "CachedScorer",
+    "ClassifierScorer",
+    "ContextualScorer",
+    "DetoxifyPackageScorer",
+    "Embedder",
+    "LexicalScorer",
+    "NoTextScoredError",
+    "PerspectiveScorer",
+    "Scorer",
+    "ScoringError",
+    "load_detoxify",
+    "make_scorer",
+]
+
+_MODULES = {
+    "SCORERS": "registry",
+    "CachedScorer": "cache",
+    "ClassifierScorer": "classifier",
+    "ContextualScorer": "contextual",
+    "DetoxifyPackageScorer": "detoxify_scorer",
+    "Embedder": "embedding",
+    "LexicalScorer": "lexical",
+    "NoTextScoredError": "base",
+    "PerspectiveScorer": "perspective",
+    "Scorer": "base",
+    "ScoringError": "base",
+    "load_detoxify": "detoxify_scorer",
+    "make_scorer": "registry",
+}
+
+if not TYPE_CHECKING:  # a type checker is to see the imports above, and to report other names
+
+    def __getattr__(name: str) -> object:
+        """Imports a public name when it is first used."""
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -8,6 +8,7 @@ Weinberger et al. 2009 without the sign, as an inverse document frequency is kep
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import zlib
@@ -122,11 +123,16 @@ class LexicalScorer:
     def record(cls) -> dict[str, Any]:
         """What the shipped scorer was trained on, licences, and measured AUCs."""
         record: dict[str, Any] = json.loads(_WEIGHTS.with_suffix(".json").read_text("utf-8"))
-        return record
+        weights = hashlib.sha256(_WEIGHTS.read_bytes()).hexdigest()[:12]
+        return {**record, "weights": weights, "licence": "Apache-2.0", "truncation": "none"}
 
     def score(self, texts: Sequence[str]) -> list[float]:
         """Toxicity of each text in 0..1; a text of white space only scores 0."""
         return [self._score(text) for text in texts]
+
+    def score_types(self, texts: Sequence[str]) -> dict[str, list[float]]:
+        """``"toxicity"`` alone, as by ``score``; it knows no other type."""
+        return {"toxicity": self.score(texts)}
 
     def _score(self, text: str) -> float:
         buckets, values = weighted_features(text, self.idf)

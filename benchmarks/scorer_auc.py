@@ -1,0 +1,114 @@
+"""How well the two offline scorers agree with the Perspective API on RealToxicityPrompts.
+
+::
+
+    python benchmarks/scorer_auc.py --data DATA
+
+writes ``results/scorer_auc.json``: for prompts and for continuations, the AUC against Perspective's
+toxicity of 0.5 and above, and Spearman's rank correlation with it, each with a 95 % interval from
+1,000 resamples of the texts. The files are measured on only; nothing is chosen by them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import spearmanr
+from scorers import SCORERS
+from sklearn.metrics import roc_auc_score
+
+log = logging.getLogger("scorer_auc")
+FILES = ("rtp_challenging.jsonl", "rtp_nontoxic.jsonl")
+OUTPUT = Path(__file__).parent / "results" / "scorer_auc.json"
+THRESHOLD = 0.5
+RESAMPLES = 1000
+SEED = 20261121
+Measure = Callable[[NDArray[np.float64], NDArray[np.float64]], float]
+
+
+def auc(reference: NDArray[np.float64], scores: NDArray[np.float64]) -> float:
+    return float(roc_auc_score(reference >= THRESHOLD, scores))
+
+
+def rank_correlation(reference: NDArray[np.float64], scores: NDArray[np.float64]) -> float:
+    return float(spearmanr(reference, scores).statistic)
+
+
+def interval(
+    measure: Measure, reference: NDArray[np.float64], scores: NDArray[np.float64]
+) -> list[float]:
+    """The value, and the ends of its percentile interval over texts."""
+    rng, found = np.random.default_rng(SEED), []
+    while len(found) < RESAMPLES:
+        rows = rng.integers(len(scores), size=len(scores))
+        if 0 < (reference[rows] >= THRESHOLD).sum() < len(rows) or measure is rank_correlation:
+            found.append(measure(reference[rows], scores[rows]))
+    ends = np.quantile(found, [0.025, 0.975])
+    return [round(float(v), 4) for v in (measure(reference, scores), *ends)]
+
+
+def compare(reference: NDArray[np.float64], scores: NDArray[np.float64]) -> dict[str, Any]:
+    toxic = int((reference >= THRESHOLD).sum())
+    return {
+        "texts": len(scores),
+        "toxic": toxic,
+        "auc": interval(auc, reference, scores) if 0 < toxic < len(scores) else None,
+        "spearman": interval(rank_correlation, reference, scores),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    data = {name: (args.data / name).read_bytes() for name in FILES}
+    rows = {name: [json.loads(line) for line in data[name].splitlines()] for name in FILES}
+    scorers = {name: make() for name, make in SCORERS.items()}
+    results: dict[str, Any] = {}
+    for part in ("continuation", "prompt"):
+        kept = {
+            name: [row[part] for row in rows[name] if row[part]["toxicity"] is not None]
+            for name in FILES
+        }
+        for scorer_name, scorer in scorers.items():
+            reference = {n: np.array([row["toxicity"] for row in kept[n]]) for n in FILES}
+            scores = {n: np.array(scorer.score([row["text"] for row in kept[n]])) for n in FILES}
+            entry = {n.removesuffix(".jsonl"): compare(reference[n], scores[n]) for n in FILES}
+            entry["both"] = compare(
+                np.concatenate([reference[n] for n in FILES]),
+                np.concatenate([scores[n] for n in FILES]),
+            )
+            results.setdefault(scorer_name, {})[part] = entry
+            for name, value in entry.items():
+                log.info("%s, %s of %s: %s", scorer_name, part, name, value)
+    record = {
+        "reference": "toxicity by the Perspective API, as published with RealToxicityPrompts",
+        "threshold": THRESHOLD,
+        "interval": f"95 %, percentiles of {RESAMPLES} resamples of the texts, seed {SEED}",
+        "data": {name: hashlib.sha256(data[name]).hexdigest()[:16] for name in FILES},
+        "scorers": {name: scorer.record()["weights"] for name, scorer in scorers.items()},
+        "versions": {
+            name: importlib.metadata.version(name)
+            for name in ("numpy", "scikit-learn", "scipy", "torch", "transformers")
+        },
+        "command": "python benchmarks/scorer_auc.py --data DATA",
+        "results": results,
+    }
+    temporary = OUTPUT.with_suffix(".tmp")
+    temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, OUTPUT)
+
+
+if __name__ == "__main__":
+    main()

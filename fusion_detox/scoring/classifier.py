@@ -1,0 +1,254 @@
+"""Any text classifier of transformers as a scorer of toxicity."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from fusion_detox.errors import ConfigError, ModelError, VocabularyError
+from fusion_detox.loading import check_device, load_tokenizer, quiet_transformers
+from fusion_detox.loading_errors import describe, explained
+from fusion_detox.scoring.base import TOXICITY, file_safe, score_batches
+from fusion_detox.scoring.labels import find_toxic, is_harmless, is_multi_label, type_name
+from fusion_detox.scoring.sources import find_source, identity
+
+_USUAL_LENGTH = 512
+
+
+class ClassifierScorer:
+    """A text classifier whose labels become types of toxicity.
+
+    A model with exclusive labels (softmax) is read as the sum of its toxic labels, one with
+    independent labels (sigmoid) as its label for toxicity. Every label becomes a type under its
+    name in snake case; a label that alone is the main score becomes ``"toxicity"`` itself.
+
+    Args:
+        model: A sequence classifier; put into eval mode.
+        tokenizer: Its tokenizer.
+        name: The scorer's, fit for a file's name.
+        label: The label that means toxic, several with commas; found by name by default.
+        multi_label: Whether labels are independent; by the configuration by default.
+        batch_size: Texts a batch.
+        max_length: Tokens after which text is cut; where the model ends by default.
+        only: The types to return, besides ``"toxicity"``; all by default.
+        about: What identifies the model in ``record()``.
+
+    Raises:
+        ConfigError: It is unclear which label means toxic, there is none of that name, or
+            ``max_length`` is below 1.
+        ModelError: The model was trained for regression.
+        VocabularyError: The tokenizer belongs to another model.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str,
+        label: str | None = None,
+        multi_label: bool | None = None,
+        batch_size: int = 32,
+        max_length: int | None = None,
+        only: Collection[str] | None = None,
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
+        config = model.config
+        names = {int(index): str(label) for index, label in (config.id2label or {}).items()}
+        self.labels = [names[index] for index in sorted(names)]
+        if tokenizer.vocab_size > (size := _vocabulary(model)):
+            raise VocabularyError(
+                f"{name}: the tokenizer has {tokenizer.vocab_size} tokens, but the model only "
+                f"{size}. They belong to different models."
+            )
+        if max_length is not None and max_length < 1:
+            raise ConfigError(f"max_length must be at least 1, but is {max_length}")
+        if multi_label is None:
+            multi_label = is_multi_label(self.labels, config.problem_type, name)
+        self.multi_label = multi_label
+        self.toxic = find_toxic(self.labels, multi_label=multi_label, wanted=label, source=name)
+        self.model, self.tokenizer, self.name = model.train(False), tokenizer, name
+        # Without a token to pad with, texts of different length cannot share a batch.
+        self.batch_size = batch_size if tokenizer.pad_token is not None else 1
+        self.max_length = _length(model, tokenizer) if max_length is None else max_length
+        self._types = self._name_types(only)
+        self._about = dict(about or {"model": name})
+
+    @classmethod
+    def load(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        name: str | None = None,
+        device: str | torch.device | None = None,
+        label: str | None = None,
+        multi_label: bool | None = None,
+        batch_size: int = 32,
+        max_length: int | None = None,
+        only: Collection[str] | None = None,
+        about: Mapping[str, Any] | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+    ) -> ClassifierScorer:
+        """A classifier by folder or hub id, in float32, from safetensors and without remote code.
+
+        Args:
+            name_or_path: A folder or a hub id.
+            name: The scorer's; by default ``classifier-`` and the model's, with its weights hash
+                for a folder and the label for one that was chosen.
+            device: Where to put it; the CPU by default.
+            label: As for the class, and so are ``multi_label``, ``batch_size``, ``max_length``
+                and ``only``.
+            multi_label: See there.
+            batch_size: See there.
+            max_length: See there.
+            only: See there.
+            about: More for ``record()`` than the files say.
+            revision: Branch, tag or commit of a hub repository.
+            local_files_only: Never contact the hub.
+
+        Raises:
+            ModelNotFoundError: Nothing there, or the hub cannot be reached.
+            ModelError: It is no classifier, is damaged or holds no safetensors.
+            VocabularyError: The tokenizer belongs to another model.
+            ConfigError: As for the class, or the device does not exist here.
+        """
+        place, source = check_device(device), find_source(name_or_path)
+        model = _load_model(source, place, revision, local_files_only)
+        tokenizer = load_tokenizer(source, local_files_only=local_files_only, revision=revision)
+        known = {**identity(source, revision), **(about or {})}
+        if name is None:
+            parts = ["classifier", known["model"]]
+            # Two folders may have one name, but then hold different models.
+            parts += [known["weights"]] if Path(source).is_dir() else []
+            name = file_safe("-".join([*parts, *([type_name(label)] if label else [])]))
+        return cls(
+            model,
+            tokenizer,
+            name=name,
+            label=label,
+            multi_label=multi_label,
+            batch_size=batch_size,
+            max_length=max_length,
+            only=only,
+            about=known,
+        )
+
+    def record(self) -> dict[str, Any]:
+        """JSON-ready: model, commit, weights hash, licence, labels, formula, truncation."""
+        return {
+            "name": self.name,
+            **self._about,
+            "labels": self.labels,
+            "probabilities": "sigmoid of each" if self.multi_label else "softmax of all",
+            "toxicity": self.toxic.rule,
+            "truncation": f"{self.max_length} tokens",
+        }
+
+    def score(self, texts: Sequence[str]) -> list[float]:
+        """Toxicity of each text in 0..1; see ``score_types``."""
+        return self.score_types(texts)[TOXICITY]
+
+    def score_types(self, texts: Sequence[str]) -> dict[str, list[float]]:
+        """Each type to its probabilities in 0..1; a text that failed is nan.
+
+        Raises:
+            NoTextScoredError: Every text failed.
+        """
+        harmless = {kind: 1.0 for kind, i in self._types.items() if is_harmless(self.labels[i])}
+        return score_batches(
+            self._batch,
+            texts,
+            name=self.name,
+            types=[TOXICITY, *self._types],
+            batch_size=self.batch_size,
+            blank=harmless,
+        )
+
+    @torch.inference_mode()
+    def _batch(self, texts: list[str]) -> dict[str, list[float]]:
+        inputs = self.tokenizer(
+            texts,
+            padding=len(texts) > 1,
+            truncation=True,
+            max_length=self.max_length,
+            return_tensors="pt",
+        ).to(self.model.device)
+        logits: Tensor = self.model(**inputs).logits.float()
+        chances = torch.sigmoid(logits) if self.multi_label else torch.softmax(logits, dim=-1)
+        read = chances[:, list(self.toxic.indices)]
+        main = read.amax(1) if self.multi_label else read.sum(1).clamp(max=1.0)
+        found = {TOXICITY: (1.0 - main if self.toxic.inverted else main).tolist()}
+        return found | {kind: chances[:, i].tolist() for kind, i in self._types.items()}
+
+    def _name_types(self, only: Collection[str] | None) -> dict[str, int]:
+        """Types besides ``"toxicity"``, each with its label's index."""
+        types: dict[str, int] = {}
+        for index, label in enumerate(self.labels):
+            if (index,) == self.toxic.indices and not self.toxic.inverted:
+                continue
+            kind = type_name(label)
+            if kind == TOXICITY or kind in types:
+                kind = f"{kind}_label_{index}"
+            if only is None or kind in only:
+                types[kind] = index
+        return types
+
+
+def _load_model(
+    source: str, device: torch.device, revision: str | None, local_files_only: bool
+) -> PreTrainedModel:
+    auto: Any = AutoModelForSequenceClassification  # its types do not know output_loading_info
+    try:
+        with explained(source, "model", local_files_only), quiet_transformers():
+            model, info = auto.from_pretrained(
+                source,
+                dtype=torch.float32,
+                use_safetensors=True,
+                output_loading_info=True,
+                trust_remote_code=False,
+                local_files_only=local_files_only or Path(source).is_dir(),
+                revision=revision or "main",
+            )
+            model.to(device)
+    except ModelError as error:
+        # The advice names the class of the models that are detoxified.
+        advice = str(error).replace("AutoModelForCausalLM", auto.__name__)
+        raise ModelError(advice) from error
+    if info["missing_keys"]:
+        raise ModelError(
+            f"{source} lacks {describe(info['missing_keys'])}: it is incomplete or no text "
+            f"classifier. Give a model that was trained to classify text."
+        )
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    embeddings: Any = model.get_input_embeddings()
+    return int(embeddings.weight.shape[0])
+
+
+def _length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens that the model takes."""
+    config = model.config
+    positions = getattr(config, "max_position_embeddings", None)
+    untyped: Any = model.base_model
+    embedded = getattr(getattr(untyped, "embeddings", None), "position_embeddings", None)
+    padding = getattr(embedded, "padding_idx", None)
+    if positions and padding is not None:
+        positions -= padding + 1  # RoBERTa counts from behind the padding's
+    limits = [int(limit) for limit in (positions, tokenizer.model_max_length) if limit]
+    shortest = min(limits, default=_USUAL_LENGTH)
+    # Tokenizers that do not know it say a number beyond any model's.
+    return shortest if shortest < 1_000_000 else _USUAL_LENGTH

@@ -1,0 +1,99 @@
+"""A small network on sentence embeddings: toxicity by what a text says, not by its words.
+
+It was trained like the lexical scorer, on human labels alone (``benchmarks/train_scorers.py``),
+and took no part in choosing any model's training text. ``contextual.json`` next to the weights
+names the data and how well it does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from fusion_detox.errors import DataFileError
+from fusion_detox.scoring.base import TOXICITY, score_batches
+from fusion_detox.scoring.embedding import Embedder
+from fusion_detox.scoring.sources import weights_hash
+
+CONTEXTUAL = Path(__file__).with_name("contextual.safetensors")
+
+
+def head(width: int) -> nn.Sequential:
+    """Two layers: an embedding ``(…, width)`` to a logit ``(…, 1)``."""
+    return nn.Sequential(
+        nn.Dropout(0.1), nn.Linear(width, 256), nn.GELU(), nn.Dropout(0.4), nn.Linear(256, 1)
+    )
+
+
+class ContextualScorer:
+    """Probability that people would call a text toxic, judged by what it says.
+
+    Args:
+        device: Where to compute the embeddings; the CPU by default.
+        batch_size: Texts a batch.
+
+    Raises:
+        MissingExtraError: The package of all-MiniLM-L6-v2 is not installed.
+        DataFileError: The network's weights are missing, so the package is not wholly installed.
+        ConfigError: The device does not exist here.
+    """
+
+    name = "contextual"
+
+    def __init__(self, *, device: str | torch.device | None = None, batch_size: int = 64) -> None:
+        self.embedder = Embedder(device=device, batch_size=batch_size)
+        self.head = head(self.embedder.width).eval()
+        try:
+            self.head.load_state_dict(load_file(CONTEXTUAL))
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise DataFileError(
+                f"cannot read the contextual scorer's weights at {CONTEXTUAL}: {error}; "
+                "reinstall the package"
+            ) from error
+
+    @classmethod
+    def training_record(cls) -> dict[str, Any]:
+        """What the shipped scorer was trained on, licences, and measured AUCs."""
+        record: dict[str, Any] = json.loads(CONTEXTUAL.with_suffix(".json").read_text("utf-8"))
+        return record
+
+    def record(self) -> dict[str, Any]:
+        """``training_record`` with the hash of the weights, the embeddings, and truncation."""
+        embeddings = self.embedder.record()
+        return {
+            **self.training_record(),
+            "weights": weights_hash(CONTEXTUAL),
+            "licence": "Apache-2.0",
+            "embeddings": embeddings,
+            "truncation": embeddings["truncation"],
+        }
+
+    def score(self, texts: Sequence[str]) -> list[float]:
+        """Toxicity of each text in 0..1; see ``score_types``."""
+        return self.score_types(texts)[TOXICITY]
+
+    def score_types(self, texts: Sequence[str]) -> dict[str, list[float]]:
+        """``"toxicity"`` alone; it knows no other type. A text that failed is nan.
+
+        Raises:
+            NoTextScoredError: Every text failed.
+        """
+        return score_batches(
+            self._batch,
+            texts,
+            name=self.name,
+            types=[TOXICITY],
+            batch_size=self.embedder.batch_size,
+        )
+
+    @torch.inference_mode()
+    def _batch(self, texts: list[str]) -> dict[str, list[float]]:
+        logits = self.head(self.embedder(texts)).squeeze(1)
+        return {TOXICITY: torch.sigmoid(logits).tolist()}

@@ -1,0 +1,83 @@
+"""Where a scorer's model comes from, and what identifies it in a record."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+
+from fusion_detox.errors import ModelNotFoundError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_LICENCE = re.compile(r"^license:[ \t]*(\S.*)$", re.MULTILINE)
+
+
+def find_source(name_or_path: str | os.PathLike[str]) -> str:
+    """The folder's full path, or the hub id as it is.
+
+    Raises:
+        ModelNotFoundError: It is neither.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.exists():
+        raise ModelNotFoundError(f"{path} is a file; give the folder that holds the model.")
+    if not isinstance(name_or_path, str) or not _HUB_ID.fullmatch(name_or_path):
+        raise ModelNotFoundError(
+            f"No model at {path}: there is no such folder, and it does not look like a hub id "
+            f"('organisation/name')."
+        )
+    return name_or_path
+
+
+def identity(source: str, revision: str | None = None) -> dict[str, Any]:
+    """What tells a loaded model apart: name, commit, weights hash and licence.
+
+    Args:
+        source: A folder, or the id of a hub repository that was loaded before.
+        revision: Branch, tag or commit of a hub repository.
+
+    Returns:
+        ``model`` (a folder's name or the hub id), ``commit`` (of a hub repository), ``weights``
+        (12 hex digits of SHA-256 of its safetensors) and ``licence`` (as its card names it).
+    """
+    local = Path(source).is_dir()
+    folder: Path | None = Path(source)
+    if not local:
+        known = huggingface_hub.try_to_load_from_cache(
+            source, "config.json", revision=revision or "main"
+        )
+        folder = Path(known).parent if isinstance(known, str) else None
+    record: dict[str, Any] = {"model": Path(source).resolve().name if local else source}
+    if folder is not None:
+        if not local:
+            record["commit"] = folder.name
+        record["weights"] = weights_hash(folder)
+    record["licence"] = _licence(folder) or "not stated in its files; see the model's card"
+    return record
+
+
+def weights_hash(*paths: Path) -> str:
+    """12 hex digits of SHA-256 over safetensors files, or over all of those in a folder."""
+    digest = hashlib.sha256()
+    for path in paths:
+        for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+            with file.open("rb") as opened:
+                while piece := opened.read(1 << 20):
+                    digest.update(piece)
+    return digest.hexdigest()[:12]
+
+
+def _licence(folder: Path | None) -> str | None:
+    card = None if folder is None else folder / "README.md"
+    if card is None or not card.is_file():
+        return None
+    # The block of settings between two lines of three dashes, with which a card begins.
+    head = card.read_text(encoding="utf-8", errors="replace").split("\n---", 1)[0]
+    found = _LICENCE.search(head) if head.startswith("---") else None
+    return found.group(1).strip() if found else None
