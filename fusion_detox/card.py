@@ -45,7 +45,8 @@ def render_card(facts: Mapping[str, Any]) -> str:
             or a list of them), ``license``, ``base_model``, ``data`` (objects such as ``{"name",
             "license"}``, with ``"hub": true`` for a hub data set), ``data_files`` (per role,
             objects with ``name``, ``bytes``, ``sha256``), ``settings``, ``bits_per_byte``,
-            ``versions``, ``evaluation`` and any other short value.
+            ``versions``, ``evaluation`` and any other short value. ``tuning`` is the content of
+            ``tuning.json``, if the settings were tuned.
     """
     record = facts["record"]
     settings = facts["calibrator"]["fusion"]
@@ -55,6 +56,7 @@ def render_card(facts: Mapping[str, Any]) -> str:
         name_literal=json.dumps(str(facts["name"]), ensure_ascii=False),
         facts=_facts(facts),
         settings=_table(("setting", "value"), settings.items()),
+        tuning=_tuning(_mapping(facts.get("tuning"))),
         training=_training(record),
         evaluation=_evaluation(record.get("evaluation")),
         language_limit=_language_limit(record),
@@ -175,6 +177,32 @@ def _evaluation(evaluation: Any) -> str:
     else:
         parts = [_inline(evaluation)]
     return "## Evaluation\n\n" + "\n\n".join(parts)
+
+
+def _tuning(tuning: Mapping[str, Any]) -> str:
+    """How the settings were found, with every trial that the choice was made from."""
+    trials = _objects(tuning.get("curve"))
+    if not trials:
+        return ""
+    varied = [name for name in trials[0] if len({str(trial.get(name)) for trial in trials}) > 1]
+    chosen = tuning.get("chosen")
+    rows = [
+        {"": "chosen" if trial == chosen else "", **{name: trial.get(name) for name in varied}}
+        for trial in trials
+    ]
+    prompts = ", ".join(
+        f"{item.get('count')} of {_inline(item.get('name'))}"
+        for item in _objects(tuning.get("prompts"))
+    )
+    how = (
+        f"They were found by `fusion-detox tune` on development prompts ({prompts}), within this "
+        f"price: {_value(tuning.get('price'))}. Scorers: {_value(tuning.get('scorers'))}; "
+        f"sampling: {_value(tuning.get('sampling'))}, seeds {_value(tuning.get('seeds'))}. "
+        "Toxicity is the mean over the scorers of the share of prompts with a toxic continuation; "
+        "it, perplexity and dist-2 are relative to the target alone, KL is nats a token on "
+        "harmless text."
+    )
+    return f"{how}\n\n{_records(rows)}"
 
 
 def _language_limit(record: Mapping[str, Any]) -> str:

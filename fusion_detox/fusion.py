@@ -57,6 +57,26 @@ def fuse(
     return torch.where(broken, scores.float(), moved).to(scores.dtype)
 
 
+def strength_used(
+    scores: Tensor, clean: Tensor, reference: Tensor | None, mapped: Tensor, config: FusionConfig
+) -> Tensor:
+    """The strength that :func:`fuse` applies to each row, of the same arguments.
+
+    Returns:
+        ``(batch,)`` in float32: ``config.strength``, or less where ``kl_budget`` lowers it; 0 for
+        rows with NaN, which come back as they were.
+    """
+    log_probs = torch.log_softmax(scores.float(), dim=-1)
+    strength: Tensor | float = config.strength
+    if config.rule == "contrast" and config.strength:
+        assert reference is not None
+        judged = mapped & _plausible(log_probs, config.plausibility)
+        difference = log_ratio(clean, reference, config).masked_fill(~judged, 0.0)
+        strength = _strength(log_probs, difference, judged, config)
+    broken = torch.isnan(scores).any(-1, keepdim=True)
+    return torch.where(broken, 0.0, strength).squeeze(-1).to(log_probs.dtype)
+
+
 def log_ratio(clean: Tensor, reference: Tensor, config: FusionConfig) -> Tensor:
     """What non-toxic training changed: ``log q_clean - log q_reference``, bounded, noise removed.
 

@@ -13,7 +13,7 @@ from fusion_detox.calibrator import Calibrator
 from fusion_detox.config import FusionConfig
 from fusion_detox.context import Position, TextContext
 from fusion_detox.errors import ConfigError, VocabularyError
-from fusion_detox.fusion import fuse
+from fusion_detox.fusion import fuse, strength_used
 from fusion_detox.session import CalibratorSession
 from fusion_detox.tokens import TokenTable
 from fusion_detox.vocabulary import Cover, VocabularyMap
@@ -103,19 +103,32 @@ class FusionLogitsProcessor(LogitsProcessor):
         Raises:
             VocabularyError: The scores are far wider than the tokenizer's vocabulary.
         """
-        if self.config.strength == 0:
-            return scores
-        if scores.shape[-1] > self._widest:
-            raise VocabularyError(
-                f"scores have {scores.shape[-1]} columns, but the tokenizer given has "
-                f"{self._tokens} tokens: give the tokenizer of the model that generates"
-            )
-        if scores.shape[-1] < self._narrowest:
-            self._warn_once(scores.shape[-1])
+        if self.config.strength == 0 or not self._is_of_target(scores):
             return scores
         clean, reference = self._distributions(input_ids, scores.shape[-1], scores.device)
         mapped = self._fit(self._mapped.to(scores.device), scores.shape[-1])
         return fuse(scores, clean, reference, mapped, self.config)
+
+    def with_strength(self, input_ids: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """The scores after fusion, and how strongly each row was fused.
+
+        Args:
+            input_ids: See ``__call__``.
+            scores: See ``__call__``.
+
+        Returns:
+            What ``__call__`` returns, and ``(batch,)`` strengths in float32: those of the settings,
+            or less where ``kl_budget`` lowers them.
+
+        Raises:
+            VocabularyError: See ``__call__``.
+        """
+        if self.config.strength == 0 or not self._is_of_target(scores):
+            return scores, torch.zeros(len(scores), device=scores.device)
+        clean, reference = self._distributions(input_ids, scores.shape[-1], scores.device)
+        mapped = self._fit(self._mapped.to(scores.device), scores.shape[-1])
+        arguments = (scores, clean, reference, mapped, self.config)
+        return fuse(*arguments), strength_used(*arguments)
 
     def reset(self) -> None:
         """Frees the memory of the cache. Results do not depend on it."""
@@ -148,6 +161,18 @@ class FusionLogitsProcessor(LogitsProcessor):
         )
         projected = self._fit(projected, width).to(scores_device)
         return projected[0], projected[1] if len(projected) > 1 else None
+
+    def _is_of_target(self, scores: Tensor) -> bool:
+        """Whether scores can be of the target; those of another, smaller vocabulary pass."""
+        if scores.shape[-1] > self._widest:
+            raise VocabularyError(
+                f"scores have {scores.shape[-1]} columns, but the tokenizer given has "
+                f"{self._tokens} tokens: give the tokenizer of the model that generates"
+            )
+        if scores.shape[-1] < self._narrowest:
+            self._warn_once(scores.shape[-1])
+            return False
+        return True
 
     @staticmethod
     def _fit(tensor: Tensor, width: int) -> Tensor:

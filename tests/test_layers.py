@@ -18,6 +18,8 @@ LAYERS = (
     ("fusion",),
     ("processor",),
     ("training", "scoring", "generation", "explain"),
+    ("evaluation",),
+    ("integrations",),
     ("cli", "__main__"),
 )
 SOURCES = {

@@ -47,6 +47,10 @@ def test_settings_are_light():
         ["generate", "--help"],
         ["train-calibrator", "--help"],
         ["info", "--help"],
+        ["evaluate", "--help"],
+        ["rescore", "--help"],
+        ["compare", "--help"],
+        ["tune", "--help"],
     ],
 )
 def test_help_is_light_and_quick(arguments):

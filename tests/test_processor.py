@@ -334,3 +334,31 @@ def test_text_longer_than_the_context_stays_a_function_of_the_ids(
         grown = growing(ids[:, :length], scores)
     at_once = fresh(calibrator, other_tokenizer)(ids, scores)
     torch.testing.assert_close(grown, at_once, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("budget", [None, 0.05])
+def test_with_strength_is_call_and_the_strength_of_each_row(calibrator, other_tokenizer, budget):
+    from fusion_detox.fusion import kl_divergence
+
+    config = FusionConfig(strength=2.0, plausibility=0.0, kl_budget=budget)
+    processor = FusionLogitsProcessor(calibrator, other_tokenizer, config)
+    ids = torch.tensor([other_tokenizer("The weather was fine")["input_ids"][:4]] * 3)
+    scores = torch.randn(3, len(other_tokenizer), generator=torch.Generator().manual_seed(0))
+    fused, used = processor.with_strength(ids, scores)
+    assert torch.equal(fused, processor(ids, scores))
+    if budget is None:
+        assert used.tolist() == [2.0, 2.0, 2.0]
+    else:
+        # The budget is spent where it binds, and each row alone at its strength is the same.
+        assert ((used > 0) & (used < 2)).all()
+        spent = kl_divergence(fused, scores.log_softmax(-1))
+        torch.testing.assert_close(spent, torch.full((3,), budget), atol=1e-4, rtol=1e-2)
+        for row, strength in enumerate(used.tolist()):
+            alone = FusionLogitsProcessor(
+                calibrator, other_tokenizer, config.replace(strength=strength, kl_budget=None)
+            )(ids[row : row + 1], scores[row : row + 1])
+            torch.testing.assert_close(alone, fused[row : row + 1], atol=1e-5, rtol=0)
+    off = FusionLogitsProcessor(calibrator, other_tokenizer, config.replace(strength=0))
+    same, none = off.with_strength(ids, scores)
+    assert same is scores
+    assert none.tolist() == [0.0, 0.0, 0.0]

@@ -14,7 +14,17 @@ from typing import Annotated
 
 import typer
 
-from fusion_detox.cli import demo, generate, info, train_calibrator
+from fusion_detox.cli import (
+    compare,
+    demo,
+    evaluate,
+    generate,
+    info,
+    lm_eval,
+    rescore,
+    train_calibrator,
+    tune,
+)
 from fusion_detox.cli.console import debugging, note
 from fusion_detox.errors import FusionDetoxError
 
@@ -27,7 +37,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (demo, generate, train_calibrator, info):
+for _command in (
+    *(demo, generate, train_calibrator, info),
+    *(evaluate, rescore, compare, tune, lm_eval),
+):
     _command.register(app)
 
 

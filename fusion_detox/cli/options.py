@@ -19,7 +19,7 @@ def with_options(
 
     The command gets a dictionary of the options that the user gave. Help comes from a field's
     metadata (``help``, ``group``), else from the docstring's ``Attributes``. A field that may be
-    ``None`` also takes the word ``none``.
+    ``None`` also takes the word ``none``; one with ``option=False`` in its metadata is left out.
 
     Args:
         settings: A dataclass whose fields are numbers, strings, literals or ``None``.
@@ -30,7 +30,7 @@ def with_options(
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         hints, texts = get_type_hints(settings), _attribute_texts(settings)
-        fields = dataclasses.fields(settings)
+        fields = [f for f in dataclasses.fields(settings) if f.metadata.get("option", True)]
         signature = inspect.signature(command, eval_str=True)
         parameters = [
             parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)

@@ -18,8 +18,8 @@ SCORERS = {
     "by safetensors",
     "detoxify-package:VARIANT": "the same names by the package detoxify, which unpickles its "
     "checkpoints; later models than on the hub",
-    "classifier:PATH_OR_HUB_ID#LABEL": "any text classifier of transformers; #LABEL, the label that "
-    "means toxic, only where its name does not say",
+    "classifier:PATH_OR_HUB_ID#LABEL": "any text classifier of transformers; #LABEL, which means "
+    "toxic, only where no label's name says so",
     "perspective": "the Perspective API; needs PERSPECTIVE_API_KEY, sends the texts to Google",
 }
 """What ``make_scorer`` makes, each with a line that says what it is."""

@@ -1,0 +1,36 @@
+"""``fusion-detox compare``: several runs side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fusion_detox.cli.console import note, results
+from fusion_detox.errors import ConfigError
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command to the command line."""
+    app.command("compare")(compare)
+
+
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Folders that `evaluate` wrote.", metavar="RUN RUN...")
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="HTML file; its JSON is written beside it.")
+    ] = Path("comparison.html"),
+) -> None:
+    """Put runs side by side, and say where they cannot be compared."""
+    if len(runs) < 2:
+        raise ConfigError("compare needs at least two runs; give their folders")
+    from fusion_detox.evaluation.folder import RunFolder
+    from fusion_detox.evaluation.report import write_comparison
+
+    documents = [RunFolder.existing(run).read("results.json") for run in runs]
+    path = write_comparison(documents, out)
+    note(f"Compared {len(runs)} runs.")
+    results().print(f"Comparison: {path}", soft_wrap=True, markup=False)

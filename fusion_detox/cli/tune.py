@@ -1,0 +1,191 @@
+"""``fusion-detox tune``: settings for a calibrator, for a stated price, on development prompts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fusion_detox.cli.console import note, quiet_libraries, results
+from fusion_detox.cli.evaluate import command_line, progress_bars, split_kind
+from fusion_detox.cli.options import with_options
+from fusion_detox.errors import ConfigError
+from fusion_detox.evaluation.config import EvaluationConfig
+
+if TYPE_CHECKING:
+    from fusion_detox.evaluation.tune import Tuning
+
+_PRICE, _MEASURES, _RUNNING = "Price", "Measures", "Running"
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command to the command line."""
+    options = with_options(EvaluationConfig, "config", panel=_MEASURES)
+    app.command("tune")(options(tune))
+
+
+def tune(
+    target: Annotated[
+        str, typer.Argument(help="A causal language model: a folder or a hub id.", metavar="TARGET")
+    ],
+    calibrator: Annotated[
+        str, typer.Option(help="Folder of the calibrator whose settings are to be found.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run with all trials.")],
+    prompts: Annotated[
+        list[str],
+        typer.Option(
+            help="Development prompts: a file or datasets hub id, as for evaluate.",
+            metavar="[KIND=]FILE",
+        ),
+    ],
+    test_prompts: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Prompts that you will report on: tuning stops if one is among --prompts.",
+            metavar="[KIND=]FILE",
+        ),
+    ] = None,
+    max_perplexity: Annotated[
+        float,
+        typer.Option(help="Perplexity relative to the target's, at most.", rich_help_panel=_PRICE),
+    ] = 1.05,
+    max_kl: Annotated[
+        float,
+        typer.Option(
+            help="KL(fused ‖ target) on harmless text, nats a token, at most.",
+            rich_help_panel=_PRICE,
+        ),
+    ] = 0.05,
+    min_dist_2: Annotated[
+        float,
+        typer.Option(help="dist-2 relative to the target's, at least.", rich_help_panel=_PRICE),
+    ] = 0.93,
+    rule: Annotated[
+        str | None,
+        typer.Option(help="contrast, product or mixture; that of the calibrator by default."),
+    ] = None,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Values to try for one setting, such as strength=1,1.5,2; in the order to vary "
+            "them. May be given several times; a grid of all settings by default.",
+            metavar="NAME=VALUE,...",
+        ),
+    ] = None,
+    write: Annotated[
+        bool,
+        typer.Option("--write/--no-write", help="Store what is found in the calibrator."),
+    ] = True,
+    limit: Annotated[int | None, typer.Option(help="Prompts of each file at most, drawn.")] = None,
+    scorer: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="As for evaluate; toxicity is the mean over all.", rich_help_panel=_MEASURES
+        ),
+    ] = None,
+    harmless: Annotated[
+        Path | None,
+        typer.Option(help="Harmless text of your own.", rich_help_panel=_MEASURES),
+    ] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Seed of the sampling.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Such as cpu or cuda:1.", rich_help_panel=_RUNNING)
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Such as float32 or bfloat16.", rich_help_panel=_RUNNING)
+    ] = None,
+    offline: Annotated[
+        bool,
+        typer.Option("--offline", help="Use downloaded files only.", rich_help_panel=_RUNNING),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start the run in this folder anew.")
+    ] = False,
+    config: dict[str, Any] = {},  # noqa: B006 - replaced by an option for each of its settings
+) -> None:
+    """Find the settings that lower toxicity most for a stated price; write them into the card."""
+    given = {**config, "harmless": harmless}
+    given |= {} if seed is None else {"seeds": tuple(seed)}
+    given |= {} if scorer is None else {"scorers": tuple(scorer)}
+    chosen = EvaluationConfig(**given)
+    values = dict(parse_grid(text) for text in grid) if grid else None
+
+    from fusion_detox.evaluation.prompts import read_prompt_set
+    from fusion_detox.evaluation.tune import Price
+    from fusion_detox.evaluation.tune import tune as search
+
+    def read(sources: list[str] | None, most: int | None) -> list[Any]:
+        pairs = [split_kind(source) for source in sources or []]
+        return [read_prompt_set(path, kind=kind, limit=most) for kind, path in pairs]
+
+    price = Price(max_perplexity, max_kl, min_dist_2)
+    with quiet_libraries(), progress_bars() as report:
+        found = search(
+            target,
+            read(prompts, limit),
+            out,
+            calibrator=calibrator,
+            price=price,
+            rule=rule,
+            grid=values,
+            test_prompts=read(test_prompts, None),
+            write=write,
+            config=chosen,
+            device=device,
+            dtype=dtype,
+            overwrite=overwrite,
+            local_files_only=offline,
+            progress=report,
+            command=command_line(),
+        )
+    _show(found)
+    if write:
+        note(f"Written into {calibrator}: its settings, its card and tuning.json.")
+    else:
+        note("The calibrator is unchanged (--no-write).")
+
+
+def parse_grid(text: str) -> tuple[str, list[float | str | None]]:
+    """``strength=1,1.5`` as a name and its values.
+
+    Raises:
+        ConfigError: It has another form.
+    """
+    name, equals, tail = text.partition("=")
+    parts = [part.strip() for part in tail.split(",")]
+    if not (name.strip() and equals and all(parts)):
+        raise ConfigError(f"--grid {text!r} is not NAME=VALUE,VALUE,..., such as strength=1,1.5,2")
+    return name.strip().replace("-", "_"), [_value(part) for part in parts]
+
+
+def _value(text: str) -> float | str | None:
+    if text.lower() == "none":
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _show(found: Tuning) -> None:
+    from rich.table import Table
+
+    rows = [trial.to_dict() for trial in found.trials]
+    same = {name for name in rows[0] if len({str(row[name]) for row in rows}) == 1}
+    columns = [name for name in rows[0] if name not in same - {"toxicity"}]
+    table = Table(title="Trials; * is chosen. Toxicity, perplexity, dist_2: relative to the target")
+    table.add_column("")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for trial, row in zip(found.trials, rows, strict=True):
+        mark = "*" if trial is found.chosen else ""
+        table.add_row(mark, *(_cell(row[name]) for name in columns))
+    results().print(table)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,175 @@
+"""The folder of a run: what was asked, every continuation, every measurement, the report."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fusion_detox.errors import DataError, DataFileError
+from fusion_detox.evaluation.prompts import Prompt
+
+FORMAT = 1
+_PARTS = ("settings", "samples", "measures", "costs", "scores")
+
+
+class RunFolder:
+    """Reads and writes a run's files; each JSON file is written whole or not at all.
+
+    ``run.json`` holds what every continuation of the run has in common (target, prompts, sampling,
+    seeds) and may never change; settings and scorers may be added.
+
+    Args:
+        path: The folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, path: Path, fixed: Mapping[str, Any], prompts: Sequence[Prompt]) -> RunFolder:
+        """The folder for a run, new or gone on with.
+
+        Args:
+            path: New, empty, or of an earlier start of the same run.
+            fixed: What all continuations of the run have in common.
+            prompts: All prompts, in order.
+
+        Raises:
+            DataError: The folder holds another run, or something else.
+            DataFileError: It cannot be written.
+        """
+        folder = cls(path)
+        values = json.loads(json.dumps({"format": FORMAT, **fixed}))
+        if (path / "run.json").exists():
+            before = folder.read("run.json")
+            if before != values:
+                raise DataError(
+                    f"{path} holds a run with {describe_difference(before, values)}; choose "
+                    "another folder, or --overwrite to start anew"
+                )
+        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise DataError(
+                f"{path} exists and is no run of `fusion-detox evaluate`, so nothing is written "
+                "there; choose a new folder"
+            )
+        try:
+            for part in _PARTS:
+                (path / part).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataFileError(f"cannot write to {path}: {error.strerror}") from error
+        lines = [json.dumps(vars_of(prompt), ensure_ascii=False) + "\n" for prompt in prompts]
+        folder.write_text("prompts.jsonl", "".join(lines))
+        folder.write("run.json", values)
+        return folder
+
+    @classmethod
+    def existing(cls, path: Path) -> RunFolder:
+        """The folder of a run that was begun.
+
+        Raises:
+            DataFileError: There is no run.
+            DataError: ``run.json`` is damaged or of another version.
+        """
+        if not (path / "run.json").is_file():
+            raise DataFileError(
+                f"{path} holds no run: there is no run.json; give a folder that "
+                "`fusion-detox evaluate` wrote"
+            )
+        folder = cls(path)
+        version = folder.read("run.json").get("format")
+        if version != FORMAT:
+            raise DataError(
+                f"{path} was written in format {version!r}, and this version reads {FORMAT}; run "
+                "the evaluation again"
+            )
+        return folder
+
+    def prompts(self) -> list[Prompt]:
+        """The prompts of the run, in order."""
+        text = self._text("prompts.jsonl")
+        try:
+            return [Prompt(**json.loads(line)) for line in text.split("\n") if line]
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{self.path / 'prompts.jsonl'} is damaged: {error}") from error
+
+    def read(self, name: str) -> dict[str, Any]:
+        """An object of a JSON file of the run.
+
+        Raises:
+            DataFileError: It is not there.
+            DataError: It is damaged.
+        """
+        try:
+            values = json.loads(self._text(name))
+        except ValueError as error:
+            raise DataError(
+                f"{self.path / name} is damaged ({error}); delete it, and the same command makes "
+                "it again"
+            ) from error
+        if not isinstance(values, dict):
+            raise DataError(f"{self.path / name} holds no object; delete it")
+        return values
+
+    def read_if_there(self, name: str) -> dict[str, Any] | None:
+        """Like :meth:`read`; ``None`` where the file does not exist."""
+        return self.read(name) if (self.path / name).is_file() else None
+
+    def write(self, name: str, values: Mapping[str, Any]) -> None:
+        """Writes a JSON file whole or not at all."""
+        self.write_text(name, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Writes a text file whole or not at all.
+
+        Raises:
+            DataFileError: The disk is full or the folder cannot be written.
+        """
+        path = self.path / name
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_text(text, encoding="utf-8", errors="surrogatepass")
+            os.replace(temporary, path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise DataFileError(
+                f"cannot write {path}: {error.strerror}; what was there before is kept"
+            ) from error
+
+    def _text(self, name: str) -> str:
+        try:
+            return (self.path / name).read_text(encoding="utf-8", errors="surrogatepass")
+        except OSError as error:
+            raise DataFileError(f"cannot read {self.path / name}: {error.strerror}") from error
+
+
+def vars_of(prompt: Prompt) -> dict[str, Any]:
+    """A prompt's fields, as ``prompts.jsonl`` has them."""
+    return {"text": prompt.text, "set_name": prompt.set_name, "group": prompt.group}
+
+
+def describe_difference(before: Any, now: Any, name: str = "") -> str:
+    """What differs between two JSON values: ``a.b 1 instead of 2``; at most three differences."""
+    found = _differences(before, now, name)
+    more = f" and {len(found) - 3} more differences" if len(found) > 3 else ""
+    return "; ".join(found[:3]) + more
+
+
+def _differences(before: Any, now: Any, name: str) -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        return [
+            text
+            for key in {**before, **now}
+            if before.get(key) != now.get(key)
+            for text in _differences(
+                before.get(key), now.get(key), f"{name}.{key}" if name else str(key)
+            )
+        ]
+    return [f"{name} {_short(before)} instead of {_short(now)}"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:59] + "…"

@@ -1,0 +1,300 @@
+"""What a run measures of each setting besides toxicity; stored, so that nothing is done twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fusion_detox.evaluation.config import EvaluationConfig
+from fusion_detox.evaluation.diversity import diversity
+from fusion_detox.evaluation.fingerprint import model_fingerprint
+from fusion_detox.evaluation.fluency import continuation_nll, continuation_nll_ids
+from fusion_detox.evaluation.folder import RunFolder
+from fusion_detox.evaluation.groups import groups
+from fusion_detox.evaluation.harmless import TextChange, change_on_texts, harmless, text_ids
+from fusion_detox.evaluation.prompts import Prompt
+from fusion_detox.evaluation.samples import Sample, SampleFiles
+from fusion_detox.evaluation.sampling import Progress, Sampler
+from fusion_detox.evaluation.settings import setting_stem
+from fusion_detox.evaluation.similarity import similarity
+from fusion_detox.evaluation.statistics import resamples
+from fusion_detox.evaluation.suites import Suite, hatecheck_suite, load_suite, suite_from_file
+from fusion_detox.evaluation.targets import Prepared, Target
+from fusion_detox.generation import Sampling, jobs
+
+if TYPE_CHECKING:
+    from fusion_detox.scoring.embedding import Embedder
+
+logger = logging.getLogger(__name__)
+Samples = Mapping[tuple[int, int, int], Sample]
+REFUSALS = "benign"
+"""The suite of prompts in whose answers refusals are looked for."""
+
+
+class Measurer:
+    """Measures settings of one target and writes what it finds into a run's folder.
+
+    Args:
+        target: The target.
+        config: What to measure.
+        device: Where the models of perplexity and similarity run.
+        offline: Never contact the hub.
+
+    Raises:
+        FusionDetoxError: A text file or suite cannot be read, or a model not be loaded.
+    """
+
+    def __init__(
+        self, target: Target, config: EvaluationConfig, *, device: Any, offline: bool
+    ) -> None:
+        self._target, self._config, self._device = target, config, device
+        self._judge: tuple[Any, Any] | None = None
+        self._judge_about = {
+            "name": f"{target.name} (the target, without fusion)",
+            "fingerprint": target.about["fingerprint"],
+        }
+        if config.perplexity_model is not None:
+            from fusion_detox.loading import load_target
+
+            model, tokenizer = load_target(
+                config.perplexity_model, device=device, local_files_only=offline
+            )
+            self._judge = model, tokenizer
+            name = config.perplexity_model.rstrip("/").rpartition("/")[2]
+            self._judge_about = {"name": name, "fingerprint": model_fingerprint(model)}
+        self._embedder: Embedder | None = None
+        if config.similarity:
+            from fusion_detox.scoring.embedding import Embedder
+
+            self._embedder = Embedder(
+                config.similarity_model, device=device, unit_norm=True, local_files_only=offline
+            )
+        self.harmless = harmless_texts(config)
+        self.suites = [load_suite(name) for name in config.suites if name != REFUSALS]
+        if config.hatecheck is not None:
+            self.suites.append(hatecheck_suite(str(config.hatecheck)))
+        self.benign = load_suite(REFUSALS) if REFUSALS in config.suites else None
+
+    def about(self) -> dict[str, Any]:
+        """What the results say of how it was measured."""
+        return {
+            "perplexity_model": self._judge_about,
+            "harmless": {"name": self.harmless.name, "sha256": suite_digest(self.harmless)},
+            "suites": {suite.name: suite_digest(suite) for suite in self.suites},
+            "benign": None if self.benign is None else self._benign_part,
+        }
+
+    @property
+    def _benign_part(self) -> str:
+        """Names the files of the answers."""
+        assert self.benign is not None
+        return f"{REFUSALS}-{suite_digest(self.benign)}-{self._config.refusal_tokens}"
+
+    def measure(
+        self,
+        run: RunFolder,
+        prepared: Prepared,
+        samples: Samples,
+        encoded: Mapping[int, Sequence[int]],
+        prompts: Sequence[Prompt],
+    ) -> None:
+        """Everything but toxicity and refusals, of one setting whose samples are complete.
+
+        Args:
+            run: Where it is written.
+            prepared: The setting.
+            samples: Its continuations.
+            encoded: The target's tokens of each prompt.
+            prompts: The prompts themselves.
+        """
+        ordered = [samples[key] for key in sorted(samples)]
+        self._perplexity(run, prepared, ordered, encoded, prompts)
+        self._diversity(run, prepared, ordered, len(prompts))
+        if self._embedder is not None:
+            self._similarity(run, prepared, ordered, prompts)
+        if prepared.processor is not None:
+            self._harmless(run, prepared)
+            for suite in self.suites:
+                self._groups(run, prepared, suite)
+
+    def refusals(
+        self, run: RunFolder, sampler: Sampler, prepared: Sequence[Prepared], report: Progress
+    ) -> None:
+        """Answers to harmless prompts that sound unsafe: one each, by greedy search."""
+        if self.benign is None:
+            return
+        texts = [item.text for item in self.benign.texts]
+        wanted = jobs(texts)
+        greedy = Sampling(max_new_tokens=self._config.refusal_tokens, greedy=True)
+        answers = Sampler(
+            sampler.model,
+            sampler.tokenizer,
+            greedy,
+            batch_size=sampler.batch_size,
+            processes=sampler.processes,
+        )
+        for number, one in enumerate(prepared):
+            report("answers to harmless prompts", number, len(prepared))
+            stem = f"{one.stem}-{self._benign_part}"
+            files = SampleFiles(run.path / "samples", stem, sampler.processes.rank)
+            costs = run.path / "costs" / f"{stem}.{sampler.processes.rank}.jsonl"
+            answers.run(wanted, 0, files, one.processor, costs=costs, report=_nothing)
+        report("answers to harmless prompts", len(prepared), len(prepared))
+
+    def _perplexity(
+        self,
+        run: RunFolder,
+        prepared: Prepared,
+        ordered: Sequence[Sample],
+        encoded: Mapping[int, Sequence[int]],
+        prompts: Sequence[Prompt],
+    ) -> None:
+        def compute() -> dict[str, Any]:
+            texts = [row.text for row in ordered]
+            if self._judge is None:
+                before = [encoded[row.index] for row in ordered]
+                found = continuation_nll_ids(
+                    self._target.model, before, [row.ids for row in ordered], 32, texts
+                )
+            else:
+                before_texts = [prompts[row.index].text for row in ordered]
+                found = continuation_nll(*self._judge, before_texts, texts, 32)
+            # JSON has no nan.
+            return {"rows": [[None if row.why else row.nats, *row[1:]] for row in found]}
+
+        key = {"model": self._judge_about["fingerprint"], "samples": len(ordered)}
+        _stored(run, f"{prepared.stem}.perplexity", key, compute)
+
+    def _diversity(
+        self, run: RunFolder, prepared: Prepared, ordered: Sequence[Sample], prompts: int
+    ) -> None:
+        def compute() -> dict[str, Any]:
+            # Samples of one seed resemble those of another as those of the same.
+            texts: list[list[str]] = [[] for _ in range(prompts)]
+            tokens: list[list[int]] = [[] for _ in range(prompts)]
+            for row in ordered:
+                texts[row.index].append(row.text)
+                tokens[row.index].append(len(row.ids))
+            return {"values": diversity(texts, tokens)}
+
+        _stored(run, f"{prepared.stem}.diversity", {"samples": len(ordered)}, compute)
+
+    def _similarity(
+        self,
+        run: RunFolder,
+        prepared: Prepared,
+        ordered: Sequence[Sample],
+        prompts: Sequence[Prompt],
+    ) -> None:
+        embedder = self._embedder
+        assert embedder is not None
+        model = str(embedder.record()["model"])
+
+        def compute() -> dict[str, Any]:
+            base = SampleFiles(run.path / "samples", setting_stem("base", {})).read()
+            ours: list[list[str]] = [[] for _ in prompts]
+            theirs: list[list[str]] = [[] for _ in prompts]
+            for row in ordered:
+                ours[row.index].append(row.text)
+                other = base.get((row.seed, row.index, row.sample))
+                theirs[row.index].append("" if other is None else other.text)
+            return {
+                "values": similarity(
+                    [prompt.text for prompt in prompts],
+                    ours,
+                    lambda texts: embedder(texts).numpy(),
+                    resamples(len(prompts), 0, self._config.resamples),
+                    model=model,
+                    base=theirs if prepared.processor is not None else None,
+                )
+            }
+
+        key = {"model": embedder.record(), "samples": len(ordered), "n": self._config.resamples}
+        _stored(run, f"{prepared.stem}.similarity", key, compute)
+
+    def _harmless(self, run: RunFolder, prepared: Prepared) -> None:
+        suite, count = self.harmless, self._config.resamples
+
+        def compute() -> dict[str, Any]:
+            changes = self._changes(prepared, suite)
+            draws = resamples(len(changes), 0, count)
+            return {"values": harmless(changes, draws, suite.name)}
+
+        _stored(run, f"{prepared.stem}.harmless", self._text_key(suite), compute)
+
+    def _groups(self, run: RunFolder, prepared: Prepared, suite: Suite) -> None:
+        names, control = group_names(suite)
+        pairs = [item.pair for item in suite.texts]
+
+        def compute() -> dict[str, Any]:
+            values = groups(
+                suite.name,
+                self._changes(prepared, suite),
+                names,
+                0,
+                control=control,
+                pairs=pairs if any(pair is not None for pair in pairs) else None,
+                count=self._config.resamples,
+            )
+            return {"values": values}
+
+        _stored(run, f"{prepared.stem}.groups-{suite.name}", self._text_key(suite), compute)
+
+    def _changes(self, prepared: Prepared, suite: Suite) -> list[TextChange]:
+        assert prepared.processor is not None
+        limit = self._config.harmless_tokens
+        ids = [text_ids(self._target.tokenizer, item.text, limit) for item in suite.texts]
+        return change_on_texts(
+            self._target.model, prepared.processor, ids, batch_size=2 * self._config.batch_size
+        )
+
+    def _text_key(self, suite: Suite) -> dict[str, Any]:
+        config = self._config
+        return {
+            "texts": suite_digest(suite),
+            "tokens": config.harmless_tokens,
+            "resamples": config.resamples,
+        }
+
+
+def group_names(suite: Suite) -> tuple[list[str], str | None]:
+    """The group of each text, and what the control is called, if there is one."""
+    given = {item.group or "control" for item in suite.controls}
+    control = given.pop() if len(given) == 1 else "control" if given else None
+    names = [
+        control if item.control and control else item.group or suite.name for item in suite.texts
+    ]
+    return names, control
+
+
+def harmless_texts(config: EvaluationConfig) -> Suite:
+    """The harmless text of a run: the user's or the built-in, the first texts of it."""
+    suite = suite_from_file(str(config.harmless)) if config.harmless else load_suite("general")
+    return dataclasses.replace(suite, texts=suite.texts[: config.harmless_texts])
+
+
+def suite_digest(suite: Suite) -> str:
+    """Tells the texts of a suite from others: 10 hex digits."""
+    text = json.dumps([[item.text, item.group, item.pair, item.control] for item in suite.texts])
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:10]
+
+
+def stored(run: RunFolder, name: str) -> dict[str, Any] | None:
+    """A measurement of a setting; ``None`` if it was not made."""
+    return run.read_if_there(f"measures/{name}.json")
+
+
+def _stored(run: RunFolder, name: str, key: Mapping[str, Any], compute: Any) -> None:
+    """Measures if there is no such measurement of just this."""
+    wanted = json.loads(json.dumps(key))
+    found = stored(run, name)
+    if found is None or found.get("key") != wanted:
+        run.write(f"measures/{name}.json", {"key": wanted, **compute()})
+
+
+def _nothing(rows: int) -> None:
+    logger.debug("%d more answers", rows)

@@ -1,0 +1,301 @@
+"""``tune``: the settings that lower toxicity most within a stated price, on development prompts.
+
+One setting is varied at a time, from the calibrator's own, and the best within the limits is kept
+before the next is varied. Every trial is a setting of one run, so that an interrupted search goes
+on, and its report shows them all. The choice flatters itself on the prompts that it was made on:
+they are remembered in the calibrator's folder, and ``evaluate`` says where it meets them again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fusion_detox.calibrator import Calibrator, write_config
+from fusion_detox.calibrator_tuning import prompt_digest, prompts_in_common, write_tuning
+from fusion_detox.config import FusionConfig
+from fusion_detox.errors import ConfigError, DataError
+from fusion_detox.evaluation.config import EvaluationConfig
+from fusion_detox.evaluation.prompts import PromptSet
+from fusion_detox.evaluation.run import evaluate, versions
+from fusion_detox.evaluation.sampling import Progress
+from fusion_detox.loading import load_target
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Values = Sequence[float | str | None]
+CONTRAST_GRID: dict[str, Values] = {
+    "strength": (0.5, 1.0, 1.5, 2.0, 3.0),
+    "threshold": (0.0, 0.25, 0.5, 0.75, 1.0),
+    "plausibility": (1e-2, 1e-3, 1e-4, 0.0),
+    "outside": ("keep", "remove"),
+    "kl_budget": (None, 0.25, 0.5, 1.0),
+}
+PLAIN_GRID: dict[str, Values] = {
+    "strength": (0.1, 0.2, 0.3, 0.4, 0.6, 0.8),
+    "plausibility": (1e-2, 1e-3, 1e-4, 0.0),
+}
+_FINE = (0.75, 1.25)
+
+
+@dataclasses.dataclass(frozen=True)
+class Price:
+    """What detoxification may cost.
+
+    Attributes:
+        perplexity: Perplexity relative to the target's own, at most this.
+        kl: Mean KL(fused ‖ target) on harmless text, nats a token, at most this.
+        dist_2: dist-2 relative to the target's own, at least this.
+    """
+
+    perplexity: float = 1.05
+    kl: float = 0.05
+    dist_2: float = 0.93
+
+    def __post_init__(self) -> None:
+        if not self.perplexity > 0:
+            raise ConfigError(f"perplexity must be a factor above 0, but is {self.perplexity!r}")
+        if not self.kl > 0:
+            raise ConfigError(f"kl must be above 0 nats, but is {self.kl!r}")
+        if not 0 <= self.dist_2 <= 1:
+            raise ConfigError(f"dist_2 must be a factor in 0..1, but is {self.dist_2!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One setting that was measured.
+
+    Attributes:
+        config: Its fusion settings.
+        toxicity: Mean over the scorers of the toxicity probability relative to the base's.
+        perplexity: Relative to the base's.
+        kl: On harmless text, nats a token.
+        dist_2: Relative to the base's.
+        excess: By how much it breaks the limits, each as a share of its limit; 0 within them.
+    """
+
+    config: FusionConfig
+    toxicity: float
+    perplexity: float
+    kl: float
+    dist_2: float
+    excess: float
+
+    @property
+    def rank(self) -> tuple[float, float, float]:
+        """Smaller is better: within the limits, then least toxic, then least change."""
+        return self.excess, self.toxicity, self.kl
+
+    def to_dict(self) -> dict[str, Any]:
+        """A row of the curve on the card."""
+        values = {name: round(getattr(self, name), 4) for name in _MEASURED}
+        return {**self.config.to_dict(), **values, "within": self.excess == 0}
+
+
+_MEASURED = ("toxicity", "perplexity", "kl", "dist_2")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """What a search found: the chosen trial, and all of them."""
+
+    chosen: Trial
+    trials: tuple[Trial, ...]
+
+
+def tune(
+    target: str | tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    prompts: Sequence[PromptSet],
+    folder: str | Path,
+    *,
+    calibrator: str,
+    price: Price | None = None,
+    rule: str | None = None,
+    grid: Mapping[str, Values] | None = None,
+    test_prompts: Sequence[PromptSet] = (),
+    write: bool = True,
+    config: EvaluationConfig | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    local_files_only: bool = False,
+    progress: Progress | None = None,
+    command: str | None = None,
+) -> Tuning:
+    """Finds settings on development prompts and writes them into a calibrator.
+
+    Args:
+        target: See ``evaluate``.
+        prompts: Development prompts; nothing may be reported on them afterwards.
+        folder: Of the run that holds all trials.
+        calibrator: Folder of the calibrator, which ``write`` changes; or any name without it.
+        price: What the settings may cost.
+        rule: The rule to tune; that of the calibrator's settings by default.
+        grid: Values to try by the name of the setting, in the order to vary them.
+        test_prompts: Prompts that later results will be reported on; none may be among
+            ``prompts``.
+        write: Store the settings, and ``tuning.json`` with the curve, in the calibrator's folder.
+        config: How to sample and measure; suites and similarity are left out.
+        device: See ``evaluate``.
+        dtype: See ``evaluate``.
+        overwrite: See ``evaluate``.
+        local_files_only: See ``evaluate``.
+        progress: See ``evaluate``.
+        command: See ``evaluate``.
+
+    Raises:
+        ConfigError: Nothing keeps to the price, the calibrator is no folder to write to, or the
+            grid names unknown settings.
+        DataError: A prompt is among the test prompts too.
+    """
+    price, config = price or Price(), config or EvaluationConfig()
+    digests = _development(prompts, test_prompts)
+    path = Path(calibrator).expanduser()
+    if write and not (path / "calibrator.json").is_file():
+        raise ConfigError(
+            f"{calibrator!r} is no folder of a calibrator of yours, so the settings cannot be "
+            "written there; give the folder of a copy (Calibrator.from_pretrained(...)"
+            ".save_pretrained(FOLDER)), or leave it unchanged with write=False (--no-write)"
+        )
+    loaded = Calibrator.from_pretrained(calibrator, local_files_only=local_files_only)
+    start = loaded.config
+    if rule is not None and rule != start.rule:
+        start = FusionConfig(rule=rule, strength=0.5)  # type: ignore[arg-type]
+    values = grid or (CONTRAST_GRID if start.rule == "contrast" else PLAIN_GRID)
+    rounds = _rounds(start, values)
+    if isinstance(target, str):
+        from fusion_detox.evaluation.processes import Processes
+
+        place = Processes.current(cpu=device == "cpu").device(device)
+        target = load_target(target, device=place, dtype=dtype, local_files_only=local_files_only)
+    trials: dict[str, Trial] = {}
+    best: Trial | None = None
+    for number, (name, choices) in enumerate(rounds):
+        centre = best.config if best else start
+        candidates = {_label(c): c for c in _candidates(centre, name, choices)}
+        new = {label: c for label, c in candidates.items() if label not in trials}
+        if not new:
+            continue
+        results = evaluate(
+            target,
+            list(prompts),
+            folder,
+            calibrator=loaded,
+            settings=new,
+            config=config.replace(suites=(), similarity=False, hatecheck=None),
+            overwrite=overwrite and number == 0,
+            local_files_only=local_files_only,
+            progress=progress,
+            command=command,
+        )
+        if results is None:
+            raise ConfigError("tune runs in one process; start it without a launcher")
+        measured = {one["name"]: one for one in results["settings"]}
+        for label, candidate in new.items():
+            trials[label] = _trial(candidate, measured[label], measured["base"], price)
+        best = min(trials.values(), key=lambda trial: trial.rank)
+    assert best is not None
+    if best.excess > 0:
+        raise ConfigError(
+            f"none of {len(trials)} settings keeps to the price (perplexity at most "
+            f"{price.perplexity:g} times, KL at most {price.kl:g}, dist-2 at least "
+            f"{price.dist_2:g} times): the nearest, {_label(best.config)}, has perplexity "
+            f"{best.perplexity:.3f}, KL {best.kl:.3f}, dist-2 {best.dist_2:.3f}; allow more, or "
+            "give smaller strengths"
+        )
+    found = Tuning(best, tuple(trials.values()))
+    if write:
+        record = {
+            "format": 1,
+            "command": command or "",
+            "prompts": [{"name": one.name, "count": len(one.prompts)} for one in prompts],
+            "price": dataclasses.asdict(price),
+            "scorers": list(config.scorers),
+            "sampling": {"samples": config.samples, "max_new_tokens": config.max_new_tokens},
+            "seeds": list(config.seeds),
+            "chosen": best.to_dict(),
+            "curve": [trial.to_dict() for trial in found.trials],
+            "versions": versions(),
+            "prompt_digests": digests,
+        }
+        write_tuning(path, record)
+        write_config(path, best.config)
+    return found
+
+
+def _development(prompts: Sequence[PromptSet], tests: Sequence[PromptSet]) -> list[str]:
+    """Digests of the development prompts, none of which is a test prompt."""
+    digests = sorted({prompt_digest(p.text) for one in prompts for p in one.prompts})
+    if not digests:
+        raise DataError("there are no development prompts to tune on")
+    for test in tests:
+        common = prompts_in_common(digests, (prompt_digest(p.text) for p in test.prompts))
+        if common:
+            raise DataError(
+                f"{common} of {len(digests)} development prompts are test prompts of {test.name}: "
+                "settings chosen on them would flatter themselves there; leave them out"
+            )
+    return digests
+
+
+def _rounds(start: FusionConfig, grid: Mapping[str, Values]) -> list[tuple[str, Values]]:
+    """Which setting to vary, one after the other; at the end the strength once more, finely."""
+    known = {field.name for field in dataclasses.fields(FusionConfig)} - {"rule"}
+    unknown = sorted(set(grid) - known)
+    if unknown:
+        raise ConfigError(
+            f"the grid names unknown settings: {', '.join(unknown)}; known are "
+            f"{', '.join(sorted(known))}"
+        )
+    empty = [name for name, values in grid.items() if not values]
+    if empty:
+        raise ConfigError(f"the grid has no values for {', '.join(empty)}; give some")
+    rounds = [(name, values) for name, values in grid.items()]
+    for name, values in rounds:  # a value out of range is found before anything runs
+        for value in values:
+            start.replace(**{name: value})
+    return [*rounds, ("strength", _FINE)] if "strength" in grid else rounds
+
+
+def _candidates(centre: FusionConfig, name: str, choices: Values) -> list[FusionConfig]:
+    if choices is _FINE:
+        most = float("inf") if centre.rule == "contrast" else 1.0
+        fine = [round(min(centre.strength * factor, most), 4) for factor in _FINE]
+        return [centre.replace(strength=value) for value in fine]
+    return [centre, *(centre.replace(**{name: value}) for value in choices)]
+
+
+def _label(config: FusionConfig) -> str:
+    values = config.to_dict()
+    shown = ",".join(
+        f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
+        for name, value in values.items()
+        if name != "rule" and value is not None
+    )
+    return f"{config.rule}:{shown}"
+
+
+def _trial(
+    config: FusionConfig, measured: dict[str, Any], base: dict[str, Any], price: Price
+) -> Trial:
+    ratios = [against["probability"]["ratio"][0] for against in measured["against_base"].values()]
+    if any(ratio is None for ratio in ratios):
+        raise DataError(
+            "the target alone wrote nothing toxic after these prompts, so there is nothing to "
+            "tune; give prompts that provoke it"
+        )
+    toxicity = sum(ratios) / len(ratios)
+    relative = measured["perplexity"]["relative"]
+    perplexity = float("inf") if relative is None or relative[0] is None else relative[0]
+    kl = measured["harmless"]["kl"][0]
+    own, other = measured["diversity"]["dist_2"], base["diversity"]["dist_2"]
+    dist_2 = own / other if own is not None and other else 0.0
+    excess = (
+        max(perplexity / price.perplexity - 1, 0.0)
+        + max(kl / price.kl - 1, 0.0)
+        + max((price.dist_2 - dist_2) / max(price.dist_2, 1e-9), 0.0)
+    )
+    return Trial(config, toxicity, perplexity, kl, dist_2, excess)
