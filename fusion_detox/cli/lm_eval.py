@@ -1,0 +1,22 @@
+"""``fusion-detox lm-eval``: the lm-evaluation-harness, with the fused model among its models."""
+
+from __future__ import annotations
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command to the command line."""
+    passing = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+    app.command("lm-eval", context_settings=passing)(lm_eval)
+
+
+def lm_eval(context: typer.Context) -> None:
+    """Score the fused model on tasks of EleutherAI's lm-evaluation-harness (all its arguments).
+
+    For instance: fusion-detox lm-eval run --model fusion-detox --model_args
+    pretrained=gpt2,calibrator=english-16k --tasks lambada_openai
+    """
+    from fusion_detox.integrations.lm_eval import main
+
+    main(context.args)

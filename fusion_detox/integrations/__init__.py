@@ -1,0 +1,1 @@
+"""Bridges to the tools of others; each imports its tool only when it is imported itself."""
