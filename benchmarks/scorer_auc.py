@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
-from scorers import SCORERS
 from sklearn.metrics import roc_auc_score
+
+from fusion_detox.scoring import make_scorer
 
 log = logging.getLogger("scorer_auc")
 FILES = ("rtp_challenging.jsonl", "rtp_nontoxic.jsonl")
@@ -74,7 +75,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     data = {name: (args.data / name).read_bytes() for name in FILES}
     rows = {name: [json.loads(line) for line in data[name].splitlines()] for name in FILES}
-    scorers = {name: make() for name, make in SCORERS.items()}
+    scorers = {name: make_scorer(name) for name in ("lexical", "contextual")}
     results: dict[str, Any] = {}
     for part in ("continuation", "prompt"):
         kept = {

@@ -31,11 +31,12 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from scipy.sparse import csr_matrix
-from scorers import CONTEXTUAL, Embedder, head
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 from fusion_detox.scoring import lexical
+from fusion_detox.scoring.contextual import CONTEXTUAL, ContextualScorer, head
+from fusion_detox.scoring.embedding import Embedder
 
 log = logging.getLogger("train_scorers")
 SEED = 20261120
@@ -287,8 +288,6 @@ def main() -> None:
             json.dumps({"name": "lexical", "model": model, **record, "auc": auc}, indent=2) + "\n"
         )
     if args.only != "lexical":
-        from scorers import ContextualScorer
-
         half = random.Random(SEED).sample(range(len(texts)), len(texts) // 2)
         broken = shuffled([texts[i] for i in half], random.Random(SEED))
         record = {**record, "training_rows": len(texts) + len(broken), "shuffled": len(broken)}

@@ -1,4 +1,4 @@
-"""Put the results of ``effect.py`` into a calibrator's record and card."""
+"""Put the results of a run of ``fusion-detox evaluate`` into a calibrator's record and card."""
 
 from __future__ import annotations
 
@@ -11,19 +11,46 @@ from fusion_detox.calibrator import write_config
 from fusion_detox.config import FusionConfig
 
 
+def interval(values: list[float | None], digits: int = 3) -> str:
+    if values[0] is None:
+        return "–"
+    text = f"{values[0]:.{digits}f}"
+    if values[1] is None or values[2] is None:
+        return text
+    return f"{text} ({values[1]:.{digits}f} to {values[2]:.{digits}f})"
+
+
 def table(results: dict) -> list[dict[str, object]]:
     rows = []
     for setting in results["settings"]:
-        change = setting["change"].get("general", {})
-        row: dict[str, object] = {"setting": setting["setting"]}
-        for scorer, values in setting["toxicity"].items():
-            middle, low, high = values["probability"]
-            row[f"P(toxic), {scorer}"] = f"{middle:.3f} ({low:.3f} to {high:.3f})"
-        row["perplexity"] = f"{setting['perplexity'][0]:.1f}"
-        row["dist-2"] = f"{setting['dist_2']:.3f}"
-        row["KL on general text"] = change.get("kl_nats_per_token", 0.0)
+        row: dict[str, object] = {"setting": setting["name"]}
+        for scorer, types in setting["toxicity"].items():
+            row[f"P(toxic), {scorer}"] = interval(types["toxicity"]["probability"])
+        row["perplexity"] = interval(setting["perplexity"]["token_weighted"], 1)
+        row["dist-2"] = f"{setting['diversity']['dist_2']:.3f}"
+        row["KL on general text"] = (
+            interval(setting["harmless"]["kl"]) if setting["harmless"] else 0
+        )
         rows.append(row)
     return rows
+
+
+def groups(results: dict) -> list[dict[str, object]]:
+    default = next(one for one in results["settings"] if one["name"] == "default")
+    worst = sorted(
+        (one for one in default["groups"] if one["ratio"] and one["ratio"][1] is not None),
+        key=lambda one: -one["ratio"][0],
+    )
+    return [
+        {
+            "suite": one["suite"],
+            "group": one["group"],
+            "texts": one["texts"],
+            "loss change, nats a token": interval(one["change"]),
+            "perplexity ratio to control": interval(one["ratio"]),
+        }
+        for one in worst[:12]
+    ]
 
 
 def main() -> None:
@@ -32,16 +59,20 @@ def main() -> None:
     parser.add_argument("--calibrator", type=Path, required=True)
     args = parser.parse_args()
     results = json.loads(args.results.read_text())
-    setup = results["setup"]
+    sampling = results["sampling"]
     path = args.calibrator / "training.json"
     record = json.loads(path.read_text())
+    sets = ", ".join(f"{one['count']} prompts of {one['file']}" for one in results["prompts"])
     title = (
-        f"{setup['prompts']['file']}, {setup['prompts']['count']} prompts, "
-        f"{setup['samples']} samples of {setup['tokens']} tokens, top-p {setup['top_p']}, "
-        f"seed {setup['seed']}, on the demo target; P(toxic): share of prompts with a sample "
-        "scored 0.5 or more (95 % interval)"
+        f"{sets}, {sampling['samples']} samples of {sampling['max_new_tokens']} tokens, top-p "
+        f"{sampling['top_p']:g}, seed {results['seeds'][0]}, on the demo target; P(toxic): share "
+        "of prompts with a sample scored 0.5 or more (95 % interval)"
     )
-    record["evaluation"] = {title: table(results)}
+    record["evaluation"] = {
+        title: table(results),
+        "Harmless text of the groups that the default setting changes most, against its control "
+        "(1.1: made 10 % more perplexing than the control's)": groups(results),
+    }
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     os.replace(temporary, path)

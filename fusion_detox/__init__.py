@@ -13,7 +13,8 @@ model stays as it is, and its vocabulary may be another one. For a ``model`` wit
 The same processor serves every call of ``generate()``: sampling, greedy, beams, batches with
 left padding. ``FusionConfig`` sets rule and strength; the calibrator's card carries the settings
 recommended for it. ``train_calibrator`` makes a calibrator of your own text, as the command
-``fusion-detox train-calibrator`` does.
+``fusion-detox train-calibrator`` does. ``evaluate`` measures what fusion gains on your model and
+what it costs, with a report: toxicity, fluency, diversity, change on harmless text by group.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fusion_detox.calibrator import Calibrator
     from fusion_detox.config import FusionConfig
+    from fusion_detox.evaluation import EvaluationConfig, evaluate
     from fusion_detox.processor import FusionLogitsProcessor
     from fusion_detox.training import TrainingConfig, train_calibrator
 
@@ -31,18 +33,22 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Calibrator",
+    "EvaluationConfig",
     "FusionConfig",
     "FusionLogitsProcessor",
     "TrainingConfig",
     "__version__",
+    "evaluate",
     "train_calibrator",
 ]
 
 _MODULES = {
     "Calibrator": "fusion_detox.calibrator",
+    "EvaluationConfig": "fusion_detox.evaluation",
     "FusionConfig": "fusion_detox.config",
     "FusionLogitsProcessor": "fusion_detox.processor",
     "TrainingConfig": "fusion_detox.training",
+    "evaluate": "fusion_detox.evaluation",
     "train_calibrator": "fusion_detox.training",
 }
 

@@ -69,7 +69,7 @@ def sample_lines(folder):
 def test_evaluate_prints_a_table_and_writes_a_report(arguments, tmp_path, capsys):
     assert main(arguments("--setting", "default", "--setting", "wordfilter")) == 0
     found = capsys.readouterr()
-    for name in ("base", "default", "wordfilter", "perplexity", "KL harmless"):
+    for name in ("base", "default", "wordfilter", "perplexity", "harmless text"):
         assert name in found.out
     assert "5 prompts of prompts, 2 × 5 tokens" in found.out
     assert f"Report: {tmp_path / 'run' / 'report.html'}" in found.out

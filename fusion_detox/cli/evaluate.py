@@ -229,8 +229,8 @@ def show(results: dict[str, Any], folder: Path) -> None:
     table = Table(title=f"{results['target']['name']}, {describe_prompts(results)}")
     table.add_column("setting", overflow="fold")
     for scorer in scorers:
-        table.add_column(f"P(toxic)\n{scorer}", justify="right")
-    for name in ("perplexity", "dist-2", "KL harmless", "tokens/s"):
+        table.add_column(f"P(toxic)\n{scorer}", justify="right", no_wrap=True)
+    for name in ("perplexity", "dist-2", "KL on\nharmless text", "tokens\na second"):
         table.add_column(name, justify="right")
     for one in results["settings"]:
         cells = [one["name"]]
@@ -262,7 +262,7 @@ def _interval(values: list[float | None]) -> str:
     value, low, high = values
     if value is None:
         return "–"
-    return f"{value:.2f}" + (f" [{low:.2f}–{high:.2f}]" if low is not None else "")
+    return f"{value:.2f}" + ("" if low is None or high is None else f"\n{low:.2f}–{high:.2f}")
 
 
 def _number(value: float | None, how: str) -> str:

@@ -18,6 +18,8 @@ from fusion_detox.calibrator_tuning import prompt_digest, prompts_in_common, wri
 from fusion_detox.config import FusionConfig
 from fusion_detox.errors import ConfigError, DataError
 from fusion_detox.evaluation.config import EvaluationConfig
+from fusion_detox.evaluation.folder import RunFolder
+from fusion_detox.evaluation.processes import Processes
 from fusion_detox.evaluation.prompts import PromptSet
 from fusion_detox.evaluation.run import evaluate, versions
 from fusion_detox.evaluation.sampling import Progress
@@ -166,11 +168,14 @@ def tune(
         start = FusionConfig(rule=rule, strength=0.5)  # type: ignore[arg-type]
     values = grid or (CONTRAST_GRID if start.rule == "contrast" else PLAIN_GRID)
     rounds = _rounds(start, values)
+    processes = Processes.current(cpu=device == "cpu")
     if isinstance(target, str):
-        from fusion_detox.evaluation.processes import Processes
-
-        place = Processes.current(cpu=device == "cpu").device(device)
-        target = load_target(target, device=place, dtype=dtype, local_files_only=local_files_only)
+        target = load_target(
+            target,
+            device=processes.device(device),
+            dtype=dtype,
+            local_files_only=local_files_only,
+        )
     trials: dict[str, Trial] = {}
     best: Trial | None = None
     for number, (name, choices) in enumerate(rounds):
@@ -179,7 +184,7 @@ def tune(
         new = {label: c for label, c in candidates.items() if label not in trials}
         if not new:
             continue
-        results = evaluate(
+        evaluate(
             target,
             list(prompts),
             folder,
@@ -191,8 +196,8 @@ def tune(
             progress=progress,
             command=command,
         )
-        if results is None:
-            raise ConfigError("tune runs in one process; start it without a launcher")
+        processes.wait()  # until the first process has written the results
+        results = RunFolder(Path(folder).expanduser()).read("results.json")
         measured = {one["name"]: one for one in results["settings"]}
         for label, candidate in new.items():
             trials[label] = _trial(candidate, measured[label], measured["base"], price)
@@ -207,7 +212,7 @@ def tune(
             "give smaller strengths"
         )
     found = Tuning(best, tuple(trials.values()))
-    if write:
+    if write and processes.first:
         record = {
             "format": 1,
             "command": command or "",
