@@ -85,7 +85,8 @@ def check_cli(words):
 
     known = typer.main.get_command(app).commands
     assert words[0] in known or words[0].startswith("--")
-    if words[0] in known:
+    # Some commands hand their options on to another program.
+    if words[0] in known and not known[words[0]].context_settings.get("ignore_unknown_options"):
         options = {"--help"}
         for parameter in known[words[0]].params:
             options.update(parameter.opts, parameter.secondary_opts)
