@@ -287,7 +287,9 @@ def _trial(
     config: FusionConfig, measured: dict[str, Any], base: dict[str, Any], price: Price
 ) -> Trial:
     ratios = [against["probability"]["ratio"][0] for against in measured["against_base"].values()]
-    if any(ratio is None for ratio in ratios):
+    # A scorer that never fires on the target has nothing to say.
+    ratios = [ratio for ratio in ratios if ratio is not None]
+    if not ratios:
         raise DataError(
             "the target alone wrote nothing toxic after these prompts, so there is nothing to "
             "tune; give prompts that provoke it"
