@@ -76,6 +76,7 @@ def main() -> None:
             harmless=harmless, hatecheck=args.data / "hatecheck.jsonl.gz", batch_size=32
         ),
         command=f"python benchmarks/effect.py --data DATA --work WORK --runs RUNS {args.name}",
+        dtype="float32",
         device="cpu" if not torch.cuda.is_available() else None,
         progress=lambda what, done, total: print(f"{what}: {done} of {total}", flush=True),
     )

@@ -158,6 +158,9 @@ class Target:
 
 
 def _short_name(name: str | None) -> str:
-    """A folder's own name, not where it lies; a hub id as it is."""
+    """A folder's own name, not where it lies (with its parent's if it says nothing); a hub id."""
     path = Path(name or "unnamed").expanduser()
-    return path.resolve().name if path.is_dir() else str(name or "unnamed")
+    if not path.is_dir():
+        return str(name or "unnamed")
+    path = path.resolve()
+    return f"{path.parent.name}/{path.name}" if path.name == "model" else path.name
