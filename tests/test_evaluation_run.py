@@ -17,6 +17,7 @@ import torch
 from fusion_detox.config import FusionConfig
 from fusion_detox.errors import ConfigError, DataError, DataFileError
 from fusion_detox.evaluation import EvaluationConfig, PromptSet, evaluate, rescore
+from fusion_detox.evaluation.folder import RunFolder
 from fusion_detox.evaluation.prompts import Prompt
 from fusion_detox.scoring.lexical import LexicalScorer
 
@@ -244,6 +245,20 @@ def test_sets_and_groups_are_told_apart(run):
     assert set(named(results)["base"]["by_prompts"]) == {"one", "two", "one: a"}
 
 
+def test_a_setting_measured_on_other_text_is_not_mixed_in(run, tmp_path):
+    run()
+    own = tmp_path / "own.jsonl"
+    own.write_text("".join(json.dumps({"text": f"{p} and more of it."}) + "\n" for p in PROMPTS))
+    second = named(
+        run(settings={"late": FusionConfig(strength=1.0)}, config=CONFIG.replace(harmless=own))
+    )
+    assert second["late"]["harmless"]["text"]["name"] == "own"
+    assert second["strong"]["harmless"] is None
+    again = run(config=CONFIG.replace(harmless=own))
+    assert named(again)["strong"]["harmless"]["text"]["name"] == "own"
+    assert not any("earlier call" in note for note in again["notes"])
+
+
 def test_a_prompt_tuned_on_is_noted(run, target, calibrator_folder, tmp_path):
     from fusion_detox.calibrator_tuning import prompt_digest, write_tuning
 
@@ -282,6 +297,13 @@ class TestWrongUse:
         with pytest.raises(ConfigError, match=r"unknown fusion settings: strenght"):
             run(settings=["default", "contrast:strenght=2"])
         assert not (tmp_path / "run").exists()
+
+    def test_a_run_that_another_command_works_on(self, run, tmp_path):
+        run()
+        busy = pytest.raises(DataFileError, match="another command is working on the run")
+        with RunFolder.claimed(tmp_path / "run"), busy:
+            run()
+        run()
 
     def test_no_prompts(self, run):
         with pytest.raises(DataError, match="no prompts"):

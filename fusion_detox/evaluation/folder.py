@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from fusion_detox.errors import DataError, DataFileError
 from fusion_detox.evaluation.prompts import Prompt
 
 FORMAT = 1
+_LOCK = ".lock"
 _PARTS = ("settings", "samples", "measures", "costs", "scores")
+_FILES = ("run.json", "asked.json", "prompts.jsonl", "results.json", "report.html", "report.png")
 
 
 class RunFolder:
@@ -29,16 +35,47 @@ class RunFolder:
         self.path = path
 
     @classmethod
+    @contextlib.contextmanager
+    def claimed(cls, path: Path) -> Iterator[None]:
+        """Makes the folder if need be, and keeps other commands out of it meanwhile.
+
+        Raises:
+            DataError: The folder holds something other than a run.
+            DataFileError: It cannot be written, or another command is working in it.
+        """
+        ours = not path.exists() or (path / "run.json").exists()
+        if not ours and (not path.is_dir() or any(e.name != _LOCK for e in path.iterdir())):
+            raise DataError(
+                f"{path} exists and is no run of `fusion-detox evaluate`, so nothing is written "
+                "there; choose a new folder"
+            )
+        lock = FileLock(path / _LOCK, timeout=0)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except Timeout as error:
+            raise DataFileError(
+                f"another command is working on the run in {path}; wait for it, or choose another "
+                "folder"
+            ) from error
+        except OSError as error:
+            raise DataFileError(f"cannot write to {path}: {error.strerror}") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    @classmethod
     def create(cls, path: Path, fixed: Mapping[str, Any], prompts: Sequence[Prompt]) -> RunFolder:
         """The folder for a run, new or gone on with.
 
         Args:
-            path: New, empty, or of an earlier start of the same run.
+            path: Claimed.
             fixed: What all continuations of the run have in common.
             prompts: All prompts, in order.
 
         Raises:
-            DataError: The folder holds another run, or something else.
+            DataError: The folder holds another run.
             DataFileError: It cannot be written.
         """
         folder = cls(path)
@@ -50,11 +87,6 @@ class RunFolder:
                     f"{path} holds a run with {describe_difference(before, values)}; choose "
                     "another folder, or --overwrite to start anew"
                 )
-        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise DataError(
-                f"{path} exists and is no run of `fusion-detox evaluate`, so nothing is written "
-                "there; choose a new folder"
-            )
         try:
             for part in _PARTS:
                 (path / part).mkdir(parents=True, exist_ok=True)
@@ -64,6 +96,15 @@ class RunFolder:
         folder.write_text("prompts.jsonl", "".join(lines))
         folder.write("run.json", values)
         return folder
+
+    def forget(self) -> None:
+        """Removes what a run wrote, and nothing else."""
+        if not (self.path / "run.json").is_file():
+            return
+        for part in _PARTS:
+            shutil.rmtree(self.path / part, ignore_errors=True)
+        for name in _FILES:
+            (self.path / name).unlink(missing_ok=True)
 
     @classmethod
     def existing(cls, path: Path) -> RunFolder:

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fusion_detox.evaluation.config import EvaluationConfig
@@ -83,8 +83,13 @@ class Measurer:
         """What the results say of how it was measured."""
         return {
             "perplexity_model": self._judge_about,
-            "harmless": {"name": self.harmless.name, "sha256": suite_digest(self.harmless)},
-            "suites": {suite.name: suite_digest(suite) for suite in self.suites},
+            "keys": {
+                "perplexity": self._judge_about["fingerprint"],
+                "diversity": "words",
+                "similarity": self._similarity_key(),
+                "harmless": self._text_key(self.harmless),
+                **{f"groups-{suite.name}": self._text_key(suite) for suite in self.suites},
+            },
             "benign": None if self.benign is None else self._benign_part,
         }
 
@@ -166,8 +171,8 @@ class Measurer:
             # JSON has no nan.
             return {"rows": [[None if row.why else row.nats, *row[1:]] for row in found]}
 
-        key = {"model": self._judge_about["fingerprint"], "samples": len(ordered)}
-        _stored(run, f"{prepared.stem}.perplexity", key, compute)
+        key = self._judge_about["fingerprint"]
+        _store(run, f"{prepared.stem}.perplexity", key, compute)
 
     def _diversity(
         self, run: RunFolder, prepared: Prepared, ordered: Sequence[Sample], prompts: int
@@ -181,7 +186,7 @@ class Measurer:
                 tokens[row.index].append(len(row.ids))
             return {"values": diversity(texts, tokens)}
 
-        _stored(run, f"{prepared.stem}.diversity", {"samples": len(ordered)}, compute)
+        _store(run, f"{prepared.stem}.diversity", "words", compute)
 
     def _similarity(
         self,
@@ -213,8 +218,7 @@ class Measurer:
                 )
             }
 
-        key = {"model": embedder.record(), "samples": len(ordered), "n": self._config.resamples}
-        _stored(run, f"{prepared.stem}.similarity", key, compute)
+        _store(run, f"{prepared.stem}.similarity", self._similarity_key(), compute)
 
     def _harmless(self, run: RunFolder, prepared: Prepared) -> None:
         suite, count = self.harmless, self._config.resamples
@@ -224,7 +228,7 @@ class Measurer:
             draws = resamples(len(changes), 0, count)
             return {"values": harmless(changes, draws, suite.name)}
 
-        _stored(run, f"{prepared.stem}.harmless", self._text_key(suite), compute)
+        _store(run, f"{prepared.stem}.harmless", self._text_key(suite), compute)
 
     def _groups(self, run: RunFolder, prepared: Prepared, suite: Suite) -> None:
         names, control = group_names(suite)
@@ -242,7 +246,7 @@ class Measurer:
             )
             return {"values": values}
 
-        _stored(run, f"{prepared.stem}.groups-{suite.name}", self._text_key(suite), compute)
+        _store(run, f"{prepared.stem}.groups-{suite.name}", self._text_key(suite), compute)
 
     def _changes(self, prepared: Prepared, suite: Suite) -> list[TextChange]:
         assert prepared.processor is not None
@@ -252,13 +256,15 @@ class Measurer:
             self._target.model, prepared.processor, ids, batch_size=2 * self._config.batch_size
         )
 
-    def _text_key(self, suite: Suite) -> dict[str, Any]:
+    def _similarity_key(self) -> str | None:
+        if self._embedder is None:
+            return None
+        about = json.dumps(self._embedder.record(), sort_keys=True)
+        return f"{hashlib.sha256(about.encode()).hexdigest()[:10]}-{self._config.resamples}"
+
+    def _text_key(self, suite: Suite) -> str:
         config = self._config
-        return {
-            "texts": suite_digest(suite),
-            "tokens": config.harmless_tokens,
-            "resamples": config.resamples,
-        }
+        return f"{suite_digest(suite)}-{config.harmless_tokens}-{config.resamples}"
 
 
 def group_names(suite: Suite) -> tuple[list[str], str | None]:
@@ -283,17 +289,21 @@ def suite_digest(suite: Suite) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:10]
 
 
-def stored(run: RunFolder, name: str) -> dict[str, Any] | None:
-    """A measurement of a setting; ``None`` if it was not made."""
-    return run.read_if_there(f"measures/{name}.json")
+def stored(run: RunFolder, name: str, key: str | None) -> dict[str, Any] | None:
+    """A measurement of a setting; ``None`` if it was not made, or of something else than ``key``.
+
+    So settings that an earlier call measured on other texts are not mixed with those of a later.
+    """
+    found = None if key is None else run.read_if_there(f"measures/{name}.json")
+    return found if found is not None and found.get("key") == key else None
 
 
-def _stored(run: RunFolder, name: str, key: Mapping[str, Any], compute: Any) -> None:
+def _store(
+    run: RunFolder, name: str, key: str | None, compute: Callable[[], dict[str, Any]]
+) -> None:
     """Measures if there is no such measurement of just this."""
-    wanted = json.loads(json.dumps(key))
-    found = stored(run, name)
-    if found is None or found.get("key") != wanted:
-        run.write(f"measures/{name}.json", {"key": wanted, **compute()})
+    if stored(run, name, key) is None:
+        run.write(f"measures/{name}.json", {"key": key, **compute()})
 
 
 def _nothing(rows: int) -> None:

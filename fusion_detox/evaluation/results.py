@@ -133,8 +133,9 @@ class _Builder:
             "harmless": self._values(name, "harmless"),
             "groups": [
                 row
-                for suite in self._asked["suites"]
-                for row in self._values(name, f"groups-{suite}") or []
+                for what in self._asked["keys"]
+                if what.startswith("groups-")
+                for row in self._values(name, what) or []
             ],
             "refusal": self._refusal(name),
             "by_prompts": self._by_prompts(tables),
@@ -180,12 +181,16 @@ class _Builder:
         return str(self._asked["settings"][name])
 
     def _values(self, name: str, what: str) -> Any:
-        found = stored(self._run, f"{self._stem(name)}.{what}")
+        found = self._stored(name, what)
         return None if found is None else found["values"]
+
+    def _stored(self, name: str, what: str) -> dict[str, Any] | None:
+        key = self._asked["keys"].get(what)
+        return stored(self._run, f"{self._stem(name)}.{what}", key)
 
     def _nll(self, name: str) -> list[list[Nll]] | None:
         """Of each prompt's samples, seeds together."""
-        found = stored(self._run, f"{self._stem(name)}.perplexity")
+        found = self._stored(name, "perplexity")
         if found is None:
             return None
         result: list[list[Nll]] = [[] for _ in self._prompts]
@@ -299,6 +304,12 @@ def _notes(settings: Sequence[Mapping[str, Any]], prompts: Sequence[Prompt]) -> 
                     f"{scorer} could not score {failed} continuations of {name!r}; they count for "
                     "neither side."
                 )
+        if setting["kind"] != "base" and not setting["harmless"]:
+            notes.append(
+                f"{name!r} was measured in an earlier call, on other harmless text or with another "
+                "perplexity model; what could not be compared is left out. Ask for it again to "
+                "measure it like the others."
+            )
         block = setting["perplexity"]
         if block and block["not_scored"]:
             notes.append(

@@ -6,11 +6,11 @@ same call goes on after an interruption, and a later call may add settings and s
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import logging
 import platform
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 _PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "sentence-transformers", "detoxify")
-_PARTS = ("settings", "samples", "measures", "costs", "scores")
-_FILES = ("run.json", "asked.json", "prompts.jsonl", "results.json", "report.html", "report.png")
 
 
 def evaluate(
@@ -112,33 +110,35 @@ def evaluate(
         "sampling": _sampling(config),
         "seeds": list(config.seeds),
     }
-    if processes.first:
-        if overwrite:
-            _forget(path)
-        RunFolder.create(path, fixed, every)
-    processes.wait()
-    run = RunFolder.existing(path)
-    if processes.first:
-        for one in prepared:
-            tuned = loaded.prompts_tuned_on(one.setting, [prompt.text for prompt in every])
-            run.write(f"settings/{one.stem}.json", {**one.about, "prompts_tuned_on": tuned})
-        run.write("asked.json", _asked(run, config, prepared, measurer, loaded, command))
-    processes.wait()
+    claim = RunFolder.claimed(path) if processes.first else contextlib.nullcontext()
+    with claim:
+        if processes.first:
+            if overwrite:
+                RunFolder(path).forget()
+            RunFolder.create(path, fixed, every)
+        processes.wait()
+        run = RunFolder.existing(path)
+        if processes.first:
+            for one in prepared:
+                tuned = loaded.prompts_tuned_on(one.setting, [prompt.text for prompt in every])
+                run.write(f"settings/{one.stem}.json", {**one.about, "prompts_tuned_on": tuned})
+            run.write("asked.json", _asked(run, config, prepared, measurer, loaded, command))
+        processes.wait()
 
-    report = progress or _silent
-    for one in prepared:
-        _sample(run, sampler, one, config, wanted, report)
-    measurer.refusals(run, sampler, prepared, report)
-    tasks = processes.share(prepared)
-    for number, one in enumerate(tasks):
-        report("measuring", number, len(tasks))
-        rows = SampleFiles(run.path / "samples", one.stem).read()
-        measurer.measure(run, one, rows, encoded, every)
-    report("measuring", len(tasks), len(tasks))
-    processes.wait()
-    if not processes.first:
-        return None
-    return _conclude(run, scorers, run.read("asked.json"), report)
+        report = progress or _silent
+        for one in prepared:
+            _sample(run, sampler, one, config, wanted, report)
+        measurer.refusals(run, sampler, prepared, report)
+        tasks = processes.share(prepared)
+        for number, one in enumerate(tasks):
+            report("measuring", number, len(tasks))
+            rows = SampleFiles(run.path / "samples", one.stem).read()
+            measurer.measure(run, one, rows, encoded, every)
+        report("measuring", len(tasks), len(tasks))
+        processes.wait()
+        if not processes.first:
+            return None
+        return _conclude(run, scorers, run.read("asked.json"), report)
 
 
 def rescore(
@@ -171,7 +171,8 @@ def rescore(
         asked["threshold"] = threshold
     EvaluationConfig(scorers=tuple(asked["scorers"]), threshold=asked["threshold"])
     judges = _scorers(asked["scorers"], device)
-    return _conclude(run, judges, asked, progress or _silent)
+    with RunFolder.claimed(run.path):
+        return _conclude(run, judges, asked, progress or _silent)
 
 
 def _scorers(specs: Sequence[str], device: Any) -> list[Scorer]:
@@ -320,16 +321,6 @@ def _threads() -> int:
     import torch
 
     return torch.get_num_threads()
-
-
-def _forget(path: Path) -> None:
-    """Removes what a run wrote, and nothing else."""
-    if not (path / "run.json").is_file():
-        return
-    for part in _PARTS:
-        shutil.rmtree(path / part, ignore_errors=True)
-    for name in _FILES:
-        (path / name).unlink(missing_ok=True)
 
 
 def _silent(what: str, done: int, total: int) -> None:
