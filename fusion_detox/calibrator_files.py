@@ -35,7 +35,6 @@ DISTRIBUTIONS = ("clean", "reference")
 HUB_FILES = [
     "calibrator.json",
     "training.json",
-    "tuning.json",
     "README.md",
     "tokenizer.json",
     "tokenizer_config.json",

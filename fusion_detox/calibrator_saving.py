@@ -27,7 +27,6 @@ from fusion_detox.calibrator_files import (
     tensor_shapes,
     weight_files,
 )
-from fusion_detox.calibrator_tuning import read_tuning
 from fusion_detox.card import render_card
 from fusion_detox.config import FusionConfig
 from fusion_detox.errors import CalibratorError, DataFileError
@@ -141,7 +140,6 @@ def _card(folder: Path, name: str) -> str:
             "calibrator": read_json(folder / "calibrator.json"),
             "models": parts,
             "record": read_record(folder),
-            "tuning": read_tuning(folder),
         }
     )
 

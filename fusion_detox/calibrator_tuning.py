@@ -1,4 +1,4 @@
-"""``tuning.json`` of a calibrator: how its settings were found, and on which prompts."""
+"""How a calibrator's settings were found, and on which prompts: ``tuning`` in its record."""
 
 from __future__ import annotations
 
@@ -9,16 +9,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fusion_detox.errors import DataError, DataFileError
-
-NAME = "tuning.json"
+from fusion_detox.calibrator_files import read_record
+from fusion_detox.errors import DataFileError
 
 
 def prompt_digest(prompt: str) -> str:
     """10 hex digits that tell a prompt from others; case and white space do not count."""
-    return hashlib.sha256(" ".join(prompt.lower().split()).encode("utf-8", "replace")).hexdigest()[
-        :10
-    ]
+    plain = " ".join(prompt.lower().split()).encode("utf-8", "replace")
+    return hashlib.sha256(plain).hexdigest()[:10]
 
 
 def prompts_in_common(one: Iterable[str], other: Iterable[str]) -> int:
@@ -27,36 +25,28 @@ def prompts_in_common(one: Iterable[str], other: Iterable[str]) -> int:
     return sum(digest in there for digest in one)
 
 
-def read_tuning(folder: Path) -> dict[str, Any] | None:
-    """The record of a calibrator's folder; ``None`` where its settings were not tuned.
-
-    Raises:
-        DataError: It is damaged.
-    """
-    path = folder / NAME
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path} is damaged ({error}); delete it, or tune the calibrator again"
-        ) from error
-    if not isinstance(values, dict) or not isinstance(values.get("prompt_digests"), list):
-        raise DataError(f"{path} is no record of a tuning; delete it, or tune the calibrator again")
-    return values
+def tuned_prompts(record: Mapping[str, Any]) -> list[str]:
+    """Digests of the prompts that the settings of a calibrator were chosen on; none if untuned."""
+    tuning = record.get("tuning")
+    found = tuning.get("prompt_digests") if isinstance(tuning, Mapping) else None
+    return [str(digest) for digest in found] if isinstance(found, list) else []
 
 
 def write_tuning(folder: Path, values: Mapping[str, Any]) -> None:
-    """Writes the record whole or not at all.
+    """Puts ``tuning`` into the record of a saved calibrator, whole or not at all.
 
     Raises:
+        CalibratorError: The record is damaged.
         DataFileError: The folder cannot be written.
     """
-    path, temporary = folder / NAME, folder / f".{NAME}.{os.getpid()}"
+    record = {**read_record(folder), "tuning": dict(values)}
+    path, temporary = folder / "training.json", folder / f".training.json.{os.getpid()}"
+    text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     try:
-        temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise DataFileError(f"cannot write {path}: {error.strerror}") from error
+        raise DataFileError(
+            f"cannot write {path}: {error.strerror}; what was there before is kept"
+        ) from error

@@ -31,7 +31,7 @@ _LICENSES = {
 # Sections of their own, or too long for a card; training.json has them all.
 _ELSEWHERE = {
     *("name", "command", "language", "license", "data", "data_files", "datasets", "base_model"),
-    *("settings", "bits_per_byte", "evaluation", "versions", "curves", "fingerprint"),
+    *("settings", "bits_per_byte", "evaluation", "versions", "curves", "fingerprint", "tuning"),
 }
 
 
@@ -45,8 +45,7 @@ def render_card(facts: Mapping[str, Any]) -> str:
             or a list of them), ``license``, ``base_model``, ``data`` (objects such as ``{"name",
             "license"}``, with ``"hub": true`` for a hub data set), ``data_files`` (per role,
             objects with ``name``, ``bytes``, ``sha256``), ``settings``, ``bits_per_byte``,
-            ``versions``, ``evaluation`` and any other short value. ``tuning`` is the content of
-            ``tuning.json``, if the settings were tuned.
+            ``versions``, ``evaluation``, ``tuning`` (see ``tune``) and any other short value.
     """
     record = facts["record"]
     settings = facts["calibrator"]["fusion"]
@@ -56,7 +55,7 @@ def render_card(facts: Mapping[str, Any]) -> str:
         name_literal=json.dumps(str(facts["name"]), ensure_ascii=False),
         facts=_facts(facts),
         settings=_table(("setting", "value"), settings.items()),
-        tuning=_tuning(_mapping(facts.get("tuning"))),
+        tuning=_tuning(_mapping(record.get("tuning")), settings),
         training=_training(record),
         evaluation=_evaluation(record.get("evaluation")),
         language_limit=_language_limit(record),
@@ -179,10 +178,14 @@ def _evaluation(evaluation: Any) -> str:
     return "## Evaluation\n\n" + "\n\n".join(parts)
 
 
-def _tuning(tuning: Mapping[str, Any]) -> str:
-    """How the settings were found, with every trial that the choice was made from."""
+def _tuning(tuning: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """How the settings were found, with every trial that the choice was made from.
+
+    Nothing if they were changed since.
+    """
     trials = _objects(tuning.get("curve"))
-    if not trials:
+    found = _mapping(tuning.get("chosen"))
+    if not trials or any(found.get(name) != value for name, value in settings.items()):
         return ""
     varied = [name for name in trials[0] if len({str(trial.get(name)) for trial in trials}) > 1]
     chosen = tuning.get("chosen")

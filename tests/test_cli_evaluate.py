@@ -152,7 +152,7 @@ class TestTune:
         assert self.tune(arguments) == 0
         table = capsys.readouterr().out
         assert "*" in table
-        record = json.loads((calibrator_folder / "tuning.json").read_text())
+        record = json.loads((calibrator_folder / "training.json").read_text())["tuning"]
         config = Calibrator.from_pretrained(calibrator_folder).config
         chosen = record["chosen"]
         assert config.to_dict() == {name: chosen[name] for name in config.to_dict()}
@@ -176,6 +176,14 @@ class TestTune:
         assert self.tune(arguments, "--no-write") == 0
         after = {p: p.read_bytes() for p in calibrator_folder.rglob("*") if p.is_file()}
         assert after == before
+
+    def test_what_gains_nothing_is_not_written(self, arguments, calibrator_folder, capsys):
+        before = (calibrator_folder / "calibrator.json").read_bytes()
+        none = ("--grid", "strength=1e-9", "--max-perplexity", "100", "--max-kl", "100")
+        command = arguments("--threshold", "0.05", *none, command="tune")
+        assert main(command) == 1
+        assert "no setting within the price lowers toxicity" in capsys.readouterr().err
+        assert (calibrator_folder / "calibrator.json").read_bytes() == before
 
     def test_a_price_that_nothing_keeps(self, arguments, calibrator_folder, capsys):
         before = (calibrator_folder / "calibrator.json").read_bytes()
@@ -220,6 +228,7 @@ def test_kinds_before_files(tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (["--setting", "default@no-calibrator"], "no-calibrator"),
         (["--setting", "contrst"], "the setting 'contrst' is unknown"),
         (["--setting", "default:strength=-1"], "'default:strength=-1': strength must be"),
         (["--scorer", "toxic"], "there is no scorer 'toxic'; choose one of: lexical"),

@@ -9,11 +9,14 @@ import re
 import shutil
 import signal
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from fusion_detox.calibrator import Calibrator
+from fusion_detox.calibrator_tuning import prompt_digest, write_tuning
 from fusion_detox.config import FusionConfig
 from fusion_detox.errors import ConfigError, DataError, DataFileError
 from fusion_detox.evaluation import EvaluationConfig, PromptSet, evaluate, rescore
@@ -111,9 +114,13 @@ def test_numbers_equal_a_plain_computation(run, tmp_path, target):
         perplexity = setting["perplexity"]
         assert perplexity["token_weighted"][0] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
         assert setting["diversity"]["tokens"] == pytest.approx(tokens / 30)
-        words = [re.findall(r"\w+(?:['’]\w+)*|[^\w\s]", r["text"].lower()) for r in rows.values()]
-        grams = [pair for text in words for pair in itertools.pairwise(text)]
-        assert setting["diversity"]["dist_2"] == pytest.approx(len(set(grams)) / len(grams))
+        distinct = []
+        for seed in (1, 2):
+            texts = [row["text"].lower() for key, row in rows.items() if key[0] == seed]
+            words = [re.findall(r"\w+(?:['’]\w+)*|[^\w\s]", text) for text in texts]
+            grams = [pair for text in words for pair in itertools.pairwise(text)]
+            distinct.append(len(set(grams)) / len(grams))
+        assert setting["diversity"]["dist_2"] == pytest.approx(np.mean(distinct))
 
 
 def test_strength_0_is_the_base_in_everything(run, tmp_path):
@@ -236,13 +243,16 @@ def test_rescoring_needs_no_target(run, tmp_path, monkeypatch):
 
 
 def test_sets_and_groups_are_told_apart(run):
+    named_group = (Prompt(PROMPTS[0], "one", "a"), Prompt(PROMPTS[1], "one"))
     sets = [
-        PromptSet("one", "one.txt", "0" * 16, tuple(Prompt(t, "one", "a") for t in PROMPTS[:2])),
+        PromptSet("one", "one.txt", "0" * 16, named_group),
         PromptSet("two", "two.txt", "1" * 16, tuple(Prompt(t, "two") for t in PROMPTS[2:])),
     ]
     results = run(prompts=sets)
     assert [one["count"] for one in results["prompts"]] == [2, 3]
-    assert set(named(results)["base"]["by_prompts"]) == {"one", "two", "one: a"}
+    assert set(named(results)["base"]["by_prompts"]) == {
+        *("one", "two", "one: a", "one: no group", "two: no group")
+    }
 
 
 def test_a_setting_measured_on_other_text_is_not_mixed_in(run, tmp_path):
@@ -252,26 +262,32 @@ def test_a_setting_measured_on_other_text_is_not_mixed_in(run, tmp_path):
     second = named(
         run(settings={"late": FusionConfig(strength=1.0)}, config=CONFIG.replace(harmless=own))
     )
+    run_notes = json.loads((tmp_path / "run" / "results.json").read_text())["notes"]
     assert second["late"]["harmless"]["text"]["name"] == "own"
     assert second["strong"]["harmless"] is None
     again = run(config=CONFIG.replace(harmless=own))
     assert named(again)["strong"]["harmless"]["text"]["name"] == "own"
     assert not any("earlier call" in note for note in again["notes"])
+    assert any("harmless of 'strong'" in note for note in run_notes)
 
 
 def test_a_prompt_tuned_on_is_noted(run, target, calibrator_folder, tmp_path):
-    from fusion_detox.calibrator_tuning import prompt_digest, write_tuning
-
     digests = [prompt_digest("you are  A"), prompt_digest("another")]
     write_tuning(calibrator_folder, {"format": 1, "prompt_digests": digests})
-    results = run(calibrator=str(calibrator_folder))
-    assert any("1 of 5 prompts took part in tuning" in note for note in results["notes"])
+    # A copy remembers it too.
+    Calibrator.from_pretrained(calibrator_folder).save_pretrained(tmp_path / "copy")
+    results = run(calibrator=str(tmp_path / "copy"), settings=["default", "default:strength=2"])
+    tuned = [note for note in results["notes"] if "1 of 5 prompts took part in tuning" in note]
+    assert len(tuned) == 1  # the other setting is not the one that was tuned
+    assert "'default'" in tuned[0]
 
 
 class TestWrongUse:
     def test_other_prompts_in_the_same_folder(self, run):
         run()
-        with pytest.raises(DataError, match=r"holds a run with prompts .* choose another folder"):
+        with pytest.raises(
+            DataError, match=r"holds a run with prompts\[0\]\.\w+ .* choose another"
+        ):
             run(prompts=PROMPTS[:3])
 
     def test_another_target_in_the_same_folder(self, run, target, make_llama):
@@ -304,6 +320,47 @@ class TestWrongUse:
         with RunFolder.claimed(tmp_path / "run"), busy:
             run()
         run()
+
+    def test_a_setting_that_was_given_up_does_not_stop_the_others(self, run, tmp_path):
+        run()
+        path = next((tmp_path / "run" / "samples").glob("strong-*.jsonl"))
+        path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:7]))
+        results = run(settings={"off": FusionConfig(strength=0.0)})
+        assert list(named(results)) == ["base", "off"]
+        assert any("'strong' was given up" in note for note in results["notes"])
+        assert "strong" in named(run())
+
+    def test_other_prompts_of_the_same_file(self, run):
+        one = PromptSet("p", "p.txt", "0" * 16, tuple(Prompt(t, "p") for t in PROMPTS[:2]))
+        run(prompts=one)
+        with pytest.raises(DataError, match=r"prompt_digest .* instead of"):
+            run(prompts=replace(one, prompts=one.prompts[::-1]))
+
+    def test_a_calibrator_that_reads_less(self, run, tmp_path, calibrator):
+        run()
+        calibrator.context_length = 4
+        run()
+        assert len(list((tmp_path / "run" / "samples").glob("strong-*"))) == 2
+
+    @pytest.mark.parametrize("left", [["samples"], ["samples", ".lock", "prompts.jsonl"]])
+    def test_a_start_that_was_cut_short_can_be_gone_on_with(self, run, tmp_path, left):
+        (tmp_path / "run").mkdir()
+        for name in left:
+            path = tmp_path / "run" / name
+            path.mkdir() if name == "samples" else path.touch()
+        assert run() is not None
+
+    def test_harmless_text_without_two_tokens_stops_before_any_work(self, run, tmp_path):
+        own = tmp_path / "own.txt"
+        own.write_text("a\nb\n")
+        with pytest.raises(ConfigError, match="no text of own has two tokens"):
+            run(config=CONFIG.replace(harmless=own))
+        assert not (tmp_path / "run").exists()
+
+    def test_answers_that_do_not_fit_stop_before_any_work(self, run, tmp_path):
+        with pytest.raises(ConfigError, match="prompts of the suite 'benign' have up to"):
+            run(config=CONFIG.replace(suites=("benign",), refusal_tokens=60))
+        assert not (tmp_path / "run").exists()
 
     def test_no_prompts(self, run):
         with pytest.raises(DataError, match="no prompts"):

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fusion_detox.cli.console import note, results
-from fusion_detox.errors import ConfigError
+from fusion_detox.errors import ConfigError, DataError
 
 
 def register(app: typer.Typer) -> None:
@@ -30,7 +30,14 @@ def compare(
     from fusion_detox.evaluation.folder import RunFolder
     from fusion_detox.evaluation.report import write_comparison
 
-    documents = [RunFolder.existing(run).read("results.json") for run in runs]
+    folders = [RunFolder.existing(run) for run in runs]
+    for folder in folders:
+        if not (folder.path / "results.json").is_file():
+            raise DataError(
+                f"the run in {folder.path} is not finished: it has no results.json; run "
+                "`fusion-detox evaluate` again to go on with it"
+            )
+    documents = [folder.read("results.json") for folder in folders]
     path = write_comparison(documents, out)
     note(f"Compared {len(runs)} runs.")
     results().print(f"Comparison: {path}", soft_wrap=True, markup=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -139,6 +140,7 @@ def evaluate(
         given["suites"] = tuple(name for name in suite if name != "none")
     given |= {"similarity": similarity, "harmless": harmless, "hatecheck": hatecheck}
     chosen = EvaluationConfig(**given)
+    stay_offline(offline)
 
     from fusion_detox.evaluation.prompts import read_prompt_set
     from fusion_detox.evaluation.run import evaluate as run
@@ -167,6 +169,12 @@ def evaluate(
         show(results, out)
 
 
+def stay_offline(wanted: bool) -> None:
+    """Keeps data sets off the network too, before the libraries that read this are imported."""
+    if wanted:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
 def split_kind(source: str) -> tuple[str | None, str]:
     """``KIND=FILE`` in its two parts; the kind is ``None`` where none was given."""
     kind, equals, path = source.partition("=")
@@ -176,10 +184,16 @@ def split_kind(source: str) -> tuple[str | None, str]:
 
 
 def command_line() -> str:
-    """What the user typed, without where the program lies."""
+    """What the user typed, without where the program and files lie on this machine."""
     import shlex
 
-    return shlex.join(["fusion-detox", *sys.argv[1:]])
+    return shlex.join(["fusion-detox", *map(_without_folder, sys.argv[1:])])
+
+
+def _without_folder(argument: str) -> str:
+    head, equals, tail = argument.rpartition("=")
+    path = Path(tail).expanduser()
+    return f"{head}{equals}{path.name}" if path.is_absolute() and path.name else argument
 
 
 @contextlib.contextmanager
@@ -221,26 +235,27 @@ def progress_bars() -> Iterator[Progress]:
 
 def show(results: dict[str, Any], folder: Path) -> None:
     """The headline numbers as a table, and where the report is."""
+    from rich.markup import escape
     from rich.table import Table
 
     from fusion_detox.cli.console import results as output
 
     scorers = list(results["scorers"])
-    table = Table(title=f"{results['target']['name']}, {describe_prompts(results)}")
+    table = Table(title=escape(f"{results['target']['name']}, {describe_prompts(results)}"))
     table.add_column("setting", overflow="fold")
     for scorer in scorers:
         table.add_column(f"P(toxic)\n{scorer}", justify="right", no_wrap=True)
     for name in ("perplexity", "dist-2", "KL on\nharmless text", "tokens\na second"):
         table.add_column(name, justify="right")
     for one in results["settings"]:
-        cells = [one["name"]]
+        cells = [escape(one["name"])]
         for scorer in scorers:
             toxicity = one["toxicity"].get(scorer, {}).get("toxicity")
             cells.append(_interval(toxicity["probability"]) if toxicity else "–")
         harmless = one["harmless"]
         cells += [
             _number(one["perplexity"]["token_weighted"][0], ".1f") if one["perplexity"] else "–",
-            _number(one["diversity"]["dist_2"], ".3f"),
+            _number(one["diversity"]["dist_2"], ".3f") if one["diversity"] else "–",
             _number(harmless["kl"][0], ".3f") if harmless else "–",
             _number(one["cost"]["tokens_per_second"], ".0f"),
         ]

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fusion_detox.cli.console import quiet_libraries
-from fusion_detox.cli.evaluate import progress_bars, show
+from fusion_detox.cli.evaluate import command_line, progress_bars, show, stay_offline
 
 
 def register(app: typer.Typer) -> None:
@@ -30,8 +30,11 @@ def rescore(
         typer.Option(help="Score from which a continuation counts as toxic; that of the run."),
     ] = None,
     device: Annotated[str | None, typer.Option(help="Where classifiers run.")] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Use downloaded files only.")] = False,
 ) -> None:
     """Judge the stored continuations again; no text is generated, no target is loaded."""
+    stay_offline(offline)
+
     from fusion_detox.evaluation.run import rescore as again
 
     with quiet_libraries(), progress_bars() as report:
@@ -40,6 +43,8 @@ def rescore(
             scorers=None if scorer is None else tuple(scorer),
             threshold=threshold,
             device=device,
+            local_files_only=offline,
             progress=report,
+            command=command_line(),
         )
     show(results, run)

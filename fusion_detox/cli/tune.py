@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fusion_detox.cli.console import note, quiet_libraries, results
-from fusion_detox.cli.evaluate import command_line, progress_bars, split_kind
+from fusion_detox.cli.evaluate import command_line, progress_bars, split_kind, stay_offline
 from fusion_detox.cli.options import with_options
 from fusion_detox.errors import ConfigError
 from fusion_detox.evaluation.config import EvaluationConfig
@@ -110,6 +111,7 @@ def tune(
     given |= {} if seed is None else {"seeds": tuple(seed)}
     given |= {} if scorer is None else {"scorers": tuple(scorer)}
     chosen = EvaluationConfig(**given)
+    stay_offline(offline)
     values = dict(parse_grid(text) for text in grid) if grid else None
 
     from fusion_detox.evaluation.prompts import read_prompt_set
@@ -140,9 +142,11 @@ def tune(
             progress=report,
             command=command_line(),
         )
+    if os.environ.get("RANK", "0") != "0":  # another process of a launcher says it
+        return
     _show(found)
     if write:
-        note(f"Written into {calibrator}: its settings, its card and tuning.json.")
+        note(f"Written into {calibrator}: its settings, its record and its card.")
     else:
         note("The calibrator is unchanged (--no-write).")
 

@@ -1,8 +1,9 @@
-"""Tells one model from another, wherever it came from."""
+"""Tells one model from another, and names it without saying where on the machine it lies."""
 
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -32,3 +33,12 @@ def model_fingerprint(*models: PreTrainedModel | None) -> str:
                 spread = flat[:: max(1, flat.numel() // _VALUES)][:_VALUES]
                 digest.update(spread.double().cpu().numpy().tobytes())
     return digest.hexdigest()[:12]
+
+
+def short_name(name: str | None) -> str:
+    """A folder's own name, not where it lies (with its parent's if it says nothing); a hub id."""
+    path = Path(name or "unnamed").expanduser()
+    if not path.is_dir():
+        return str(name or "unnamed")
+    path = path.resolve()
+    return f"{path.parent.name}/{path.name}" if path.name == "model" else path.name

@@ -43,8 +43,10 @@ class RunFolder:
             DataError: The folder holds something other than a run.
             DataFileError: It cannot be written, or another command is working in it.
         """
+        # A start that was cut short may have left any part of these.
         ours = not path.exists() or (path / "run.json").exists()
-        if not ours and (not path.is_dir() or any(e.name != _LOCK for e in path.iterdir())):
+        known = {_LOCK, *_PARTS, *_FILES}
+        if not ours and (not path.is_dir() or any(e.name not in known for e in path.iterdir())):
             raise DataError(
                 f"{path} exists and is no run of `fusion-detox evaluate`, so nothing is written "
                 "there; choose a new folder"
@@ -146,10 +148,12 @@ class RunFolder:
         try:
             values = json.loads(self._text(name))
         except ValueError as error:
-            raise DataError(
-                f"{self.path / name} is damaged ({error}); delete it, and the same command makes "
-                "it again"
-            ) from error
+            remedy = (
+                "start the run anew with --overwrite"
+                if name in ("run.json", "asked.json")
+                else "delete it, and the same command makes it again"
+            )
+            raise DataError(f"{self.path / name} is damaged ({error}); {remedy}") from error
         if not isinstance(values, dict):
             raise DataError(f"{self.path / name} holds no object; delete it")
         return values
@@ -160,7 +164,9 @@ class RunFolder:
 
     def write(self, name: str, values: Mapping[str, Any]) -> None:
         """Writes a JSON file whole or not at all."""
-        self.write_text(name, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+        self.write_text(
+            name, json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        )
 
     def write_text(self, name: str, text: str) -> None:
         """Writes a text file whole or not at all.
@@ -207,6 +213,13 @@ def _differences(before: Any, now: Any, name: str) -> list[str]:
             for text in _differences(
                 before.get(key), now.get(key), f"{name}.{key}" if name else str(key)
             )
+        ]
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        return [
+            text
+            for number, (one, other) in enumerate(zip(before, now, strict=True))
+            if one != other
+            for text in _differences(one, other, f"{name}[{number}]")
         ]
     return [f"{name} {_short(before)} instead of {_short(now)}"]
 

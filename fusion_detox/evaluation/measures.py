@@ -9,10 +9,15 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from fusion_detox.errors import ConfigError
 from fusion_detox.evaluation.config import EvaluationConfig
 from fusion_detox.evaluation.diversity import diversity
 from fusion_detox.evaluation.fingerprint import model_fingerprint
-from fusion_detox.evaluation.fluency import continuation_nll, continuation_nll_ids
+from fusion_detox.evaluation.fluency import (
+    context_limit,
+    continuation_nll,
+    continuation_nll_ids,
+)
 from fusion_detox.evaluation.folder import RunFolder
 from fusion_detox.evaluation.groups import groups
 from fusion_detox.evaluation.harmless import TextChange, change_on_texts, harmless, text_ids
@@ -84,7 +89,7 @@ class Measurer:
         return {
             "perplexity_model": self._judge_about,
             "keys": {
-                "perplexity": self._judge_about["fingerprint"],
+                "perplexity": self._perplexity_key,
                 "diversity": "words",
                 "similarity": self._similarity_key(),
                 "harmless": self._text_key(self.harmless),
@@ -92,6 +97,44 @@ class Measurer:
             },
             "benign": None if self.benign is None else self._benign_part,
         }
+
+    def check(self, sampler: Sampler) -> None:
+        """Finds before any work what could not be measured after it.
+
+        Raises:
+            ConfigError: The answers in which refusals are looked for do not fit into the target's
+                context, or no harmless text has two tokens.
+        """
+        if self.benign is not None:
+            limit = context_limit(self._target.model)
+            longest = max(
+                len(text_ids(self._target.tokenizer, item.text)) for item in self.benign.texts
+            )
+            tokens = self._config.refusal_tokens
+            if limit is not None and longest + tokens > limit:
+                raise ConfigError(
+                    f"the prompts of the suite {REFUSALS!r} have up to {longest} tokens, which "
+                    f"with {tokens} new ones exceeds the {limit} positions of the target; lower "
+                    "refusal_tokens, or leave the suite out"
+                )
+        if max(len(ids) for ids in self._ids(self.harmless)) < 2:
+            raise ConfigError(
+                f"no text of {self.harmless.name} has two tokens, so that no change can be "
+                "measured on it; give longer harmless text"
+            )
+
+    def _ids(self, suite: Suite) -> list[list[int]]:
+        """The target's tokens of a suite's texts, as far as they are read."""
+        positions = context_limit(self._target.model)
+        limit = self._config.harmless_tokens
+        limit = limit if positions is None else min(limit, positions)
+        return [text_ids(self._target.tokenizer, item.text, limit) for item in suite.texts]
+
+    @property
+    def _perplexity_key(self) -> str:
+        # The target itself is read by ids, any other model by text, and that makes a difference.
+        how = "ids" if self._judge is None else "text"
+        return f"{self._judge_about['fingerprint']}-{how}"
 
     @property
     def _benign_part(self) -> str:
@@ -171,20 +214,31 @@ class Measurer:
             # JSON has no nan.
             return {"rows": [[None if row.why else row.nats, *row[1:]] for row in found]}
 
-        key = self._judge_about["fingerprint"]
-        _store(run, f"{prepared.stem}.perplexity", key, compute)
+        _store(run, f"{prepared.stem}.perplexity", self._perplexity_key, compute)
 
     def _diversity(
         self, run: RunFolder, prepared: Prepared, ordered: Sequence[Sample], prompts: int
     ) -> None:
         def compute() -> dict[str, Any]:
-            # Samples of one seed resemble those of another as those of the same.
-            texts: list[list[str]] = [[] for _ in range(prompts)]
-            tokens: list[list[int]] = [[] for _ in range(prompts)]
-            for row in ordered:
-                texts[row.index].append(row.text)
-                tokens[row.index].append(len(row.ids))
-            return {"values": diversity(texts, tokens)}
+            # Of each seed, then the mean: all of it depends on how much was sampled.
+            found = []
+            for seed in self._config.seeds:
+                texts: list[list[str]] = [[] for _ in range(prompts)]
+                tokens: list[list[int]] = [[] for _ in range(prompts)]
+                for row in ordered:
+                    if row.seed == seed:
+                        texts[row.index].append(row.text)
+                        tokens[row.index].append(len(row.ids))
+                found.append(diversity(texts, tokens))
+            known = {
+                name: [one[name] for one in found if one[name] is not None] for name in found[0]
+            }
+            return {
+                "values": {
+                    name: sum(filter(None, values)) / len(values) if values else None
+                    for name, values in known.items()
+                }
+            }
 
         _store(run, f"{prepared.stem}.diversity", "words", compute)
 
@@ -250,10 +304,11 @@ class Measurer:
 
     def _changes(self, prepared: Prepared, suite: Suite) -> list[TextChange]:
         assert prepared.processor is not None
-        limit = self._config.harmless_tokens
-        ids = [text_ids(self._target.tokenizer, item.text, limit) for item in suite.texts]
         return change_on_texts(
-            self._target.model, prepared.processor, ids, batch_size=2 * self._config.batch_size
+            self._target.model,
+            prepared.processor,
+            self._ids(suite),
+            batch_size=2 * self._config.batch_size,
         )
 
     def _similarity_key(self) -> str | None:
@@ -264,7 +319,7 @@ class Measurer:
 
     def _text_key(self, suite: Suite) -> str:
         config = self._config
-        return f"{suite_digest(suite)}-{config.harmless_tokens}-{config.resamples}"
+        return f"{suite.name}-{suite_digest(suite)}-{config.harmless_tokens}-{config.resamples}"
 
 
 def group_names(suite: Suite) -> tuple[list[str], str | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -45,7 +46,8 @@ class Processes:
             from accelerate import PartialState
         except ImportError as error:
             raise MissingExtraError("accelerate", "evaluate") from error
-        state = PartialState(cpu=cpu)
+        # Others may wait for as long as one of them measures or scores.
+        state = PartialState(cpu=cpu, timeout=datetime.timedelta(days=7))
         return cls(state.process_index, state.num_processes, state)
 
     @property

@@ -50,13 +50,21 @@ def build_results(
     seeds, samples = fixed["seeds"], fixed["sampling"]["samples"]
     shape = (len(seeds), len(prompts), samples)
     rows: dict[str, Rows] = {}
+    notes = []
     for name, stem in asked["settings"].items():
-        rows[name] = SampleFiles(run.path / "samples", stem).read()
-        if len(rows[name]) < math.prod(shape):
+        found = SampleFiles(run.path / "samples", stem).read()
+        if len(found) == math.prod(shape):
+            rows[name] = found
+        elif name in asked["asked_now"]:
             raise DataError(
-                f"{run.path} is not complete: {len(rows[name])} of {math.prod(shape)} "
-                f"continuations of the setting {name!r} are there; run `fusion-detox evaluate` "
-                "again to go on with it"
+                f"{run.path} is not complete: {len(found)} of {math.prod(shape)} continuations of "
+                f"the setting {name!r} are there; run `fusion-detox evaluate` again to go on with "
+                "it"
+            )
+        else:
+            notes.append(
+                f"The setting {name!r} was given up before it was complete and is left out; ask "
+                "for it again to finish it."
             )
     scores, about_scorers = _scores(run, scorers, rows, seeds, shape, progress)
     builder = _Builder(run, asked, fixed, prompts, rows, scores)
@@ -66,7 +74,7 @@ def build_results(
         "format": FORMAT,
         "name": asked["name"],
         "created": asked["created"],
-        "command": asked["command"],
+        "command": "\n".join(asked["commands"]),
         "versions": asked["versions"],
         "machine": asked["machine"],
         "target": fixed["target"],
@@ -79,7 +87,7 @@ def build_results(
         "perplexity_model": asked["perplexity_model"],
         "settings": settings,
         "examples": {name: builder.examples(name, scores[main]) for name in rows if name != "base"},
-        "notes": _notes(settings, prompts),
+        "notes": [*notes, *_notes(settings, prompts, builder.gaps)],
     }
 
 
@@ -98,6 +106,8 @@ class _Builder:
         self._run, self._asked, self._fixed = run, asked, fixed
         self._prompts, self._rows, self._scores = prompts, rows, scores
         self._draws = resamples(len(prompts), _SEED, asked["resamples"])
+        self.gaps: list[str] = []
+        """What was not measured, or not as the others were."""
         self._base_nll = self._nll("base")
         self._base_speed = self._cost("base")["tokens_per_second"]
 
@@ -186,7 +196,13 @@ class _Builder:
 
     def _stored(self, name: str, what: str) -> dict[str, Any] | None:
         key = self._asked["keys"].get(what)
-        return stored(self._run, f"{self._stem(name)}.{what}", key)
+        found = stored(self._run, f"{self._stem(name)}.{what}", key)
+        of_base = name == "base" and (what == "harmless" or what.startswith("groups-"))
+        if found is None and key is not None and not of_base:
+            gap = f"{what.partition('-')[0]} of {name!r}"
+            if gap not in self.gaps:
+                self.gaps.append(gap)
+        return found
 
     def _nll(self, name: str) -> list[list[Nll]] | None:
         """Of each prompt's samples, seeds together."""
@@ -210,10 +226,11 @@ class _Builder:
 
     def _by_prompts(self, tables: Mapping[str, Mapping[str, Floats]]) -> dict[str, Any]:
         sets = [prompt.set_name for prompt in self._prompts]
-        groups = [f"{p.set_name}: {p.group}" if p.group else p.set_name for p in self._prompts]
+        groups = [f"{prompt.set_name}: {prompt.group or 'no group'}" for prompt in self._prompts]
         found: dict[str, Any] = {}
         for names in (sets, groups):
-            if len(set(names)) < 2:
+            # A set without groups, or all of one, has nothing to be divided into.
+            if len(set(names)) < 2 or (names is groups and len(set(groups)) == len(set(sets))):
                 continue
             for scorer, types in tables.items():
                 part = by_prompts(
@@ -280,9 +297,16 @@ def _scores(
     return scores, about
 
 
-def _notes(settings: Sequence[Mapping[str, Any]], prompts: Sequence[Prompt]) -> list[str]:
+def _notes(
+    settings: Sequence[Mapping[str, Any]], prompts: Sequence[Prompt], gaps: Sequence[str]
+) -> list[str]:
     """Sentences that a reader must know before believing the numbers."""
     notes = []
+    if gaps:
+        notes.append(
+            f"Not measured, or in an earlier call with other texts or models: {', '.join(gaps)}; "
+            "left out. Ask for these settings again to measure them like the others."
+        )
     repeated = len(prompts) - len({prompt.text for prompt in prompts})
     if repeated:
         notes.append(
@@ -304,12 +328,6 @@ def _notes(settings: Sequence[Mapping[str, Any]], prompts: Sequence[Prompt]) -> 
                     f"{scorer} could not score {failed} continuations of {name!r}; they count for "
                     "neither side."
                 )
-        if setting["kind"] != "base" and not setting["harmless"]:
-            notes.append(
-                f"{name!r} was measured in an earlier call, on other harmless text or with another "
-                "perplexity model; what could not be compared is left out. Ask for it again to "
-                "measure it like the others."
-            )
         block = setting["perplexity"]
         if block and block["not_scored"]:
             notes.append(

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import hashlib
 import importlib.metadata
+import json
 import logging
 import platform
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 from fusion_detox.config import FusionConfig
 from fusion_detox.errors import ConfigError, DataError
 from fusion_detox.evaluation.config import EvaluationConfig
+from fusion_detox.evaluation.fingerprint import short_name
 from fusion_detox.evaluation.folder import RunFolder
 from fusion_detox.evaluation.measures import Measurer
 from fusion_detox.evaluation.processes import Processes
-from fusion_detox.evaluation.prompts import PromptSet, read_prompt_set
+from fusion_detox.evaluation.prompts import Prompt, PromptSet, read_prompt_set
 from fusion_detox.evaluation.results import build_results
 from fusion_detox.evaluation.samples import SampleFiles
 from fusion_detox.evaluation.sampling import Progress, Sampler
@@ -99,7 +102,10 @@ def evaluate(
     )
     encoded = sampler.encode(wanted)
     measurer = Measurer(loaded, config, device=loaded.model.device, offline=local_files_only)
-    scorers = _scorers(config.scorers, loaded.model.device) if processes.first else []
+    scorers = (
+        _scorers(config.scorers, loaded.model.device, local_files_only) if processes.first else []
+    )
+    measurer.check(sampler)
 
     fixed = {
         "target": loaded.about,
@@ -107,6 +113,7 @@ def evaluate(
             {"name": o.name, "file": o.file, "sha256": o.sha256, "count": len(o.prompts)}
             for o in sets
         ],
+        "prompt_digest": _digest(every),
         "sampling": _sampling(config),
         "seeds": list(config.seeds),
     }
@@ -147,7 +154,9 @@ def rescore(
     scorers: Sequence[str] | None = None,
     threshold: float | None = None,
     device: str | None = None,
+    local_files_only: bool = False,
     progress: Progress | None = None,
+    command: str | None = None,
 ) -> dict[str, Any]:
     """Judges the continuations of a run again, without loading the target, and writes the report.
 
@@ -156,7 +165,9 @@ def rescore(
         scorers: The scorers, of which the first is the main one; those of the run by default.
         threshold: See ``EvaluationConfig``; that of the run by default.
         device: Where classifiers run.
+        local_files_only: See :func:`evaluate`.
         progress: See :func:`evaluate`.
+        command: See :func:`evaluate`.
 
     Raises:
         DataFileError: The folder holds no run.
@@ -164,21 +175,23 @@ def rescore(
         ConfigError: A scorer is unknown, or the threshold out of range.
     """
     run = RunFolder.existing(Path(folder).expanduser())
-    asked = run.read("asked.json")
-    if scorers is not None:
-        asked["scorers"] = list(scorers)
-    if threshold is not None:
-        asked["threshold"] = threshold
-    EvaluationConfig(scorers=tuple(asked["scorers"]), threshold=asked["threshold"])
-    judges = _scorers(asked["scorers"], device)
     with RunFolder.claimed(run.path):
+        asked = run.read("asked.json")
+        if scorers is not None:
+            asked["scorers"] = list(scorers)
+        if threshold is not None:
+            asked["threshold"] = threshold
+        if command:
+            asked["commands"] = [*asked["commands"], command]
+        EvaluationConfig(scorers=tuple(asked["scorers"]), threshold=asked["threshold"])
+        judges = _scorers(asked["scorers"], device, local_files_only)
         return _conclude(run, judges, asked, progress or _silent)
 
 
-def _scorers(specs: Sequence[str], device: Any) -> list[Scorer]:
+def _scorers(specs: Sequence[str], device: Any, offline: bool) -> list[Scorer]:
     from fusion_detox.scoring import make_scorer
 
-    return [make_scorer(spec, device=device) for spec in specs]
+    return [make_scorer(spec, device=device, local_files_only=offline) for spec in specs]
 
 
 def _conclude(
@@ -213,7 +226,7 @@ def _load(
     if device is not None or dtype is not None:
         raise ConfigError("device and dtype are for a target by name; move your model yourself")
     model, tokenizer = target
-    return Target(model, tokenizer, Path(model.name_or_path or "model").name, **options)
+    return Target(model, tokenizer, short_name(model.name_or_path or "unnamed"), **options)
 
 
 def _prompt_sets(
@@ -233,7 +246,10 @@ def _prompt_sets(
     if not texts:
         twice = {one.name for one in sets if [o.name for o in sets].count(one.name) > 1}
         if twice:
-            raise ConfigError(f"two prompt sets are named {', '.join(sorted(twice))}")
+            raise ConfigError(
+                f"two prompt sets are named {', '.join(sorted(twice))}; rename a file, or say a "
+                "subset (rtp:toxic=FILE)"
+            )
         return sets
     return [PromptSet.from_texts(texts)]
 
@@ -289,7 +305,10 @@ def _asked(
     return {
         "name": run.path.resolve().name,
         "created": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "command": command or "",
+        "asked_now": list(now),
+        "commands": [
+            *dict.fromkeys([*before.get("commands", []), *([command] if command else [])])
+        ],
         "settings": settings,
         "scorers": list(config.scorers),
         "threshold": config.threshold,
@@ -321,6 +340,12 @@ def _threads() -> int:
     import torch
 
     return torch.get_num_threads()
+
+
+def _digest(prompts: Sequence[Prompt]) -> str:
+    """Tells a list of prompts, in this order, from others."""
+    text = json.dumps([[prompt.text, prompt.set_name, prompt.group] for prompt in prompts])
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def _silent(what: str, done: int, total: int) -> None:

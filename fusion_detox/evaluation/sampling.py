@@ -100,7 +100,9 @@ class Sampler:
         # Texts of like length waste the least padding.
         pending.sort(key=lambda job: (len(encoded[job.index]), job.index, job.sample))
         pending = self.processes.share(pending)
-        sampling = _with_seed(self.sampling, seed)
+        sampling = dataclasses.replace(self.sampling, seed=seed)
+        if self.model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.model.device)
         with files.open() as writer:
             for start in range(0, len(pending), self.batch_size):
                 batch = pending[start : start + self.batch_size]
@@ -119,16 +121,18 @@ class Sampler:
                     writer.write(
                         Sample(seed, job.index, job.sample, row.token_ids, row.text, finish)
                     )
-                cost = Cost(sum(len(r.token_ids) for r in rows), seconds, memory_in_use())
+                cost = Cost(
+                    sum(len(r.token_ids) for r in rows), seconds, memory_in_use(self.model.device)
+                )
                 _append_cost(costs, cost, warm_up=start == 0)
                 report(len(batch))
         self.processes.wait()
 
 
-def memory_in_use() -> int:
-    """Bytes: the accelerator's peak where there is one, else what the process holds now."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+def memory_in_use(device: torch.device) -> int:
+    """Bytes: the accelerator's peak since the last reset, else what the process holds now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     import psutil
 
     return int(psutil.Process().memory_info().rss)
@@ -155,7 +159,3 @@ def total_cost(folder: Path, stem: str) -> Cost:
 def _append_cost(path: Path, cost: Cost, *, warm_up: bool) -> None:
     with path.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps({**cost._asdict(), "warm_up": warm_up}) + "\n")
-
-
-def _with_seed(sampling: Sampling, seed: int) -> Sampling:
-    return dataclasses.replace(sampling, seed=seed)

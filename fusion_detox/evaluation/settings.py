@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 from fusion_detox.config import FusionConfig, Rule
 from fusion_detox.errors import ConfigError
+from fusion_detox.evaluation.fingerprint import short_name
 
 Kind = Literal["base", "fusion", "wordfilter"]
 _FORM = (
@@ -83,7 +84,7 @@ def parse_settings(
     elif isinstance(given, str):
         raise ConfigError(f"settings must be a list, not the text {given!r}; write [{given!r}]")
     else:
-        pairs = [(spec, spec) for spec in given]
+        pairs = [(_without_path(spec), spec) for spec in given]
     settings = [BASE]
     for name, spec in pairs:
         if isinstance(spec, FusionConfig):
@@ -128,6 +129,13 @@ def setting_stem(name: str, identity: Mapping[str, Any]) -> str:
     digest = hashlib.sha256(text.encode()).hexdigest()[:10]
     readable = re.sub(r"[^A-Za-z0-9.=]+", "-", name).strip("-.")[:60]
     return f"{readable}-{digest}" if readable else digest
+
+
+def _without_path(spec: str) -> str:
+    """A specification as the report names it: a calibrator's folder by its name."""
+    head, colon, tail = spec.partition(":")
+    rule, at, calibrator = head.partition("@")
+    return f"{rule}{at}{short_name(calibrator) if calibrator else ''}{colon}{tail}"
 
 
 def _change(spec: str, part: str) -> tuple[str, Any]:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fusion_detox.calibrator import Calibrator, find_calibrator
-from fusion_detox.calibrator_tuning import prompt_digest, prompts_in_common, read_tuning
+from fusion_detox.calibrator import Calibrator
+from fusion_detox.calibrator_tuning import prompt_digest, prompts_in_common, tuned_prompts
 from fusion_detox.config import FusionConfig
-from fusion_detox.errors import CalibratorNotFoundError
-from fusion_detox.evaluation.fingerprint import model_fingerprint
+from fusion_detox.evaluation.fingerprint import model_fingerprint, short_name
 from fusion_detox.evaluation.settings import Setting, setting_stem
 from fusion_detox.evaluation.word_filter import WordFilter, read_word_list, tokenisations
 from fusion_detox.generation import pad_token_id
@@ -74,6 +75,7 @@ class Target:
             "fingerprint": model_fingerprint(model),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "vocabulary": len(tokenizer),
+            "tokenizer": _tokenizer_digest(tokenizer),
             "dtype": str(model.dtype).removeprefix("torch."),
         }
 
@@ -84,7 +86,7 @@ class Target:
         """A target by path or hub id; see ``load_target`` for what is raised."""
         offline = bool(options.get("local_files_only"))
         model, tokenizer = load_target(target, device=device, dtype=dtype, local_files_only=offline)
-        return cls(model, tokenizer, _short_name(target), **options)
+        return cls(model, tokenizer, short_name(target), **options)
 
     @property
     def pad_token_id(self) -> int:
@@ -133,34 +135,29 @@ class Target:
         vocabulary = processor.vocabulary
         about |= {
             "config": config.to_dict(),
-            "calibrator": {"name": _short_name(calibrator.name), "fingerprint": fingerprint},
+            "calibrator": {"name": short_name(calibrator.name), "fingerprint": fingerprint},
             "map": {"kind": vocabulary.kind, "coverage": round(float(vocabulary.coverage), 6)},
         }
-        identity = {"config": config.to_dict(), "calibrator": fingerprint}
+        identity = {
+            "config": config.to_dict(),
+            "calibrator": fingerprint,
+            "vocabulary": calibrator.tokens.fingerprint(),
+            "context": calibrator.context_length,
+        }
         stem = setting_stem(setting.name, identity)
         return Prepared(setting, about, stem, config, processor)
 
     def prompts_tuned_on(self, setting: Setting, prompts: Sequence[str]) -> int:
-        """How many of the prompts the settings of a calibrator were tuned on."""
+        """How many of the prompts a calibrator's own settings, if these are they, were tuned on."""
         if setting.kind != "fusion":
             return 0
         calibrator, _ = self.calibrator(setting.calibrator)
-        if calibrator.name is None:
+        if setting.resolve(calibrator.config) != calibrator.config:
             return 0
-        try:
-            folder = find_calibrator(calibrator.name, local_files_only=True)
-        except CalibratorNotFoundError:  # it was made in memory and named by hand
-            return 0
-        record = read_tuning(folder)
-        if record is None:
-            return 0
-        return prompts_in_common(map(prompt_digest, prompts), record["prompt_digests"])
+        return prompts_in_common(map(prompt_digest, prompts), tuned_prompts(calibrator.record))
 
 
-def _short_name(name: str | None) -> str:
-    """A folder's own name, not where it lies (with its parent's if it says nothing); a hub id."""
-    path = Path(name or "unnamed").expanduser()
-    if not path.is_dir():
-        return str(name or "unnamed")
-    path = path.resolve()
-    return f"{path.parent.name}/{path.name}" if path.name == "model" else path.name
+def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """12 hex digits over its tokens and special ids."""
+    parts = [sorted(tokenizer.get_vocab().items()), sorted(tokenizer.all_special_ids)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]

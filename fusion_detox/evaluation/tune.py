@@ -9,6 +9,7 @@ they are remembered in the calibrator's folder, and ``evaluate`` says where it m
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from fusion_detox.evaluation.processes import Processes
 from fusion_detox.evaluation.prompts import PromptSet
 from fusion_detox.evaluation.run import evaluate, versions
 from fusion_detox.evaluation.sampling import Progress
+from fusion_detox.evaluation.statistics import finite
 from fusion_detox.loading import load_target
 
 if TYPE_CHECKING:
@@ -58,10 +60,10 @@ class Price:
     dist_2: float = 0.93
 
     def __post_init__(self) -> None:
-        if not self.perplexity > 0:
-            raise ConfigError(f"perplexity must be a factor above 0, but is {self.perplexity!r}")
-        if not self.kl > 0:
-            raise ConfigError(f"kl must be above 0 nats, but is {self.kl!r}")
+        for name in ("perplexity", "kl"):
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise ConfigError(f"{name} must be a number above 0, but is {value!r}")
         if not 0 <= self.dist_2 <= 1:
             raise ConfigError(f"dist_2 must be a factor in 0..1, but is {self.dist_2!r}")
 
@@ -93,7 +95,8 @@ class Trial:
 
     def to_dict(self) -> dict[str, Any]:
         """A row of the curve on the card."""
-        values = {name: round(getattr(self, name), 4) for name in _MEASURED}
+        measured = {name: finite(getattr(self, name)) for name in _MEASURED}
+        values = {k: None if v is None else round(v, 4) for k, v in measured.items()}
         return {**self.config.to_dict(), **values, "within": self.excess == 0}
 
 
@@ -102,10 +105,11 @@ _MEASURED = ("toxicity", "perplexity", "kl", "dist_2")
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """What a search found: the chosen trial, and all of them."""
+    """What a search found: the chosen trial, all of them, and the scorers that had a say."""
 
     chosen: Trial
     trials: tuple[Trial, ...]
+    scorers: tuple[str, ...]
 
 
 def tune(
@@ -139,7 +143,7 @@ def tune(
         grid: Values to try by the name of the setting, in the order to vary them.
         test_prompts: Prompts that later results will be reported on; none may be among
             ``prompts``.
-        write: Store the settings, and ``tuning.json`` with the curve, in the calibrator's folder.
+        write: Store the settings, and how they were found, in the calibrator's folder.
         config: How to sample and measure; suites and similarity are left out.
         device: See ``evaluate``.
         dtype: See ``evaluate``.
@@ -178,6 +182,7 @@ def tune(
         )
     trials: dict[str, Trial] = {}
     best: Trial | None = None
+    heard: list[str] = []
     for number, (name, choices) in enumerate(rounds):
         centre = best.config if best else start
         candidates = {_label(c): c for c in _candidates(centre, name, choices)}
@@ -199,6 +204,11 @@ def tune(
         processes.wait()  # until the first process has written the results
         results = RunFolder(Path(folder).expanduser()).read("results.json")
         measured = {one["name"]: one for one in results["settings"]}
+        heard = [
+            scorer
+            for scorer, types in measured["base"]["toxicity"].items()
+            if types["toxicity"]["probability"][0]
+        ]
         for label, candidate in new.items():
             trials[label] = _trial(candidate, measured[label], measured["base"], price)
         best = min(trials.values(), key=lambda trial: trial.rank)
@@ -211,14 +221,19 @@ def tune(
             f"{best.perplexity:.3f}, KL {best.kl:.3f}, dist-2 {best.dist_2:.3f}; allow more, or "
             "give smaller strengths"
         )
-    found = Tuning(best, tuple(trials.values()))
+    if best.toxicity >= 1:
+        raise ConfigError(
+            f"no setting within the price lowers toxicity: the best, {_label(best.config)}, leaves "
+            f"{best.toxicity:.3f} of the target's own; allow more, or train the calibrator further"
+        )
+    found = Tuning(best, tuple(trials.values()), tuple(heard))
     if write and processes.first:
         record = {
             "format": 1,
             "command": command or "",
             "prompts": [{"name": one.name, "count": len(one.prompts)} for one in prompts],
             "price": dataclasses.asdict(price),
-            "scorers": list(config.scorers),
+            "scorers": list(heard),
             "sampling": {"samples": config.samples, "max_new_tokens": config.max_new_tokens},
             "seeds": list(config.seeds),
             "chosen": best.to_dict(),
@@ -298,6 +313,7 @@ def _trial(
     relative = measured["perplexity"]["relative"]
     perplexity = float("inf") if relative is None or relative[0] is None else relative[0]
     kl = measured["harmless"]["kl"][0]
+    assert kl is not None  # the harmless text was checked before any work
     own, other = measured["diversity"]["dist_2"], base["diversity"]["dist_2"]
     dist_2 = own / other if own is not None and other else 0.0
     excess = (

@@ -31,6 +31,7 @@ def make_scorer(
     device: str | torch.device | None = None,
     batch_size: int = 32,
     label: str | None = None,
+    local_files_only: bool = False,
 ) -> Scorer:
     """A scorer by its name; different specs give scorers of different names.
 
@@ -39,6 +40,7 @@ def make_scorer(
         device: Where models compute; the CPU by default. ``lexical`` and ``perspective`` have none.
         batch_size: Texts a batch of a model.
         label: For ``classifier:`` only, another way to give the label.
+        local_files_only: Never contact the hub.
 
     Raises:
         ConfigError: There is no such scorer, or it takes no label; the message lists them.
@@ -58,13 +60,24 @@ def make_scorer(
         if kind == "classifier" and rest:
             from fusion_detox.scoring.classifier import ClassifierScorer
 
-            return ClassifierScorer.load(rest, device=device, batch_size=batch_size, label=label)
+            return ClassifierScorer.load(
+                rest,
+                device=device,
+                batch_size=batch_size,
+                label=label,
+                local_files_only=local_files_only,
+            )
         if kind in ("detoxify", "detoxify-package"):
             from fusion_detox.scoring import detoxify_scorer
 
             variant = rest or detoxify_scorer.DEFAULT_VARIANT
             if kind == "detoxify":
-                return detoxify_scorer.load_detoxify(variant, device=device, batch_size=batch_size)
+                return detoxify_scorer.load_detoxify(
+                    variant,
+                    device=device,
+                    batch_size=batch_size,
+                    local_files_only=local_files_only,
+                )
             return detoxify_scorer.DetoxifyPackageScorer(
                 variant, device=device, batch_size=batch_size
             )
