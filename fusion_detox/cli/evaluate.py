@@ -242,7 +242,7 @@ def show(results: dict[str, Any], folder: Path) -> None:
 
     scorers = list(results["scorers"])
     table = Table(title=escape(f"{results['target']['name']}, {describe_prompts(results)}"))
-    table.add_column("setting", overflow="fold")
+    table.add_column("setting", overflow="fold", min_width=12)
     for scorer in scorers:
         table.add_column(f"P(toxic)\n{scorer}", justify="right", no_wrap=True)
     for name in ("perplexity", "dist-2", "KL on\nharmless text", "tokens\na second"):

@@ -182,7 +182,7 @@ def _show(found: Tuning) -> None:
     table = Table(title="Trials; * is chosen. Toxicity, perplexity, dist_2: relative to the target")
     table.add_column("")
     for name in columns:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold", min_width=6)
     for trial, row in zip(found.trials, rows, strict=True):
         mark = "*" if trial is found.chosen else ""
         table.add_row(mark, *(_cell(row[name]) for name in columns))
@@ -192,4 +192,4 @@ def _show(found: Tuning) -> None:
 def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -135,12 +135,14 @@ def evaluate(
         report = progress or _silent
         for one in prepared:
             _sample(run, sampler, one, config, wanted, report)
+            one.free()
         measurer.refusals(run, sampler, prepared, report)
         tasks = processes.share(prepared)
         for number, one in enumerate(tasks):
             report("measuring", number, len(tasks))
             rows = SampleFiles(run.path / "samples", one.stem).read()
             measurer.measure(run, one, rows, encoded, every)
+            one.free()
         report("measuring", len(tasks), len(tasks))
         processes.wait()
         if not processes.first:

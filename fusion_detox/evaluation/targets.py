@@ -43,6 +43,11 @@ class Prepared:
     config: FusionConfig | None
     processor: LogitsProcessor | None
 
+    def free(self) -> None:
+        """Frees what the processor keeps to save time: a run has many of them, one at work."""
+        if isinstance(self.processor, FusionLogitsProcessor):
+            self.processor.reset()
+
 
 class Target:
     """A model under evaluation, and what is put before it.
