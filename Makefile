@@ -3,6 +3,10 @@
 #   make demo    a base model and the fused one side by side
 #   make test    all quality gates
 #
+# and a third one, with the oldest versions that are supported (docs/versions.md):
+#
+#   make oldest  the tests of decoding
+#
 # PYTHON     the interpreter that makes the environments, 3.10 or later
 # WORKERS    processes that run the tests
 # PIP_FLAGS  passed to pip; on Linux without a GPU, this saves gigabytes of CUDA libraries:
@@ -14,11 +18,16 @@ PIP_FLAGS ?=
 
 VENV := .venv
 DEMO := .venv-demo
+OLDEST := .venv-oldest
 SHIPPED := $(wildcard calibration_ckpts/*/calibrator.json examples/demo_target/model/config.json)
 SOURCES := $(shell find fusion_detox -name '*.py')
+# Of everything between a model and its text; evaluation and training have extras of their own.
+DECODING := $(wildcard $(addprefix tests/test_,$(addsuffix .py, calibrator config context decoders \
+    explain families fusion generation isolation layers lightness processor session shipped tokens \
+    unicode versions vocabulary))) $(wildcard tests/conformance)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types pytest clean
+.PHONY: help demo test lint types pytest oldest clean
 
 help:
 	@awk '!/^#/ { exit } { sub(/^# ?/, ""); print }' Makefile
@@ -43,11 +52,14 @@ types: $(VENV)/.installed
 pytest: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
 
-clean:
-	rm -rf $(VENV) $(DEMO) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+oldest: $(OLDEST)/.installed
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(DECODING)
 
-# $(call environment,FOLDER,WHAT TO INSTALL). An environment whose stamp is missing was never
-# finished, and is made anew.
+clean:
+	rm -rf $(VENV) $(DEMO) $(OLDEST) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# $(call environment,FOLDER,WHAT TO INSTALL,CONSTRAINTS). An environment whose stamp is missing was
+# never finished, and is made anew.
 define environment
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
     echo "fusion_detox needs Python 3.10 or later, but '$(PYTHON)' is" \
@@ -59,14 +71,17 @@ define environment
 @test -e $(1)/.installed || { echo "Making $(1) (a few minutes, once) ..." >&2; \
     $(PYTHON) -m venv --clear $(1); }
 @$(1)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) \
-    -c constraints.txt $(2)
+    -c $(3) $(2)
 @touch $(1)/.installed
 endef
 
 $(DEMO)/.installed: pyproject.toml constraints.txt hatch_build.py $(SHIPPED) $(SOURCES)
-	$(call environment,$(DEMO),.)
+	$(call environment,$(DEMO),.,constraints.txt)
 
 $(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py
-	$(call environment,$(VENV),-e ".[all$(comma)dev]")
+	$(call environment,$(VENV),-e ".[all$(comma)dev]",constraints.txt)
+
+$(OLDEST)/.installed: pyproject.toml constraints-oldest.txt hatch_build.py
+	$(call environment,$(OLDEST),-e . hypothesis pytest pytest-xdist,constraints-oldest.txt)
 
 comma := ,

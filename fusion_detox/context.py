@@ -81,7 +81,7 @@ class TextContext:
     so characters that are split over tokens come out whole; invalid UTF-8 becomes U+FFFD.
 
     A leading run of padding is skipped. Tokens that begin or end a text let it begin anew, other
-    special tokens (and ids of a padded head, which mean nothing) count as a line break.
+    special tokens (and ids that mean nothing: of a padded head, or below 0) count as a line break.
 
     Args:
         calibrator: Gives the tokenizer and its token table.
@@ -133,6 +133,12 @@ class TextContext:
         """The same without memo, retokenising the whole text; slow, for checks."""
         return self._advance(_START_OF_ROW, ids, settle=False).position
 
+    def reset(self) -> None:
+        """Free the memory of the memo. Results do not depend on it."""
+        with self._lock:
+            self._memo.clear()
+            self._size = 0
+
     def _nearest(self, ids: Ids) -> tuple[_State, Ids]:
         """The state of a prefix only a few ids shorter, and those ids."""
         for missing in range(1, min(_PARENTS, len(ids)) + 1):
@@ -178,6 +184,9 @@ class TextContext:
             data += piece
         added, used = codecs.utf_8_decode(data, "replace", False)
         pending = bytes(data[used:])
+        if pending[:1] == b"\xed" and pending[1:] >= b"\xa0":
+            # The codec waits for the rest of half a surrogate pair, which UTF-8 does not have.
+            added, pending = added + "\ufffd" * len(pending), b""
         if not added:
             position = state.position._replace(pending=pending)
             return state._replace(position=position, begun=begun)
@@ -206,7 +215,9 @@ class TextContext:
         return tuple(reversed(found))
 
     def _is_boundary(self, id: int) -> bool:
-        return id in self._special or id >= len(self._pieces) or self._pieces[id] is None
+        # Ids below 0 hold the places of images in some models.
+        known = 0 <= id < len(self._pieces) and id not in self._special
+        return not known or self._pieces[id] is None
 
     def _remember(self, ids: Ids, state: _State) -> None:
         self._memo[ids] = state
@@ -218,7 +229,7 @@ class TextContext:
     def _forget(self) -> None:
         self._memo: OrderedDict[Ids, _State] = OrderedDict()
         self._size = 0
-        self._lock = threading.Lock()
+        self._lock: threading.Lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the memo, which is worth nothing elsewhere."""

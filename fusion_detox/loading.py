@@ -10,6 +10,7 @@ import json
 import logging as standard_logging
 import os
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,12 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from fusion_detox.errors import ConfigError, ModelError, ModelNotFoundError, VocabularyError
-from fusion_detox.loading_errors import describe, explained, first_line
+from fusion_detox.loading_errors import check_positions, describe, explained, first_line
+
+# What transformers logged before, and who asked it to be quiet meanwhile.
+_quiet_lock = threading.Lock()
+_quiet: list[int] = []
+_before: list[Any] = []
 
 _MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -110,6 +116,7 @@ def load_model(
     with explained(source, "model", local_files_only):
         settings = AutoConfig.from_pretrained(source, **options)
     check_causal(settings, source)
+    check_positions(settings, source)
     with explained(source, "model", local_files_only):
         auto: Any = AutoModelForCausalLM  # its types do not know output_loading_info
         model, info = auto.from_pretrained(
@@ -238,17 +245,28 @@ def download(
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without transformers' own progress bars and load report: these are small models."""
+    """Without transformers' own progress bars and load report: these are small models.
+
+    Its settings are of the whole process: where threads are in here together, the first one to
+    come keeps what was set before, and the last one to leave restores it.
+    """
     logging: Any = transformers_logging
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(standard_logging.CRITICAL)
-    logging.disable_progress_bar()
+    with _quiet_lock:
+        if not _quiet:
+            _before[:] = logging.get_verbosity(), logging.is_progress_bar_enabled()
+            logging.set_verbosity(standard_logging.CRITICAL)
+            logging.disable_progress_bar()
+        _quiet.append(threading.get_ident())
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
+        with _quiet_lock:
+            _quiet.pop()
+            if not _quiet:
+                verbosity, bars = _before
+                logging.set_verbosity(verbosity)
+                if bars:
+                    logging.enable_progress_bar()
 
 
 def make_portable(folder: Path) -> None:

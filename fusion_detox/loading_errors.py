@@ -9,6 +9,7 @@ from typing import Any
 
 import huggingface_hub
 import torch
+import transformers
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -31,6 +32,10 @@ _SAFETENSORS = (
     "Only safetensors are read, because other formats can run code when opened. Convert the model "
     "once, where you trust it, with AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)."
 )
+
+# What version 4 says to a tokenizer's class, and to its list of tokens, of version 5.
+_TRACES_OF_5 = ("TokenizersBackend", "'list' object has no attribute 'keys'")
+_UPGRADE = "Upgrade it: pip install -U transformers."
 
 
 @contextlib.contextmanager
@@ -74,7 +79,53 @@ def explained(source: str, what: str, local_files_only: bool) -> Iterator[None]:
             raise ModelError(f"{source} holds no *.safetensors. {_SAFETENSORS}") from error
         if "safetensors" in reason and isinstance(error, OSError):
             raise ModelError(f"{source} cannot be loaded: {reason}. {_SAFETENSORS}") from error
-        raise ModelError(f"{source}: the {what} cannot be loaded: {reason}.") from error
+        raise ModelError(f"{source}: the {what} cannot be loaded: {_why(error)}") from error
+
+
+def check_positions(settings: Any, source: str) -> None:
+    """Refuse a configuration of transformers 5 that version 4 would read with other numbers.
+
+    Version 5 keeps all settings of rotary positions in ``rope_parameters``; version 4 takes its own
+    defaults where ``rope_theta`` and ``rope_scaling`` are not there too, and says nothing.
+
+    Args:
+        settings: A ``PretrainedConfig``.
+        source: Where it came from.
+
+    Raises:
+        ModelError: The two disagree.
+    """
+    written = getattr(settings, "rope_parameters", None)
+    if not _is_old() or not isinstance(written, dict):
+        return
+    # By the kind of layer in some families.
+    parts = [part for part in (written, *written.values()) if isinstance(part, dict)]
+    read = {getattr(settings, name, None) for name in ("rope_theta", "rope_local_base_freq")}
+    for part in parts:
+        theta, kind = part.get("rope_theta"), part.get("rope_type", "default")
+        scaled = kind == "default" or getattr(settings, "rope_scaling", None) is not None
+        if (theta is not None and theta not in read) or not scaled:
+            raise ModelError(
+                f"{source} was written by transformers 5: its rope_parameters say rope_theta="
+                f"{theta} of type {kind!r}, but the installed version {transformers.__version__} "
+                f"would use rope_theta={getattr(settings, 'rope_theta', None)} of type 'default', "
+                f"and the model would write nonsense. {_UPGRADE}"
+            )
+
+
+def _why(error: BaseException) -> str:
+    # What version 4 found first may stand behind an error of its own handling of it.
+    said = f"{error} {error.__context__}"
+    if _is_old() and any(trace in said for trace in _TRACES_OF_5):
+        return (
+            f"it was written by transformers 5, which the installed version "
+            f"{transformers.__version__} cannot read. {_UPGRADE}"
+        )
+    return f"{first_line(error)}."
+
+
+def _is_old() -> bool:
+    return int(transformers.__version__.split(".")[0]) < 5
 
 
 def _unreachable(source: str, what: str, offline: bool) -> ModelNotFoundError:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,10 +14,12 @@ from transformers import LogitsProcessor
 from fusion_detox.calibrator import Calibrator
 from fusion_detox.config import FusionConfig
 from fusion_detox.context import Position, TextContext
+from fusion_detox.decoders import check_calibrator
 from fusion_detox.errors import ConfigError, VocabularyError
 from fusion_detox.fusion import fuse, strength_used
+from fusion_detox.processor_paged import watch_paged_generation
 from fusion_detox.session import CalibratorSession
-from fusion_detox.tokens import TokenTable
+from fusion_detox.tokens import TokenTable, encode
 from fusion_detox.vocabulary import Cover, VocabularyMap
 
 if TYPE_CHECKING:
@@ -35,7 +39,8 @@ class FusionLogitsProcessor(LogitsProcessor):
     The result is a pure function of ``(input_ids, scores)``: the KV cache inside is only a memo.
     One instance serves any number of calls, batches, beams and threads, and needs no reset.
     ``generate`` runs it before temperature, top-k and top-p, and hands it no attention mask:
-    left padding is recognised by ``pad_token_id``.
+    left padding is recognised by ``pad_token_id``. Text that it is not shown (``inputs_embeds``, an
+    encoder's source, what is already in ``past_key_values``) can be handed over, see ``following``.
 
     Args:
         calibrator: A ``Calibrator``, or the path, hub id or shipped name of one.
@@ -43,10 +48,13 @@ class FusionLogitsProcessor(LogitsProcessor):
         config: Fusion settings; the calibrator's recommended ones by default.
         device: Where the calibrator runs; where the scores are by default.
         pad_token_id: The target's padding; the tokenizer's by default.
+        assistant_tokenizer: The tokenizer given to ``generate`` under the same name, if any. Drafts
+            in its vocabulary pass unchanged, and the target's check of them is fused.
 
     Raises:
         CalibratorError: The calibrator cannot be used.
         ConfigError: The contrast rule is asked of a calibrator without a reference.
+        ModelError: The calibrator's models cannot be run with a cache that can be taken back.
         VocabularyError: The two vocabularies cannot be mapped onto each other.
     """
 
@@ -60,6 +68,7 @@ class FusionLogitsProcessor(LogitsProcessor):
         *,
         device: torch.device | str | None = None,
         pad_token_id: int | None = None,
+        assistant_tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         if isinstance(calibrator, str):
             calibrator = Calibrator.from_pretrained(calibrator)
@@ -70,13 +79,12 @@ class FusionLogitsProcessor(LogitsProcessor):
             )
         self.calibrator = calibrator
         self.config = calibrator.config if config is None else config
-        if self.config.rule == "contrast" and calibrator.reference is None:
-            raise ConfigError(
-                "the contrast rule needs a calibrator with a reference model, and this one has "
-                "none: choose rule='product' or rule='mixture'"
-            )
+        self._check_rule()
+        check_calibrator(calibrator)
         if pad_token_id is None:
             pad_token_id = tokenizer.pad_token_id
+        self._tokenizer = tokenizer
+        self._pad_token_id = pad_token_id
         tokens = TokenTable.from_tokenizer(tokenizer)
         self.vocabulary = VocabularyMap.build(calibrator, tokens, tokenizer)
         identity = self.vocabulary.kind == "identity"
@@ -86,8 +94,12 @@ class FusionLogitsProcessor(LogitsProcessor):
         self._mapped = self.vocabulary.mapped
         self._narrowest = int(self._mapped.nonzero().max()) + 1
         self._tokens = len(tokens.pieces)
-        self._widest = self._tokens + max(_PADDING, self._tokens // 20)
-        self._warned = False
+        self._widest = _padded(self._tokens)
+        self._assistant = 0 if assistant_tokenizer is None else len(assistant_tokenizer)
+        self._starts = tokens.reset_ids | {pad_token_id}
+        self._before: list[tuple[int, ...]] = []
+        self._warned: set[str] = set()
+        watch_paged_generation()
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores after fusion.
@@ -103,11 +115,24 @@ class FusionLogitsProcessor(LogitsProcessor):
         Raises:
             VocabularyError: The scores are far wider than the tokenizer's vocabulary.
         """
+        return self.fuse_rows(self._rows(input_ids), scores)
+
+    def fuse_rows(self, rows: Sequence[Sequence[int]], scores: Tensor) -> Tensor:
+        """What calling it does, for rows of any lengths: to serve other engines than ``generate``.
+
+        Args:
+            rows: For each row all ids of its text so far; no padding is needed.
+            scores: See ``__call__``.
+
+        Returns:
+            See ``__call__``.
+
+        Raises:
+            VocabularyError: See ``__call__``.
+        """
         if self.config.strength == 0 or not self._is_of_target(scores):
             return scores
-        clean, reference = self._distributions(input_ids, scores.shape[-1], scores.device)
-        mapped = self._fit(self._mapped.to(scores.device), scores.shape[-1])
-        return fuse(scores, clean, reference, mapped, self.config)
+        return fuse(scores, *self._distributions(rows, scores), self.config)
 
     def with_strength(self, input_ids: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
         """The scores after fusion, and how strongly each row was fused.
@@ -125,22 +150,98 @@ class FusionLogitsProcessor(LogitsProcessor):
         """
         if self.config.strength == 0 or not self._is_of_target(scores):
             return scores, torch.zeros(len(scores), device=scores.device)
-        clean, reference = self._distributions(input_ids, scores.shape[-1], scores.device)
-        mapped = self._fit(self._mapped.to(scores.device), scores.shape[-1])
-        arguments = (scores, clean, reference, mapped, self.config)
+        arguments = (scores, *self._distributions(self._rows(input_ids), scores), self.config)
         return fuse(*arguments), strength_used(*arguments)
+
+    def following(self, text: str | Sequence[str]) -> FusionLogitsProcessor:
+        """A processor for rows that go on from text which ``generate`` does not show it.
+
+        For prompts given as ``inputs_embeds`` alone, for the source of an encoder-decoder, and for
+        the ids behind ``past_key_values`` where only new ones are passed. It shares this
+        processor's models and caches.
+
+        Args:
+            text: What comes before every row, or for each prompt of the batch what comes before
+                its rows. It is joined as it stands: end it with a line break where the rows begin
+                a text of their own.
+
+        Raises:
+            ConfigError: There is no text, or (when it is called) rows cannot be shared out evenly.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        if not texts:
+            raise ConfigError("following() was given no text: give one, or one for each prompt")
+        result = copy.copy(self)
+        result._before = [tuple(ids) for ids in encode(self._tokenizer, texts)]
+        return result
+
+    @property
+    def prompts_followed(self) -> int:
+        """How many texts ``following`` was given; 0 for a processor of its own."""
+        return len(self._before)
+
+    def with_settings(self, **changes: Any) -> FusionLogitsProcessor:
+        """A processor with other settings, which shares this one's models and caches.
+
+        Args:
+            changes: Settings of :class:`FusionConfig`, say ``strength=0.5``.
+
+        Raises:
+            ConfigError: A setting is unknown or out of range, or needs a reference model that the
+                calibrator does not have.
+        """
+        result = copy.copy(self)
+        result.config = self.config.replace(**changes)
+        result._check_rule()
+        return result
 
     def reset(self) -> None:
         """Frees the memory of the cache. Results do not depend on it."""
+        self._context.reset()
         for session in list(self._sessions.values()):
             session.reset()
 
+    def _check_rule(self) -> None:
+        if self.config.rule == "contrast" and self.calibrator.reference is None:
+            raise ConfigError(
+                "the contrast rule needs a calibrator with a reference model, and this one has "
+                "none: choose rule='product' or rule='mixture'"
+            )
+
+    def _rows(self, input_ids: Tensor) -> list[list[int]]:
+        if input_ids.shape[-1] == 0 and not self._before:
+            self._warn_once(
+                "input_ids are empty, as with inputs_embeds alone, whose text cannot be read: the "
+                "calibrator sees only what is written from here on. Give input_ids beside "
+                "inputs_embeds, or use processor.following(text)"
+            )
+        rows: list[list[int]] = input_ids.tolist()
+        return rows
+
+    def _texts(self, rows: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+        """The rows' ids, with those of the text that comes before them."""
+        texts = [tuple(row) for row in rows]
+        if not self._before:
+            return texts
+        share, rest = divmod(len(texts), len(self._before))
+        if rest:
+            raise ConfigError(
+                f"following() was given {len(self._before)} texts, but there are {len(texts)} "
+                "rows: give one text, or one for each prompt of the batch"
+            )
+        for index, ids in enumerate(texts):
+            # What starts a text would hide the one before it.
+            start = next((i for i, id in enumerate(ids) if id not in self._starts), len(ids))
+            texts[index] = self._before[index // share] + ids[start:]
+        return texts
+
     def _distributions(
-        self, input_ids: Tensor, width: int, scores_device: torch.device
-    ) -> tuple[Tensor, Tensor | None]:
-        """Clean and reference probabilities in the target's vocabulary, ``(batch, width)``."""
-        positions = [self._context.read(tuple(row)) for row in input_ids.tolist()]
-        device = self._device or scores_device
+        self, rows: Sequence[Sequence[int]], scores: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Clean and reference probabilities and what is mapped, in the columns of ``scores``."""
+        width = scores.shape[-1]
+        positions = [self._context.read(ids) for ids in self._texts(rows)]
+        device = self._device or scores.device
         session = self._sessions.get(device)
         if session is None:
             session = self._sessions.setdefault(
@@ -159,20 +260,29 @@ class FusionLogitsProcessor(LogitsProcessor):
             len(positions),
             mode="prefix" if self.config.rule == "contrast" else "transfer",
         )
-        projected = self._fit(projected, width).to(scores_device)
-        return projected[0], projected[1] if len(projected) > 1 else None
+        projected = self._fit(projected, width).to(scores.device)
+        mapped = self._fit(self._mapped.to(scores.device), width)
+        return projected[0], projected[1] if len(projected) > 1 else None, mapped
 
     def _is_of_target(self, scores: Tensor) -> bool:
-        """Whether scores can be of the target; those of another, smaller vocabulary pass."""
-        if scores.shape[-1] > self._widest:
-            raise VocabularyError(
-                f"scores have {scores.shape[-1]} columns, but the tokenizer given has "
-                f"{self._tokens} tokens: give the tokenizer of the model that generates"
-            )
-        if scores.shape[-1] < self._narrowest:
-            self._warn_once(scores.shape[-1])
+        """Whether scores can be of the target; those of another vocabulary pass."""
+        width = scores.shape[-1]
+        if self._narrowest <= width <= self._widest:
+            return True
+        if width <= _padded(self._assistant):  # some of its columns may be cut off
             return False
-        return True
+        if width > self._widest:
+            raise VocabularyError(
+                f"scores have {width} columns, but the tokenizer given has {self._tokens} tokens: "
+                "give the tokenizer of the model that generates; where they are drafts of an "
+                "assistant with a vocabulary of its own, give assistant_tokenizer too"
+            )
+        self._warn_once(
+            f"scores have {width} columns, but the target's tokenizer has {self._narrowest} "
+            "tokens: they belong to another model and are passed on unchanged. Where it is an "
+            "assistant with a vocabulary of its own, give assistant_tokenizer"
+        )
+        return False
 
     @staticmethod
     def _fit(tensor: Tensor, width: int) -> Tensor:
@@ -180,15 +290,15 @@ class FusionLogitsProcessor(LogitsProcessor):
         missing = width - tensor.shape[-1]
         return torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor
 
-    def _warn_once(self, width: int) -> None:
-        if not self._warned:
-            self._warned = True
-            logger.warning(
-                "scores have %d columns, but the target's tokenizer has %d tokens: they belong to "
-                "another model (an assistant, say) and are passed on unchanged",
-                width,
-                self._narrowest,
-            )
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            logger.warning(message)
+
+
+def _padded(tokens: int) -> int:
+    """Widest head of a model with so many tokens."""
+    return tokens + max(_PADDING, tokens // 20) if tokens else 0
 
 
 def _covers(

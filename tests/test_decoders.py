@@ -236,13 +236,25 @@ class ByColumn(LlamaForCausalLM):
         return super().forward(input_ids, attention_mask, past_key_values=past_key_values, **kwargs)
 
 
+class Stateful(LlamaForCausalLM):
+    """Looks at what stands in its cache, as a recurrent state does."""
+
+    def forward(self, input_ids=None, attention_mask=None, past_key_values=None, **kwargs):
+        held = 0 if past_key_values is None else past_key_values.get_seq_length()
+        output = super().forward(
+            input_ids, attention_mask, past_key_values=past_key_values, **kwargs
+        )
+        output.logits = output.logits + 0.1 * held
+        return output
+
+
 class Failing(LlamaForCausalLM):
     def forward(self, input_ids=None, past_key_values=None, **kwargs):
         raise AttributeError("no such state")
 
 
-def test_numbers_that_depend_on_the_padding_are_refused():
-    config = LlamaConfig(
+def tiny_config():
+    return LlamaConfig(
         vocab_size=WIDTH,
         hidden_size=16,
         intermediate_size=16,
@@ -251,7 +263,16 @@ def test_numbers_that_depend_on_the_padding_are_refused():
         max_position_embeddings=64,
         initializer_range=0.3,
     )
-    with pytest.raises(ModelError, match="come out differently"):
-        GenericDecoder([ByColumn(config).eval()], COLUMNS, CPU)
+
+
+def test_a_model_that_counts_columns_runs_texts_of_one_length_at_a_time():
+    models = [ByColumn(tiny_config()).eval(), LlamaForCausalLM(tiny_config()).eval()]
+    exercise(GenericDecoder(models, COLUMNS, CPU), models)
+
+
+def test_numbers_that_depend_on_the_cache_are_refused():
+    config = tiny_config()
+    with pytest.raises(ModelError, match="come out differently than whole"):
+        GenericDecoder([Stateful(config).eval()], COLUMNS, CPU)
     with pytest.raises(ModelError, match=r"plain key-value cache \(AttributeError: no such state"):
         GenericDecoder([Failing(config).eval()], COLUMNS, CPU)

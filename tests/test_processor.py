@@ -67,13 +67,13 @@ def test_same_vocabulary_uses_the_calibrator_as_it_is(
     processor = fresh(calibrator, byte_tokenizer)
     assert processor.vocabulary.kind == "identity"
     ids = byte_tokenizer("You are a complete", return_tensors="pt")["input_ids"]
-    clean, reference = processor._distributions(ids, len(byte_tokenizer), ids.device)
+    scores = torch.randn(1, len(byte_tokenizer))
+    clean, reference, _ = processor._distributions(ids.tolist(), scores)
     bos = torch.tensor([[calibrator.bos_id]])
     with torch.no_grad():
         logits = calibrator.clean(input_ids=torch.cat([bos, ids], 1)).logits[:, -1]
     torch.testing.assert_close(clean, torch.softmax(logits, -1), atol=1e-6, rtol=1e-5)
     assert reference is not None
-    scores = torch.randn(1, len(byte_tokenizer))
     wanted = torch.log_softmax(scores, -1) + 1.5 * torch.nn.functional.softshrink(
         torch.log((clean + CONFIG.floor) / (reference + CONFIG.floor)), 0.05
     ).clamp(-3, 3)

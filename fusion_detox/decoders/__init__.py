@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fusion_detox.decoders.generic import GenericDecoder
+from fusion_detox.decoders.generic import GenericDecoder, check_configurations
 from fusion_detox.decoders.slots import Decoder, Row, SlotStore
 from fusion_detox.decoders.stacked_llama import StackedLlamaDecoder
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from fusion_detox.calibrator import Calibrator
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "SlotStore",
     "StackedLlamaDecoder",
     "build_decoder",
+    "check_calibrator",
 ]
 
 
@@ -29,10 +32,22 @@ def build_decoder(calibrator: Calibrator, device: torch.device) -> Decoder:
     Raises:
         ModelError: None can; the message says why.
     """
-    models = [calibrator.clean]
-    if calibrator.reference is not None:
-        models.append(calibrator.reference)
+    models = _models(calibrator)
     length = calibrator.context_length
     if StackedLlamaDecoder.supports(models):
         return StackedLlamaDecoder(models, length, calibrator.vocabulary_size, device)
     return GenericDecoder(models, length, device)
+
+
+def check_calibrator(calibrator: Calibrator) -> None:
+    """Refuse, without running them, models of which ``build_decoder`` would refuse the settings.
+
+    Raises:
+        ModelError: A model keeps no cache that can be taken back, or it is too short.
+    """
+    check_configurations(_models(calibrator), calibrator.context_length)
+
+
+def _models(calibrator: Calibrator) -> list[PreTrainedModel]:
+    reference = calibrator.reference
+    return [calibrator.clean] if reference is None else [calibrator.clean, reference]

@@ -1,0 +1,159 @@
+"""Fusion by its definition: whole texts, no cache, one row at a time, plain Python.
+
+Of the library it uses the vocabulary map alone, whose own definition tests/test_vocabulary.py
+spells out: reading ids as text, retokenising, running the calibrator, weighing the ways to read a
+text's end and the fusion rule are written here again.
+"""
+
+from __future__ import annotations
+
+import codecs
+import math
+
+import torch
+from transformers import LogitsProcessor
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from fusion_detox.vocabulary import Cover
+
+BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
+ENDS_OF_TEXT = {"<|endoftext|>", "<s>", "</s>"}
+
+
+class Definition:
+    """What a fused model's log-probs are after given ids, ``(ids, scores) -> scores``."""
+
+    def __init__(self, calibrator, tokenizer, vocabulary, config, pad):
+        self.calibrator, self.map, self.config, self.pad = calibrator, vocabulary, config, pad
+        self.sentencepiece = "▁" in "".join(tokenizer.get_vocab())
+        self.pieces = {i: self.spelled(t) for t, i in tokenizer.get_vocab().items()}
+        specials = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        self.specials = specials | set(tokenizer.all_special_ids)
+        roles = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+        ends = {i for i, t in tokenizer.added_tokens_decoder.items() if t.content in ENDS_OF_TEXT}
+        self.resets = (roles | ends) & self.specials
+        self.line_break = next((i for i, p in self.pieces.items() if p == b"\n"), None)
+        self.laws = {}
+
+    def spelled(self, token):
+        if not self.sentencepiece:
+            return bytes(BYTES[c] for c in token) if set(token) <= set(BYTES) else b""
+        if token.startswith("<0x"):
+            return bytes([int(token[3:5], 16)])
+        return token.replace("▁", " ").encode()
+
+    def read(self, ids):
+        """The calibrator's ids of a text, the bytes of its last word's tokens, and its rest."""
+        ids = list(ids)
+        while ids and ids[0] == self.pad:
+            del ids[0]
+        for place in range(len(ids) - 1, -1, -1):
+            if ids[place] in self.resets:
+                ids = ids[place + 1 :]
+                break
+        if self.map.kind == "identity":
+            path = []
+            for i in ids:
+                if i not in self.specials and i in self.pieces:
+                    path.append(i)
+                elif path:
+                    path.append(self.line_break)
+            return tuple(path), [], b""
+        data, begun = b"", False
+        for i in ids:
+            if i in self.specials or i not in self.pieces:
+                data += b"\n" if begun else b""
+                continue
+            piece = self.pieces[i]
+            if not begun and self.sentencepiece:
+                piece = piece.removeprefix(b" ")
+            data, begun = data + piece, True
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        text = decoder.decode(data)
+        own = self.calibrator.tokenizer
+        path = tuple(own(text, add_special_tokens=False)["input_ids"])
+        words = own.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
+        left = len(words[-1][0]) if words else 0
+        tokens = own.convert_ids_to_tokens(list(path))
+        word = []
+        while left and len(word) < 4:
+            piece = bytes(BYTES[c] for c in tokens[-len(word) - 1])
+            word.insert(0, piece)
+            left -= len(piece)
+        return path, word, decoder.getstate()[0]
+
+    def law(self, prefix):
+        """Next-token probabilities of both models, ``(2, vocabulary)``, with no cache."""
+        length = self.calibrator.context_length
+        start = 0
+        while len(prefix) - start + 1 > length:
+            start += length // 2
+        seen = (self.calibrator.bos_id, *prefix[start:])
+        if seen not in self.laws:
+            models = (self.calibrator.clean, self.calibrator.reference)
+            with torch.no_grad():
+                logits = [m(torch.tensor([seen]), use_cache=False).logits[0, -1] for m in models]
+            logits = torch.stack(logits)[:, : self.calibrator.vocabulary_size].double()
+            self.laws[seen] = logits.softmax(-1)
+        return self.laws[seen]
+
+    def calibrated(self, ids):
+        """The two distributions carried over to the target's vocabulary."""
+        path, word, pending = self.read(ids)
+        laws, covers, weights = [], [], []
+        for back in range(len(word), -1, -1):
+            start = len(path) - back
+            covers.append(Cover(0, len(laws), b"".join(word[len(word) - back :]) + pending))
+            laws.append(self.law(path[:start]))
+            # The probability of the tokens from the start of the word up to here.
+            weight = torch.ones(2, dtype=torch.float64)
+            for place in range(len(path) - len(word), start):
+                weight = weight * self.law(path[:place])[:, path[place]]
+            weights.append(weight)
+        weights = torch.stack(weights, 1)
+        weights = weights / weights.amax(1, keepdim=True)
+        mode = "prefix" if self.config.rule == "contrast" else "transfer"
+        probs = torch.stack(laws, 1)
+        return self.map.project(probs.float(), covers, weights.float(), 1, mode=mode)[:, 0].double()
+
+    def __call__(self, ids, scores):
+        """Fused log-probs of one row, ``(vocabulary,)``."""
+        config = self.config
+        clean, reference = (law.tolist() for law in self.calibrated(ids))
+        own = scores.double().log_softmax(-1).tolist()
+        best = max(own)
+        mapped = self.map.mapped.tolist()
+        line = best + math.log(config.plausibility) if config.plausibility else -math.inf
+        judged = [i for i, on in enumerate(mapped) if on and own[i] > -math.inf and own[i] >= line]
+        mass = math.fsum(math.exp(own[i]) for i in judged)
+        moved = {}
+        group = math.fsum(clean[i] for i in judged)
+        for i in judged:
+            if config.rule == "contrast":
+                ratio = math.log((clean[i] + config.floor) / (reference[i] + config.floor))
+                ratio = math.copysign(max(0.0, abs(ratio) - config.threshold), ratio)
+                moved[i] = own[i] + config.strength * max(-config.clip, min(config.clip, ratio))
+            elif config.rule == "product":
+                other = math.log(clean[i] + config.floor)
+                moved[i] = (1 - config.strength) * own[i] + config.strength * other
+            else:
+                inside = math.exp(own[i]) / mass
+                mixed = (1 - config.strength) * inside + config.strength * clean[i] / group
+                moved[i] = math.log(mixed)
+        total = math.fsum(map(math.exp, moved.values()))
+        for i, value in moved.items():
+            own[i] = value + math.log(mass / total)
+        return torch.tensor(own)
+
+
+class AsProcessor(LogitsProcessor):
+    """The definition under ``generate``'s own loop; scores of another vocabulary pass."""
+
+    def __init__(self, definition, width):
+        self.definition, self.width = definition, width
+
+    def __call__(self, input_ids, scores):
+        if scores.shape[-1] != self.width:
+            return scores
+        rows = zip(input_ids.tolist(), scores, strict=True)
+        return torch.stack([self.definition(row, score) for row, score in rows]).to(scores.dtype)

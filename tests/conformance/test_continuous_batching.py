@@ -1,0 +1,147 @@
+"""Continuous batching: the adapter against the definition, and what drops a processor."""
+
+import logging
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from fusion_detox import FusionLogitsProcessor
+from fusion_detox.errors import ConfigError
+
+from .conftest import CONFIG, TEXTS
+from .modes import modes_of
+
+integration = pytest.importorskip(
+    "fusion_detox.integrations.continuous_batching",
+)
+transformers = pytest.importorskip("transformers", minversion="5.20")
+ContinuousBatchingConfig = transformers.ContinuousBatchingConfig
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*device_mesh:UserWarning")
+MORE = [*TEXTS, "Thank you so much", "In 1987 the town built"]
+
+
+def config(case, **changes):
+    values = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": case.pad, **changes}
+    return GenerationConfig(eos_token_id=case.eos, **values)
+
+
+def plain(**changes):
+    values = {"num_blocks": 64, "max_batch_tokens": 64, "page_size": 8}
+    return ContinuousBatchingConfig(
+        use_async_batching=False, use_cuda_graph=False, **{**values, **changes}
+    )
+
+
+def prompts(case, texts=MORE):
+    return [case.encode([text])["input_ids"][0].tolist() for text in texts]
+
+
+def by_definition(case, ids, steps=5, **options):
+    rows = case.search([ids], max_new_tokens=steps, **options).sample()[0]
+    return rows[0][len(ids) :]
+
+
+@pytest.mark.parametrize("mode", modes_of("test_continuous_batching_equals_greedy"))
+def test_continuous_batching_equals_greedy(case, mode):
+    """Four requests in batches of two, so that one joins while another is under way."""
+    found = integration.generate_batch(
+        case.model,
+        prompts(case),
+        case.processor,
+        generation_config=config(case),
+        continuous_batching_config=plain(max_requests_per_batch=2),
+    )
+    written = [output.generated_tokens for output in found.values()]
+    assert written == [by_definition(case, ids) for ids in prompts(case)]
+
+
+def test_manager_with_strength_by_request_and_warpers_behind(one):
+    """Top-k 1 behind fusion is greedy, before it would be the target alone."""
+    manager = one.model.init_continuous_batching(
+        generation_config=config(one, do_sample=True, temperature=0.7, top_k=1),
+        continuous_batching_config=plain(),
+    )
+    integration.attach(manager, one.processor)
+    with pytest.raises(ConfigError, match="fuses already"):
+        integration.attach(manager, one.processor)
+    ids = prompts(one)[1]
+    manager.start()
+    try:
+        names = [manager.add_request(ids), manager.add_request(ids, strength=0.0)]
+        found = {}
+        while len(found) < 2:
+            result = manager.get_result(timeout=1)
+            if result is not None and result.is_finished():
+                assert result.error is None
+                found[result.request_id] = result.generated_tokens
+    finally:
+        manager.stop(block=True)
+    assert found[names[0]] == by_definition(one, ids)
+    assert found[names[1]] == by_definition(one, ids, fused=lambda row, scores: scores)
+    assert found[names[0]] != found[names[1]]
+
+
+def test_generate_batch_of_the_model_takes_no_processor(one):
+    """Pinned, so that a version that begins to pass processors on is noticed."""
+    ids = prompts(one)[1]
+    found = one.model.generate_batch(
+        [ids],
+        generation_config=config(one),
+        continuous_batching_config=plain(),
+        logits_processor=[one.processor],
+    )
+    (output,) = found.values()
+    assert output.generated_tokens == by_definition(one, ids, fused=lambda row, scores: scores)
+
+
+def test_paged_generation_warns(one, caplog):
+    """transformers drops the processor without a word of it; the warning comes before the text."""
+    with caplog.at_level(logging.WARNING):
+        found = one.generate(
+            input_ids=torch.tensor(prompts(one)[1:2]),
+            cache_implementation="paged",
+            processor=FusionLogitsProcessor(one.calibrator, one.tokenizer, CONFIG),
+            continuous_batching_config=plain(),
+        )
+    unfused = by_definition(one, prompts(one)[1], fused=lambda row, scores: scores)
+    assert found[0, 0, -5:].tolist() == unfused
+    ours = [r.getMessage() for r in caplog.records if r.name.startswith("fusion_detox")]
+    assert len(ours) == 1
+    assert "drops every logits processor, so nothing is fused" in ours[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_async_batching": True}, "use_async_batching=False"),
+        ({"use_cuda_graph": True}, "use_cuda_graph=False"),
+    ],
+)
+def test_settings_without_a_place_for_fusion_are_refused(one, changes, message):
+    class Manager:
+        logit_processor = None
+        batch_processor = None
+        continuous_batching_config = ContinuousBatchingConfig(**changes)
+
+        def is_running(self):
+            return False
+
+    with pytest.raises(ConfigError, match=message):
+        integration.attach(Manager(), one.processor)
+
+
+def test_wrong_use_of_attach(one):
+    with pytest.raises(ConfigError, match="LlamaForCausalLM is no manager"):
+        integration.attach(one.model, one.processor)
+    manager = one.model.init_continuous_batching(
+        generation_config=config(one), continuous_batching_config=plain()
+    )
+    with pytest.raises(ConfigError, match="given 2 texts, but here requests come in no fixed"):
+        integration.attach(manager, one.processor.following(["a", "b"]))
+    integration.attach(manager, one.processor.following("a"))
+    manager.warmup()
+    with pytest.raises(ConfigError, match="has been started or warmed up"):
+        integration.attach(manager, one.processor)
+    assert integration.generate_batch(one.model, [], one.processor) == {}

@@ -1,0 +1,18 @@
+"""docs/decoding-modes.md says what the suite tests."""
+
+from collections import Counter
+
+from .document import DOCUMENT, document, suite
+from .modes import MODES
+
+
+def test_document_is_up_to_date():
+    message = "run python tests/conformance/document.py"
+    assert DOCUMENT.read_text(encoding="utf-8") == document(MODES), message
+
+
+def test_every_mode_has_a_test_and_a_name_of_its_own():
+    assert not {mode.test for mode in MODES} - set(suite())
+    assert not [name for name, count in Counter(m.name for m in MODES).items() if count > 1]
+    # Whoever reads "note" or "refused" is told what, and what to do.
+    assert not [mode.name for mode in MODES if mode.state != "exact" and not mode.note]

@@ -1,0 +1,157 @@
+"""What is said of versions agrees: pyproject, both files of constraints, docs; and what differs."""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import transformers
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+from fusion_detox.errors import ModelError
+from fusion_detox.loading_errors import check_positions, explained
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def read(name):
+    path = ROOT / name
+    if not path.is_file():
+        pytest.skip(f"{name} is not part of this checkout")
+    return path.read_text(encoding="utf-8")
+
+
+def requirements():
+    """The dependencies that decoding needs, by name; tomllib is not in Python 3.10."""
+    text = read("pyproject.toml")
+    listed = re.search(r"^dependencies = \[\n(.*?)^\]", text, re.M | re.S)[1]
+    found = [Requirement(line) for line in re.findall(r'"([^"]+)"', listed)]
+    return {canonicalize_name(requirement.name): requirement for requirement in found}
+
+
+def pins(name):
+    lines = [line.partition(";")[0].strip() for line in read(name).splitlines()]
+    pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(package): Version(version) for package, version in pairs}
+
+
+def table():
+    """The rows of docs/versions.md: range, oldest, newest, by package."""
+    rows = re.findall(r"^\| (\w+) \| (.+?) \| (.+?) \| (.+?) \|$", read("docs/versions.md"), re.M)
+    return {canonicalize_name(name): cells for name, *cells in rows}
+
+
+def lower(requirement):
+    (bound,) = [Version(s.version) for s in requirement.specifier if s.operator == ">="]
+    return bound
+
+
+def test_the_ranges_of_the_docs_are_those_of_the_package():
+    stated = {name: SpecifierSet(cells[0]) for name, cells in table().items() if name != "python"}
+    assert stated == {name: wanted.specifier for name, wanted in requirements().items()}
+
+
+def test_what_is_said_to_be_tested_is_what_is_installed_for_it():
+    oldest, newest = pins("constraints-oldest.txt"), pins("constraints.txt")
+    for name, (_, first, last) in table().items():
+        if name != "python":
+            assert (Version(first), Version(last)) == (oldest[name], newest[name]), name
+
+
+def test_the_oldest_versions_are_the_lower_bounds():
+    """To the patch release: the first ones of a series may have been withdrawn."""
+    oldest, newest = pins("constraints-oldest.txt"), pins("constraints.txt")
+    for name, requirement in requirements().items():
+        assert requirement.specifier.contains(oldest[name])
+        assert requirement.specifier.contains(newest[name])
+        bound = lower(requirement)
+        assert oldest[name].release[:2] == (*bound.release, 0)[:2], name
+        if len(bound.release) > 2:
+            assert oldest[name] == bound
+
+
+def test_pythons():
+    text = read("pyproject.toml")
+    listed = re.findall(r"Programming Language :: Python :: 3\.(\d+)", text)
+    (least,) = re.findall(r'^requires-python = ">=3\.(\d+)"$', text, re.M)
+    (target,) = re.findall(r'^target-version = "py3(\d+)"$', text, re.M)
+    assert listed[0] == least == target
+    assert table()["python"][0] == f"3.{listed[0]} to 3.{listed[-1]}"
+
+
+@pytest.fixture
+def old(monkeypatch):
+    monkeypatch.setattr(transformers, "__version__", "4.57.1")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        ValueError("Tokenizer class TokenizersBackend does not exist or is not imported."),
+        AttributeError("'list' object has no attribute 'keys'"),
+    ],
+)
+@pytest.mark.usefixtures("old")
+def test_a_tokenizer_of_version_5_says_so_on_version_4(tmp_path, said):
+    message = "tokenizer cannot be loaded: it was written by transformers 5.*4.57.1.*pip install -U"
+    with pytest.raises(ModelError, match=message), explained(str(tmp_path), "tokenizer", True):
+        raise said
+
+
+@pytest.mark.usefixtures("old")
+def test_nor_does_an_error_on_top_of_it_hide_that(tmp_path):
+    """Without protobuf, version 4 trips over its own handling of what it found."""
+
+    def load():
+        try:
+            raise AttributeError("'list' object has no attribute 'keys'")
+        except AttributeError:
+            raise ImportError("requires the protobuf library")  # noqa: B904
+
+    message = "written by transformers 5"
+    with pytest.raises(ModelError, match=message), explained(str(tmp_path), "tokenizer", True):
+        load()
+
+
+ROPE = {"rope_type": "default", "rope_theta": 500000.0}
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        (ROPE, {"rope_theta": 10000.0}),
+        (ROPE, {}),
+        ({**ROPE, "rope_type": "llama3", "factor": 8.0}, {"rope_theta": 500000.0}),
+        ({"full_attention": ROPE}, {"rope_theta": 1e4, "rope_local_base_freq": 1e4}),
+    ],
+)
+@pytest.mark.usefixtures("old")
+def test_positions_that_version_4_would_misread_are_refused(written, read):
+    settings = SimpleNamespace(rope_parameters=written, **read)
+    message = r"rope_theta=500000.0 of type .*, but the installed version 4.57.1 .*pip install -U"
+    with pytest.raises(ModelError, match=message):
+        check_positions(settings, "model")
+
+
+@pytest.mark.usefixtures("old")
+def test_positions_that_both_versions_read_alike_pass():
+    both = {"full_attention": ROPE, "sliding_attention": {**ROPE, "rope_theta": 1e4}}
+    for settings in (
+        SimpleNamespace(rope_parameters=ROPE, rope_theta=500000.0),
+        SimpleNamespace(rope_parameters=both, rope_theta=5e5, rope_local_base_freq=1e4),
+        SimpleNamespace(
+            rope_parameters={**ROPE, "rope_type": "llama3"},
+            rope_theta=500000.0,
+            rope_scaling={"rope_type": "llama3"},
+        ),
+        SimpleNamespace(),
+    ):
+        check_positions(settings, "model")
+
+
+def test_positions_on_version_5_are_not_looked_at(monkeypatch):
+    monkeypatch.setattr(transformers, "__version__", "5.0.0")
+    check_positions(SimpleNamespace(rope_parameters=ROPE, rope_theta=1.0), "model")
