@@ -14,6 +14,8 @@ from torch import Tensor
 
 from fusion_detox.config import FusionConfig
 
+_LARGEST = 104.0
+
 
 def fuse(
     scores: Tensor, clean: Tensor, reference: Tensor | None, mapped: Tensor, config: FusionConfig
@@ -89,6 +91,8 @@ def log_ratio(clean: Tensor, reference: Tensor, config: FusionConfig) -> Tensor:
         Nats, within ``clip`` on both sides; negative where the clean model holds back.
     """
     ratio = torch.log((clean + config.floor) / (reference + config.floor))
+    if not config.floor:  # 0 / 0 says nothing, and no finite ratio of float32 is beyond 1e45
+        ratio = ratio.nan_to_num(nan=0.0, posinf=_LARGEST, neginf=-_LARGEST)
     if config.threshold:
         ratio = torch.nn.functional.softshrink(ratio, config.threshold)
     return ratio.clamp(-config.clip, config.clip)
@@ -111,13 +115,14 @@ def _plausible(log_probs: Tensor, fraction: float) -> Tensor:
 def _move(log_probs: Tensor, shift: Tensor, judged: Tensor, dropped: Tensor | None) -> Tensor:
     """Adds ``shift`` to the judged tokens and gives the group the mass that it had.
 
-    The mass of ``dropped`` tokens goes to the group too.
+    The mass of ``dropped`` tokens goes to the group too. A group of which nothing would be left is
+    left as it is.
     """
     group = judged if dropped is None else judged | dropped
     mass = torch.logsumexp(log_probs.masked_fill(~group, -math.inf), -1, keepdim=True)
     shifted = (log_probs + shift).masked_fill(~judged, -math.inf)
-    shifted = shifted + (mass - torch.logsumexp(shifted, -1, keepdim=True))
-    return torch.where(group, shifted, log_probs)
+    total = torch.logsumexp(shifted, -1, keepdim=True)
+    return torch.where(group & ~torch.isneginf(total), shifted + (mass - total), log_probs)
 
 
 def _strength(

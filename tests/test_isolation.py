@@ -311,8 +311,9 @@ def test_an_interrupted_call_leaves_nothing_wrong(pristine, request, number, voc
         world.check([row])
     shown, ids = world.batch(other)
     interrupt(world.processor, number, ids, scores_for(shown, world.size))
-    # What goes on from there is computed with the keys and values that are left.
-    for row in (*rows, *other):
+    # What goes on from there is computed with the keys and values that are left; the row that
+    # was read last comes first, before its place is needed.
+    for row in (*rows[::-1], *other):
         world.check([(*row, 40)])
     for row in (*rows, *other):
         world.check([row])

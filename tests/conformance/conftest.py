@@ -13,7 +13,8 @@ from .definition import AsProcessor, Definition
 from .search import Search
 
 CONFIG = FusionConfig(strength=1.5, plausibility=1e-4, threshold=0.05)
-TEXTS = ["The weather was fine, so", "You are a complete idiot and nobody wants to"]
+# Both end inside of a word that the calibrator would begin otherwise.
+TEXTS = ["The weather was fine, you idio", "You are a complete idiot and nobody is so stupi"]
 VOCABULARIES = {
     "same": "byte_tokenizer",
     "bytes": "other_tokenizer",
@@ -28,10 +29,11 @@ class Case:
     not show.
     """
 
-    def __init__(self, calibrator, tokenizer, make_llama):
+    def __init__(self, calibrator, tokenizer, make_llama, pad=None):
         self.calibrator, self.tokenizer = calibrator, tokenizer
         self.eos = tokenizer.eos_token_id
         self.pad = self.eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.pad = self.pad if pad is None else pad
         # Heads are often wider than their tokenizer.
         self.width = len(tokenizer) + 3
         ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": self.eos}

@@ -138,7 +138,9 @@ class Definition:
                 moved[i] = (1 - config.strength) * own[i] + config.strength * other
             else:
                 inside = math.exp(own[i]) / mass
-                mixed = (1 - config.strength) * inside + config.strength * clean[i] / group
+                # Where the calibrator gives none of them any probability, it has no say.
+                other = clean[i] / group if group else inside
+                mixed = (1 - config.strength) * inside + config.strength * other
                 moved[i] = math.log(mixed)
         total = math.fsum(map(math.exp, moved.values()))
         for i, value in moved.items():

@@ -232,6 +232,13 @@ MODES = [
     ),
     Mode(
         INPUTS,
+        "padding with an ordinary token",
+        "exact",
+        "test_padding_with_an_ordinary_token",
+        note="Give the processor `pad_token_id=`.",
+    ),
+    Mode(
+        INPUTS,
         "batch padded on the right",
         "refused",
         "test_right_padding_is_warned_of",

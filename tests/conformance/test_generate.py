@@ -1,6 +1,7 @@
 """What is not an option of the search: drafts, inputs, caches, streams, stopping, pipelines."""
 
 import copy
+import math
 import threading
 
 import pytest
@@ -18,10 +19,10 @@ from transformers import (
 
 from fusion_detox import Calibrator, FusionConfig, FusionLogitsProcessor
 from fusion_detox.errors import ConfigError, VocabularyError
+from fusion_detox.fusion import fuse
 
 from .conftest import CONFIG, TEXTS, Case
 from .modes import modes_of
-
 
 OLD = transformers.__version__.startswith("4.")
 
@@ -54,6 +55,32 @@ def test_other_rules(case, rule):
     assert case.generate(processor=processor, max_new_tokens=4).tolist() == wanted
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        FusionConfig(rule="mixture", strength=1.0, plausibility=1e-3),
+        FusionConfig(rule="product", strength=1.0, floor=0.0, plausibility=1e-3),
+        FusionConfig(floor=0.0),
+        FusionConfig(floor=0.0, clip=math.inf, kl_budget=0.5),
+    ],
+    ids=["mixture", "product", "contrast", "contrast, no clip"],
+)
+def test_extreme_settings_never_yield_nan(case, config):
+    """In the middle of a word the calibrator often rules out all that the target would write."""
+    processor = case.processor.with_settings(**config.to_dict() | {"clip": config.clip})
+    texts = ["The weather was fine, you idio", "What a damn stupi", "東京, emoji"]
+    ids = case.encode(texts)["input_ids"]
+    scores = torch.randn(3, case.width, generator=torch.Generator().manual_seed(1)) * 4
+    fused = processor(ids, scores)
+    assert not fused.isnan().any()
+    torch.testing.assert_close(fused.exp().sum(-1), torch.ones(3), atol=1e-4, rtol=0)
+    # The calibrator has said nothing of any token: the target's own law stands.
+    nothing = torch.zeros_like(scores)
+    mapped = torch.ones(case.width, dtype=torch.bool)
+    own = fuse(scores, nothing, nothing, mapped, config)
+    torch.testing.assert_close(own, scores.log_softmax(-1), atol=1e-5, rtol=1e-5)
+
+
 # Drafts
 
 
@@ -70,8 +97,12 @@ def test_assisted_greedy_equals_greedy(case, mode):
 def test_assisted_sampling(case, mode):
     """Under the same loop, the library and the definition draw and accept the same tokens."""
     options = {"max_new_tokens": 8, "do_sample": True, **alone(case), **mode.options(case)}
-    found = case.generate(**options)
-    assert torch.equal(found, case.generate(processor=case.reference, **options))
+    found, wanted = (
+        # transformers adapts the assistant's settings to how its drafts fared.
+        case.generate(processor=processor, **copy.deepcopy(options))
+        for processor in (case.processor, case.reference)
+    )
+    assert torch.equal(found, wanted)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -129,8 +160,8 @@ def test_ensemble_weight(one):
         pytest.skip("this version of transformers has no assistant_ensemble_weight")
     options = {"assistant_model": one.assistant, "do_sample": True, "max_new_tokens": 8}
     options = {**options, **alone(one), "assistant_ensemble_weight": 0.6}
-    found = one.generate(**options)
-    assert torch.equal(found, one.generate(processor=one.reference, **options))
+    found = one.generate(**copy.deepcopy(options))
+    assert torch.equal(found, one.generate(processor=one.reference, **copy.deepcopy(options)))
 
 
 class Wide:
@@ -161,6 +192,16 @@ def test_row_of_a_batch_equals_it_alone(cases, name):
         prompt = alone(case, which)
         found = case.generate(**prompt, max_new_tokens=6)[0, prompt["input_ids"].shape[1] :]
         assert found.tolist() == row == case.plain[which]
+
+
+def test_padding_with_an_ordinary_token(one, make_llama):
+    """Which is text wherever else it stands."""
+    (pad,) = one.tokenizer("!", add_special_tokens=False)["input_ids"]
+    case = Case(one.calibrator, one.tokenizer, make_llama, pad=pad)
+    texts = ["Shut up!", "What a thing to say! Shut up, you idio"]
+    inputs = case.encode(texts)
+    assert (inputs["input_ids"][0, 0], inputs["input_ids"][0, -1]) == (pad, pad)
+    assert case.generate(**inputs).tolist() == case.greedy(texts, 5)
 
 
 def test_right_padding_is_warned_of(one, caplog):
@@ -359,7 +400,7 @@ def test_streaming_in_a_thread(one):
 def test_stop_strings(one):
     """Stops behind the first token that holds the string, as greedy search meets it."""
     pieces = [one.definition.pieces.get(i, b"") for i in one.plain[1]]
-    letter = next(chr(b) for piece in pieces[1:] for b in piece if chr(b).isalpha() and b < 128)
+    letter = next(chr(b) for piece in pieces[1:] for b in piece if 33 <= b < 128)
     last = next(k for k, piece in enumerate(pieces) if letter.encode() in piece)
     found = one.generate(
         **alone(one), max_new_tokens=6, stop_strings=[letter], tokenizer=one.tokenizer
