@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -21,13 +20,14 @@ from fusion_detox.evaluation.fluency import (
 from fusion_detox.evaluation.folder import RunFolder
 from fusion_detox.evaluation.groups import groups
 from fusion_detox.evaluation.harmless import TextChange, change_on_texts, harmless, text_ids
+from fusion_detox.evaluation.harmless_texts import group_names, harmless_texts, suite_digest
 from fusion_detox.evaluation.prompts import Prompt
 from fusion_detox.evaluation.samples import Sample, SampleFiles
 from fusion_detox.evaluation.sampling import Progress, Sampler
 from fusion_detox.evaluation.settings import setting_stem
 from fusion_detox.evaluation.similarity import similarity
 from fusion_detox.evaluation.statistics import resamples
-from fusion_detox.evaluation.suites import Suite, hatecheck_suite, load_suite, suite_from_file
+from fusion_detox.evaluation.suites import Suite, hatecheck_suite, load_suite
 from fusion_detox.evaluation.targets import Prepared, Target
 from fusion_detox.generation import Sampling, jobs
 
@@ -320,28 +320,6 @@ class Measurer:
     def _text_key(self, suite: Suite) -> str:
         config = self._config
         return f"{suite.name}-{suite_digest(suite)}-{config.harmless_tokens}-{config.resamples}"
-
-
-def group_names(suite: Suite) -> tuple[list[str], str | None]:
-    """The group of each text, and what the control is called, if there is one."""
-    given = {item.group or "control" for item in suite.controls}
-    control = given.pop() if len(given) == 1 else "control" if given else None
-    names = [
-        control if item.control and control else item.group or suite.name for item in suite.texts
-    ]
-    return names, control
-
-
-def harmless_texts(config: EvaluationConfig) -> Suite:
-    """The harmless text of a run: the user's or the built-in, the first texts of it."""
-    suite = suite_from_file(str(config.harmless)) if config.harmless else load_suite("general")
-    return dataclasses.replace(suite, texts=suite.texts[: config.harmless_texts])
-
-
-def suite_digest(suite: Suite) -> str:
-    """Tells the texts of a suite from others: 10 hex digits."""
-    text = json.dumps([[item.text, item.group, item.pair, item.control] for item in suite.texts])
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:10]
 
 
 def stored(run: RunFolder, name: str, key: str | None) -> dict[str, Any] | None:

@@ -9,10 +9,8 @@ from __future__ import annotations
 import contextlib
 import datetime
 import hashlib
-import importlib.metadata
 import json
 import logging
-import platform
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from fusion_detox.config import FusionConfig
 from fusion_detox.errors import ConfigError, DataError
 from fusion_detox.evaluation.config import EvaluationConfig
+from fusion_detox.evaluation.environment import machine, versions
 from fusion_detox.evaluation.fingerprint import short_name
 from fusion_detox.evaluation.folder import RunFolder
 from fusion_detox.evaluation.measures import Measurer
@@ -39,7 +38,6 @@ if TYPE_CHECKING:
     from fusion_detox.scoring.base import Scorer
 
 logger = logging.getLogger(__name__)
-_PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "sentence-transformers", "detoxify")
 
 
 def evaluate(
@@ -317,31 +315,8 @@ def _asked(
         "resamples": config.resamples,
         **measurer.about(),
         "versions": versions(),
-        "machine": {
-            "device": str(target.model.device),
-            "threads": _threads(),
-            "processor": platform.machine(),
-        },
+        "machine": machine(target.model.device),
     }
-
-
-def versions() -> dict[str, str]:
-    """Versions of everything that decides a number."""
-    from fusion_detox import __version__
-
-    found = {"fusion_detox": __version__, "python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _threads() -> int:
-    import torch
-
-    return torch.get_num_threads()
 
 
 def _digest(prompts: Sequence[Prompt]) -> str:

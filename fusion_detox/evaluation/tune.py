@@ -19,10 +19,11 @@ from fusion_detox.calibrator_tuning import prompt_digest, prompts_in_common, wri
 from fusion_detox.config import FusionConfig
 from fusion_detox.errors import ConfigError, DataError
 from fusion_detox.evaluation.config import EvaluationConfig
+from fusion_detox.evaluation.environment import versions
 from fusion_detox.evaluation.folder import RunFolder
 from fusion_detox.evaluation.processes import Processes
 from fusion_detox.evaluation.prompts import PromptSet
-from fusion_detox.evaluation.run import evaluate, versions
+from fusion_detox.evaluation.run import evaluate
 from fusion_detox.evaluation.sampling import Progress
 from fusion_detox.evaluation.statistics import finite
 from fusion_detox.loading import load_target
