@@ -55,7 +55,7 @@ def fuse(
     dropped = mapped & ~judged if config.outside == "remove" else None
     moved = _move(log_probs, shift, judged, dropped)
     moved = torch.where(judged.any(-1, keepdim=True), moved, log_probs)
-    broken = torch.isnan(scores).any(-1, keepdim=True)
+    broken = torch.isnan(log_probs).any(-1, keepdim=True)  # also where +inf or all -inf
     return torch.where(broken, scores.float(), moved).to(scores.dtype)
 
 
@@ -75,7 +75,7 @@ def strength_used(
         judged = mapped & _plausible(log_probs, config.plausibility)
         difference = log_ratio(clean, reference, config).masked_fill(~judged, 0.0)
         strength = _strength(log_probs, difference, judged, config)
-    broken = torch.isnan(scores).any(-1, keepdim=True)
+    broken = torch.isnan(log_probs).any(-1, keepdim=True)  # also where +inf or all -inf
     return torch.where(broken, 0.0, strength).squeeze(-1).to(log_probs.dtype)
 
 

@@ -18,9 +18,9 @@ from fusion_detox.decoders import check_calibrator
 from fusion_detox.errors import ConfigError, VocabularyError
 from fusion_detox.fusion import fuse, strength_used
 from fusion_detox.processor_paged import watch_paged_generation
-from fusion_detox.session import CalibratorSession
+from fusion_detox.session import CalibratorSession, plain_mode
 from fusion_detox.tokens import TokenTable, encode
-from fusion_detox.vocabulary import Cover, VocabularyMap
+from fusion_detox.vocabulary import Cover, Mode, VocabularyMap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -86,7 +86,8 @@ class FusionLogitsProcessor(LogitsProcessor):
         self._tokenizer = tokenizer
         self._pad_token_id = pad_token_id
         tokens = TokenTable.from_tokenizer(tokenizer)
-        self.vocabulary = VocabularyMap.build(calibrator, tokens, tokenizer)
+        with plain_mode(calibrator.clean.device):  # it is kept for processes without autocast
+            self.vocabulary = VocabularyMap.build(calibrator, tokens, tokenizer)
         identity = self.vocabulary.kind == "identity"
         self._context = TextContext(calibrator, tokens, identity, pad_token_id)
         self._device = None if device is None else torch.device(device)
@@ -253,13 +254,11 @@ class FusionLogitsProcessor(LogitsProcessor):
                 wanted.setdefault(position.path[: len(position.path) - back], len(wanted))
         log_probs = session.log_probs(list(wanted))
         covers, weights = _covers(positions, wanted, log_probs)
-        projected = self.vocabulary.project(
-            log_probs.exp(),
-            covers,
-            weights,
-            len(positions),
-            mode="prefix" if self.config.rule == "contrast" else "transfer",
-        )
+        mode: Mode = "prefix" if self.config.rule == "contrast" else "transfer"
+        with plain_mode(device):
+            projected = self.vocabulary.project(
+                log_probs.exp(), covers, weights, len(positions), mode=mode
+            )
         projected = self._fit(projected, width).to(scores.device)
         mapped = self._fit(self._mapped.to(scores.device), width)
         return projected[0], projected[1] if len(projected) > 1 else None, mapped

@@ -57,7 +57,7 @@ class CalibratorSession:
         self._device = torch.empty(0, device=device).device
         self._max_rows = max_rows
         self._lock = threading.Lock()
-        with _plain_mode(self._device):
+        with plain_mode(self._device):
             self._decoder = build_decoder(calibrator, self._device)
         self._forget()
 
@@ -73,7 +73,7 @@ class CalibratorSession:
             the clean distribution, then the reference's if there is one.
         """
         texts = [self._window(prefix) for prefix in prefixes]
-        with self._lock, _plain_mode(self._device):
+        with self._lock, plain_mode(self._device):
             found: dict[Ids, _Entry] = {}
             missing = set()
             for text in texts:
@@ -145,7 +145,7 @@ class CalibratorSession:
 
 
 @contextlib.contextmanager
-def _plain_mode(device: torch.device) -> Iterator[None]:
+def plain_mode(device: torch.device) -> Iterator[None]:
     """No gradients, and no trace of the caller's inference mode or autocast."""
     off = torch.autocast(device.type, enabled=False)
     with torch.inference_mode(False), torch.no_grad(), off:

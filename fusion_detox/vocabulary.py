@@ -294,7 +294,7 @@ class VocabularyMap:
                 )
                 for mode in ("prefix", "transfer")
             }
-            usable = torch.zeros(len(self._pieces), device=device)
+            usable = torch.zeros(len(self._pieces), device=device, dtype=torch.float32)
             usable[matrices["transfer"].columns.long()] = 1.0
             self._on_device[device] = matrices, usable
         return self._on_device[device]

@@ -95,7 +95,7 @@ def static_factors(
     """
     order, start, stop = subtrees
     if paths.count == 0:
-        return torch.zeros(0), torch.zeros(0)
+        return torch.zeros(0, dtype=torch.float32), torch.zeros(0, dtype=torch.float32)
     ((_, opening),) = _next_laws(calibrator, torch.tensor([], dtype=torch.long))
     common = opening[0].topk(min(_UNIGRAM_ROWS, opening.shape[-1]))
     average = torch.zeros_like(opening[0])
@@ -132,7 +132,7 @@ def static_factors(
             (mass[row, stop[end]] - mass[row, start[end]]).clamp_min(1e-30).log().float()
         )
     goes_on = torch.where(paths.last, goes_on, exact)
-    zero = torch.zeros(paths.count)
+    zero = torch.zeros(paths.count, dtype=torch.float32)
     return (
         zero.index_add(0, paths.owner, exact).exp(),
         zero.index_add(0, paths.owner, goes_on).exp(),

@@ -675,23 +675,12 @@ def test_results_carry_no_graph_and_no_inference_tensors(pristine):
     assert torch.isfinite(scores.grad).all()
 
 
-CALLERS = {
-    "vocabulary.py": "VocabularyMap multiplies matrices in the caller's autocast, and keeps a "
-    "tensor of the default dtype",
-    "stacked_llama.py": "StackedLlamaDecoder rounds rope_theta to the default dtype",
-}
-
-
-def known(where, *values):
-    return pytest.param(*values, marks=pytest.mark.xfail(strict=True, reason=CALLERS[where]))
-
-
 @pytest.mark.parametrize(
     "vocabulary",
     [
         "byte_tokenizer",
-        known("vocabulary.py", "other_tokenizer"),
-        known("vocabulary.py", "sentencepiece_tokenizer"),
+        "other_tokenizer",
+        "sentencepiece_tokenizer",
     ],
 )
 def test_autocast_of_the_caller_does_not_matter(pristine, request, vocabulary):
@@ -710,9 +699,9 @@ def test_autocast_of_the_caller_does_not_matter(pristine, request, vocabulary):
     ("vocabulary", "dtype"),
     [
         ("byte_tokenizer", torch.float64),
-        known("stacked_llama.py", "byte_tokenizer", torch.bfloat16),
-        known("vocabulary.py", "other_tokenizer", torch.float64),
-        known("vocabulary.py", "other_tokenizer", torch.bfloat16),
+        ("byte_tokenizer", torch.bfloat16),
+        ("other_tokenizer", torch.float64),
+        ("other_tokenizer", torch.bfloat16),
     ],
 )
 def test_the_default_dtype_does_not_matter(pristine, request, vocabulary, dtype):
@@ -730,9 +719,6 @@ def test_the_default_dtype_does_not_matter(pristine, request, vocabulary, dtype)
     torch.testing.assert_close(found[0], wanted, **EXACT)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="VocabularyMap.build runs the calibrator in the caller's autocast"
-)
 def test_a_map_that_is_built_in_autocast_is_no_other(pristine, request, monkeypatch, tmp_path):
     """It is kept on disk, for processes that know nothing of it."""
     monkeypatch.setenv("FUSION_DETOX_CACHE", str(tmp_path))
@@ -744,7 +730,6 @@ def test_a_map_that_is_built_in_autocast_is_no_other(pristine, request, monkeypa
         torch.testing.assert_close(tensor, wanted[name], atol=1e-5, rtol=1e-3)
 
 
-@pytest.mark.xfail(strict=True, reason="fuse() takes only NaN in the scores for broken")
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf])
 def test_no_nan_is_added_to_rows_without_a_law(pristine, value):
     """Scores without a softmax come back as they are, for the caller to find."""

@@ -128,7 +128,7 @@ class StackedLlamaDecoder(Decoder):
         self._layers = [weights.layer(index) for index in range(config.num_hidden_layers)]
         self._head = weights.joined("", ["lm_head"], norm="model.norm")[:, :, :vocabulary_size]
         self._head = self._head.contiguous()
-        theta = torch.tensor(_rope(config)[1])
+        theta = torch.tensor(_rope(config)[1], dtype=torch.float32)
         exponents = torch.arange(0, self._head_dim, 2).float() / self._head_dim
         angles = torch.arange(context_length).float()[:, None] / theta**exponents
         cosine, sine = angles.cos(), angles.sin()
