@@ -157,7 +157,7 @@ class TestTune:
 
     @pytest.fixture(autouse=True)
     def scorer(self, monkeypatch):
-        """Calls about half of all texts toxic, whatever they say: some setting has fewer of them."""
+        """Calls about half of all texts toxic, whatever they say: some setting has fewer."""
         monkeypatch.setattr("fusion_detox.scoring.make_scorer", lambda *_, **__: ByHash())
 
     def tune(self, arguments, *more):
