@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from fusion_detox.errors import VocabularyError
 from fusion_detox.tokens import TokenTable, encode
@@ -191,7 +191,8 @@ def test_split_says_none_where_bytes_are_lost():
 def test_published_tokenizers(name, kind, size):
     if not (SHARED / name).is_dir():
         pytest.skip(f"{SHARED / name} is not there")
-    tokenizer = AutoTokenizer.from_pretrained(SHARED / name)
+    # By its one file: version 4 of transformers cannot read the classes that version 5 names.
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(SHARED / name / "tokenizer.json"))
     table = TokenTable.from_tokenizer(tokenizer)
     assert (table.kind, len(table.pieces)) == (kind, size)
     assert table.special_ids == {i for i, piece in enumerate(table.pieces) if piece is None}
