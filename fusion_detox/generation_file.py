@@ -6,18 +6,18 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from fusion_detox.differences import differences
 from fusion_detox.errors import DataError, DataFileError
+from fusion_detox.json_lines import append_row
 
 if TYPE_CHECKING:
     from fusion_detox.generation import Job, Row
 
 _START = b'{"index": '
-# JSON allows them in strings, but many readers, str.splitlines among them, end a line there.
-_BREAKS = {ord(mark): f"\\u{ord(mark):04x}" for mark in "\x85\u2028\u2029"}
 
 
 class CompletionWriter:
@@ -40,11 +40,8 @@ class CompletionWriter:
         Raises:
             DataFileError: The device is full or broken; rows written before are kept.
         """
-        line = json.dumps(_record(row, self._settings), ensure_ascii=False).translate(_BREAKS)
         try:
-            rest = memoryview(line.encode() + b"\n")
-            while rest:  # an unbuffered file may take a part only
-                rest = rest[self._stream.write(rest) :]
+            append_row(self._stream, _record(row, self._settings))
             self._stream.flush()
         except BrokenPipeError:
             raise
@@ -135,9 +132,12 @@ class CompletionFile:
         except (ValueError, TypeError, KeyError):
             self._refuse(number)
         if before != self._settings:
-            difference = _difference(before, self._settings)
+            changed = "; ".join(
+                f"{name} was {json.dumps(one)}, now {json.dumps(other)}"
+                for name, one, other in differences(before, self._settings)
+            )
             raise DataError(
-                f"{self.path} was written with other settings ({difference}); choose another "
+                f"{self.path} was written with other settings ({changed}); choose another "
                 "output file, or --overwrite to start anew"
             )
 
@@ -148,15 +148,20 @@ class CompletionFile:
         )
 
 
-def folder_fingerprint(folder: Path, *, samples: int = 64, size: int = 1 << 14) -> str:
+def folder_fingerprint(
+    folder: Path, *, samples: int = 64, size: int = 1 << 14, without: Collection[str] = ()
+) -> str:
     """Tells whether a model folder holds what it held: 12 hex digits of SHA-256.
 
     Reads all of the configuration, but of large weights ``samples`` pieces of ``size`` bytes only:
-    training moves all weights, so that the pieces tell two models apart.
+    training moves all weights, so that the pieces tell two models apart. Nothing of the folders
+    inside it that are named in ``without``.
     """
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         if path.suffix not in (".safetensors", ".json") or not path.is_file():
+            continue
+        if path.relative_to(folder).parts[0] in without:
             continue
         length = path.stat().st_size
         whole = path.suffix == ".json" or length <= samples * size
@@ -181,17 +186,6 @@ def _record(row: Row, settings: dict[str, Any]) -> dict[str, Any]:
     if base is not None:
         record["base"] = base.text
     return {**record, "settings": settings}
-
-
-def _difference(before: Any, now: Any, name: str = "") -> str:
-    if isinstance(before, dict) and isinstance(now, dict):
-        found = [
-            _difference(before.get(key), now.get(key), f"{name}.{key}" if name else str(key))
-            for key in {**before, **now}
-            if before.get(key) != now.get(key)
-        ]
-        return "; ".join(found)
-    return f"{name} was {json.dumps(before)}, now {json.dumps(now)}"
 
 
 def _short(text: str, limit: int = 40) -> str:

@@ -200,6 +200,20 @@ def make_gpt2() -> ModelMaker:
     return make
 
 
+@pytest.fixture(scope="session")
+def target_folder(
+    tmp_path_factory: pytest.TempPathFactory,
+    other_tokenizer: PreTrainedTokenizerFast,
+    make_llama: ModelMaker,
+) -> Path:
+    """A saved random Llama over ``other_tokenizer``; tests read it only."""
+    folder = tmp_path_factory.mktemp("target")
+    settings = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    make_llama(len(other_tokenizer), seed=3, **settings).save_pretrained(folder)
+    other_tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def calibrator(byte_tokenizer: PreTrainedTokenizerFast, make_llama: ModelMaker) -> Calibrator:
     """Two random Llamas of 64 positions over ``byte_tokenizer``; context of 32 tokens."""

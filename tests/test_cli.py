@@ -28,15 +28,6 @@ def wide_terminal(monkeypatch, tmp_path):
     monkeypatch.delenv("FUSION_DETOX_DEBUG", raising=False)
 
 
-@pytest.fixture(scope="module")
-def target_folder(tmp_path_factory, make_llama, other_tokenizer):
-    folder = tmp_path_factory.mktemp("target")
-    settings = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    make_llama(len(other_tokenizer), seed=3, **settings).save_pretrained(folder)
-    other_tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def generate(target_folder, calibrator_folder):
     def run(*arguments):
@@ -69,7 +60,7 @@ def test_generate_has_an_option_for_each_setting_of_fusion(capsys):
     text = plain(capsys.readouterr().out)
     for field in dataclasses.fields(FusionConfig):
         assert f"--{field.name.replace('_', '-')} " in text
-    assert "contrast|product|mixture" in text
+    assert "contrast|product|mixture|aligned|aligned_contrast" in "".join(text.split())
     assert "Bound of a token's log-ratio" in text
 
 

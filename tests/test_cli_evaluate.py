@@ -13,7 +13,7 @@ import pytest
 
 from fusion_detox.calibrator import Calibrator
 from fusion_detox.cli import main
-from fusion_detox.cli.evaluate import split_kind
+from fusion_detox.cli.arguments import split_kind
 from fusion_detox.cli.tune import parse_grid
 from fusion_detox.errors import ConfigError
 
@@ -30,15 +30,6 @@ def surroundings(monkeypatch, tmp_path):
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("FUSION_DETOX_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("FUSION_DETOX_DEBUG", raising=False)
-
-
-@pytest.fixture(scope="module")
-def target_folder(tmp_path_factory, make_llama, other_tokenizer):
-    folder = tmp_path_factory.mktemp("target")
-    settings = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    make_llama(len(other_tokenizer), seed=3, **settings).save_pretrained(folder)
-    other_tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -191,6 +182,19 @@ class TestTune:
     def test_no_write_leaves_the_calibrator_alone(self, arguments, calibrator_folder):
         before = {p: p.read_bytes() for p in calibrator_folder.rglob("*") if p.is_file()}
         assert self.tune(arguments, "--no-write") == 0
+        after = {p: p.read_bytes() for p in calibrator_folder.rglob("*") if p.is_file()}
+        assert after == before
+
+    def test_other_processes_of_a_launcher_say_and_write_nothing(
+        self, arguments, calibrator_folder, monkeypatch, capsys
+    ):
+        assert self.tune(arguments, "--no-write") == 0
+        assert "*" in capsys.readouterr().out
+        before = {p: p.read_bytes() for p in calibrator_folder.rglob("*") if p.is_file()}
+        second = classmethod(lambda cls, **_: cls(rank=1, count=2))
+        monkeypatch.setattr("fusion_detox.evaluation.processes.Processes.current", second)
+        assert self.tune(arguments) == 0
+        assert capsys.readouterr().out == ""
         after = {p: p.read_bytes() for p in calibrator_folder.rglob("*") if p.is_file()}
         assert after == before
 

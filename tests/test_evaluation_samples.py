@@ -31,9 +31,10 @@ def test_only_what_is_missing(tmp_path):
     jobs = [Job(i, k, f"prompt {i}") for i in range(3) for k in range(2)]
     write(tmp_path, [ROW, replace(ROW, index=2, sample=1)])
     files = SampleFiles(tmp_path, "s")
-    missing = [(job.index, job.sample) for job in files.missing(jobs, seed=1)]
+    found = files.missing(jobs, seeds=(1, 2))
+    missing = [(job.index, job.sample) for job in found[1]]
     assert missing == [(0, 1), (1, 0), (1, 1), (2, 0)]
-    assert files.missing(jobs, seed=2) == jobs
+    assert found[2] == jobs
 
 
 @pytest.mark.parametrize("cut", [1, 5, 30])

@@ -23,7 +23,7 @@ def test_changes_start_from_the_recommended_settings():
     assert parse_setting("default:kl_budget=none").resolve(RECOMMENDED) == RECOMMENDED
 
 
-@pytest.mark.parametrize("rule", ["mixture", "product"])
+@pytest.mark.parametrize("rule", ["mixture", "product", "aligned"])
 def test_plain_rules_start_plain(rule):
     config = parse_setting(f"{rule}:strength=0.3").resolve(RECOMMENDED.replace(kl_budget=0.1))
     assert config == FusionConfig(rule=rule, strength=0.3, plausibility=0.0)

@@ -116,3 +116,19 @@ def test_an_embedding_without_direction_has_no_cosine():
 def test_wrong_uses_say_so(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_vectors_that_are_asked_for_again_are_computed_once():
+    asked = []
+
+    def counted(texts):
+        asked.extend(texts)
+        return embed(texts)
+
+    kept = module.Remembered(counted, [*PROMPTS, *(f" {text} " for row in BASE for text in row)])
+    for ours in (OURS, BASE, OURS):
+        plain = similarity(PROMPTS, ours, embed, resamples(3, 0), model="fake", base=BASE)
+        assert similarity(PROMPTS, ours, kept, resamples(3, 0), model="fake", base=BASE) == plain
+    texts = [*PROMPTS, *(text for row in BASE for text in row)]
+    assert [asked.count(text) for text in texts] == [1] * len(texts)
+    assert asked.count("every day") == 4  # neither a prompt nor the base's: twice in each call

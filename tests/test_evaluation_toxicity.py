@@ -14,7 +14,7 @@ from fusion_detox.evaluation.toxicity import (
     against_base,
     by_prompts,
     by_seed,
-    prompts_without_score,
+    prompt_values,
     toxicity,
 )
 
@@ -50,7 +50,8 @@ def test_metrics_are_those_of_a_plain_loop(threshold):
         assert middle == pytest.approx(value), name
         assert low < middle < high
     assert found["failed"] == np.isnan(scores).sum()
-    assert prompts_without_score(scores) == 1
+    # A prompt without any score is left out of each.
+    assert all(np.isnan(left).sum() == 1 for left in prompt_values(scores, threshold).values())
 
 
 def test_the_threshold_itself_is_toxic_and_the_top_bin_holds_one():

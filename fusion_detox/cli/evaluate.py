@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fusion_detox.cli.arguments import (
+    MEASURES,
+    Device,
+    Dtype,
+    Harmless,
+    Offline,
+    Overwrite,
+    Seeds,
+    Target,
+    command_line,
+    evaluation_config,
+    read_prompt_sets,
+    stay_offline,
+)
 from fusion_detox.cli.console import messages, note, quiet_libraries
 from fusion_detox.cli.options import with_options
 from fusion_detox.evaluation.config import SUITES, EvaluationConfig
@@ -18,19 +30,17 @@ from fusion_detox.evaluation.config import SUITES, EvaluationConfig
 if TYPE_CHECKING:
     from fusion_detox.evaluation.sampling import Progress
 
-_PROMPTS, _RUNNING, _MEASURES = "Prompts", "Running", "Measures"
+_PROMPTS = "Prompts"
 
 
 def register(app: typer.Typer) -> None:
     """Adds the command to the command line."""
-    options = with_options(EvaluationConfig, "config", panel=_MEASURES)
+    options = with_options(EvaluationConfig, "config", panel=MEASURES)
     app.command("evaluate")(options(evaluate))
 
 
 def evaluate(
-    target: Annotated[
-        str, typer.Argument(help="A causal language model: a folder or a hub id.", metavar="TARGET")
-    ],
+    target: Target,
     out: Annotated[
         Path,
         typer.Option(
@@ -61,71 +71,49 @@ def evaluate(
         list[str] | None,
         typer.Option(
             help="default (the calibrator's own), wordfilter, or a rule with changes such as "
-            "contrast:strength=2,threshold=0.3 or mixture:strength=0.3; RULE@CALIBRATOR takes "
-            "another calibrator. May be given several times; by default: default and wordfilter.",
+            "contrast:strength=2,threshold=0.3, mixture:strength=0.3 or aligned:strength=0.1; "
+            "RULE@CALIBRATOR takes another calibrator. May be given several times; by default: "
+            "default and wordfilter.",
             metavar="SETTING",
         ),
     ] = None,
-    seed: Annotated[
-        list[int] | None,
-        typer.Option(help="Seed of the sampling; 1 by default, may be given several times."),
-    ] = None,
+    seed: Seeds = None,
     scorer: Annotated[
         list[str] | None,
         typer.Option(
             help="lexical, contextual, detoxify:unbiased, perspective, or classifier:MODEL; the "
             "first is the main one. May be given several times; by default lexical and contextual.",
-            rich_help_panel=_MEASURES,
+            rich_help_panel=MEASURES,
         ),
     ] = None,
     similarity: Annotated[
         bool,
-        typer.Option("--similarity/--no-similarity", help="Measure it.", rich_help_panel=_MEASURES),
+        typer.Option("--similarity/--no-similarity", help="Measure it.", rich_help_panel=MEASURES),
     ] = True,
-    harmless: Annotated[
-        Path | None,
-        typer.Option(
-            help="Harmless text of your own: JSON Lines with text, or a text a line; built-in "
-            "text by default.",
-            rich_help_panel=_MEASURES,
-        ),
-    ] = None,
+    harmless: Harmless = None,
     suite: Annotated[
         list[str] | None,
         typer.Option(
             help=f"Built-in texts for side effects ({', '.join(SUITES)}; none for no suite); all "
             "by default.",
-            rich_help_panel=_MEASURES,
+            rich_help_panel=MEASURES,
         ),
     ] = None,
     hatecheck: Annotated[
         Path | None,
         typer.Option(
             help="HateCheck's file: its non-hateful cases show over-blocking.",
-            rich_help_panel=_MEASURES,
+            rich_help_panel=MEASURES,
         ),
     ] = None,
     word_list: Annotated[
         Path | None,
         typer.Option(help="Words of the word filter, one a line; a public list by default."),
     ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            help="Such as cpu or cuda:1; cuda by default where there is one.",
-            rich_help_panel=_RUNNING,
-        ),
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Such as float32 or bfloat16.", rich_help_panel=_RUNNING)
-    ] = None,
-    offline: Annotated[
-        bool,
-        typer.Option("--offline", help="Use downloaded files only.", rich_help_panel=_RUNNING),
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Start the run in this folder anew.")
-    ] = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    offline: Offline = False,
+    overwrite: Overwrite = False,
     config: dict[str, Any] = {},  # noqa: B006 - replaced by an option for each of its settings
 ) -> None:
     """Measure toxicity, fluency, diversity, side effects and cost, with and without fusion.
@@ -133,22 +121,16 @@ def evaluate(
     Writes OUT/report.html, OUT/results.json and every continuation. An interrupted run is gone on
     with by the same command. Under `accelerate launch` or `torchrun` the work is shared.
     """
-    given = dict(config)
-    given |= {} if seed is None else {"seeds": tuple(seed)}
-    given |= {} if scorer is None else {"scorers": tuple(scorer)}
     if suite is not None:
-        given["suites"] = tuple(name for name in suite if name != "none")
-    given |= {"similarity": similarity, "harmless": harmless, "hatecheck": hatecheck}
-    chosen = EvaluationConfig(**given)
+        config = {**config, "suites": tuple(name for name in suite if name != "none")}
+    chosen = evaluation_config(
+        config, seed, scorer, similarity=similarity, harmless=harmless, hatecheck=hatecheck
+    )
     stay_offline(offline)
 
-    from fusion_detox.evaluation.prompts import read_prompt_set
     from fusion_detox.evaluation.run import evaluate as run
 
-    sets = []
-    for source in prompts:
-        kind, path = split_kind(source)
-        sets.append(read_prompt_set(path, kind=kind, field=prompt_field, limit=limit))
+    sets = read_prompt_sets(prompts, field=prompt_field, limit=limit)
     with quiet_libraries(), progress_bars() as report:
         results = run(
             target,
@@ -167,33 +149,6 @@ def evaluate(
         )
     if results is not None:  # the other processes of a launcher have nothing to say
         show(results, out)
-
-
-def stay_offline(wanted: bool) -> None:
-    """Keeps data sets off the network too, before the libraries that read this are imported."""
-    if wanted:
-        os.environ["HF_HUB_OFFLINE"] = "1"
-
-
-def split_kind(source: str) -> tuple[str | None, str]:
-    """``KIND=FILE`` in its two parts; the kind is ``None`` where none was given."""
-    kind, equals, path = source.partition("=")
-    if equals and path and not Path(source).exists() and "/" not in kind:
-        return kind, path
-    return None, source
-
-
-def command_line() -> str:
-    """What the user typed, without where the program and files lie on this machine."""
-    import shlex
-
-    return shlex.join(["fusion-detox", *map(_without_folder, sys.argv[1:])])
-
-
-def _without_folder(argument: str) -> str:
-    head, equals, tail = argument.rpartition("=")
-    path = Path(tail).expanduser()
-    return f"{head}{equals}{path.name}" if path.is_absolute() and path.name else argument
 
 
 @contextlib.contextmanager

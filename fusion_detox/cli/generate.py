@@ -155,7 +155,7 @@ def generate(
         settings = {
             "model": _identity(model),
             "revision": revision,
-            "calibrator": _identity(calibrator),
+            "calibrator": _identity(calibrator, ("alignments",) if not config.aligned else ()),
             "dtype": dtype,
             "base": base,
             "fusion": config.to_dict(),
@@ -179,7 +179,11 @@ def generate(
             revision=revision,
         )
         processor = FusionLogitsProcessor(
-            loaded, tokenizer, config, pad_token_id=pad_token_id(target, tokenizer)
+            loaded,
+            tokenizer,
+            config,
+            pad_token_id=pad_token_id(target, tokenizer),
+            target=target,
         )
         rows = generate_rows(
             target,
@@ -253,11 +257,13 @@ def _writer(file: CompletionFile | None, settings: dict[str, Any]) -> Iterator[C
         yield CompletionWriter(sys.stdout.buffer, "standard output", settings)
 
 
-def _identity(name: str) -> str:
+def _identity(name: str, without: tuple[str, ...] = ()) -> str:
     """A folder's name and content, as another model may be saved to it; else the name."""
     from fusion_detox.generation_file import folder_fingerprint
     from fusion_detox.shipped import find_shipped
 
     path = Path(name).expanduser()
     folder = path if path.is_dir() else find_shipped(name)
-    return f"{folder.resolve().name}@{folder_fingerprint(folder)}" if folder else name
+    return (
+        f"{folder.resolve().name}@{folder_fingerprint(folder, without=without)}" if folder else name
+    )

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
+from fusion_detox.cli.arguments import RUNNING, Offline, command_line, stay_offline
 from fusion_detox.cli.console import quiet_libraries
-from fusion_detox.cli.evaluate import command_line, progress_bars, show, stay_offline
+from fusion_detox.cli.evaluate import progress_bars, show
 
 
 def register(app: typer.Typer) -> None:
@@ -29,8 +30,10 @@ def rescore(
         float | None,
         typer.Option(help="Score from which a continuation counts as toxic; that of the run."),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="Where classifiers run.")] = None,
-    offline: Annotated[bool, typer.Option("--offline", help="Use downloaded files only.")] = False,
+    device: Annotated[
+        str | None, typer.Option(help="Where classifiers run.", rich_help_panel=RUNNING)
+    ] = None,
+    offline: Offline = False,
 ) -> None:
     """Judge the stored continuations again; no text is generated, no target is loaded."""
     stay_offline(offline)

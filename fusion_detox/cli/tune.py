@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fusion_detox.cli.arguments import (
+    MEASURES,
+    Device,
+    Dtype,
+    Harmless,
+    Offline,
+    Overwrite,
+    Seeds,
+    Target,
+    command_line,
+    evaluation_config,
+    read_prompt_sets,
+    stay_offline,
+)
 from fusion_detox.cli.console import note, quiet_libraries, results
-from fusion_detox.cli.evaluate import command_line, progress_bars, split_kind, stay_offline
+from fusion_detox.cli.evaluate import progress_bars
 from fusion_detox.cli.options import with_options
 from fusion_detox.errors import ConfigError
 from fusion_detox.evaluation.config import EvaluationConfig
@@ -17,19 +30,17 @@ from fusion_detox.evaluation.config import EvaluationConfig
 if TYPE_CHECKING:
     from fusion_detox.evaluation.tune import Tuning
 
-_PRICE, _MEASURES, _RUNNING = "Price", "Measures", "Running"
+_PRICE = "Price"
 
 
 def register(app: typer.Typer) -> None:
     """Adds the command to the command line."""
-    options = with_options(EvaluationConfig, "config", panel=_MEASURES)
+    options = with_options(EvaluationConfig, "config", panel=MEASURES)
     app.command("tune")(options(tune))
 
 
 def tune(
-    target: Annotated[
-        str, typer.Argument(help="A causal language model: a folder or a hub id.", metavar="TARGET")
-    ],
+    target: Target,
     calibrator: Annotated[
         str, typer.Option(help="Folder of the calibrator whose settings are to be found.")
     ],
@@ -65,7 +76,10 @@ def tune(
     ] = 0.93,
     rule: Annotated[
         str | None,
-        typer.Option(help="contrast, product or mixture; that of the calibrator by default."),
+        typer.Option(
+            help="contrast, product, mixture, aligned or aligned_contrast; that of the calibrator "
+            "by default."
+        ),
     ] = None,
     grid: Annotated[
         list[str] | None,
@@ -83,56 +97,36 @@ def tune(
     scorer: Annotated[
         list[str] | None,
         typer.Option(
-            help="As for evaluate; toxicity is the mean over all.", rich_help_panel=_MEASURES
+            help="As for evaluate; toxicity is the mean over all.", rich_help_panel=MEASURES
         ),
     ] = None,
-    harmless: Annotated[
-        Path | None,
-        typer.Option(help="Harmless text of your own.", rich_help_panel=_MEASURES),
-    ] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="Seed of the sampling.")] = None,
-    device: Annotated[
-        str | None, typer.Option(help="Such as cpu or cuda:1.", rich_help_panel=_RUNNING)
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Such as float32 or bfloat16.", rich_help_panel=_RUNNING)
-    ] = None,
-    offline: Annotated[
-        bool,
-        typer.Option("--offline", help="Use downloaded files only.", rich_help_panel=_RUNNING),
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Start the run in this folder anew.")
-    ] = False,
+    harmless: Harmless = None,
+    seed: Seeds = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    offline: Offline = False,
+    overwrite: Overwrite = False,
     config: dict[str, Any] = {},  # noqa: B006 - replaced by an option for each of its settings
 ) -> None:
     """Find the settings that lower toxicity most for a stated price; write them into the card."""
-    given = {**config, "harmless": harmless}
-    given |= {} if seed is None else {"seeds": tuple(seed)}
-    given |= {} if scorer is None else {"scorers": tuple(scorer)}
-    chosen = EvaluationConfig(**given)
+    chosen = evaluation_config(config, seed, scorer, harmless=harmless)
     stay_offline(offline)
     values = dict(parse_grid(text) for text in grid) if grid else None
 
-    from fusion_detox.evaluation.prompts import read_prompt_set
     from fusion_detox.evaluation.tune import Price
     from fusion_detox.evaluation.tune import tune as search
-
-    def read(sources: list[str] | None, most: int | None) -> list[Any]:
-        pairs = [split_kind(source) for source in sources or []]
-        return [read_prompt_set(path, kind=kind, limit=most) for kind, path in pairs]
 
     price = Price(max_perplexity, max_kl, min_dist_2)
     with quiet_libraries(), progress_bars() as report:
         found = search(
             target,
-            read(prompts, limit),
+            read_prompt_sets(prompts, limit=limit),
             out,
             calibrator=calibrator,
             price=price,
             rule=rule,
             grid=values,
-            test_prompts=read(test_prompts, None),
+            test_prompts=read_prompt_sets(test_prompts or ()),
             write=write,
             config=chosen,
             device=device,
@@ -142,7 +136,7 @@ def tune(
             progress=report,
             command=command_line(),
         )
-    if os.environ.get("RANK", "0") != "0":  # another process of a launcher says it
+    if found is None:  # the first process of a launcher says it
         return
     _show(found)
     if write:

@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from fusion_detox.lazy import lazy_names
 
 if TYPE_CHECKING:
     from fusion_detox.evaluation.config import EvaluationConfig
@@ -24,22 +25,17 @@ __all__ = [
     "rescore",
     "tune",
 ]
-_MODULES = {
-    "EvaluationConfig": "config",
-    "Prompt": "prompts",
-    "PromptSet": "prompts",
-    "evaluate": "run",
-    "read_prompt_set": "prompts",
-    "rescore": "run",
-    "tune": "tune",
-}
 
-if not TYPE_CHECKING:  # a type checker is to see the imports above
-
-    def __getattr__(name: str) -> object:
-        """Imports a public name when it is first used, for torch takes seconds to import."""
-        if name not in _MODULES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
-        globals()[name] = value
-        return value
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "EvaluationConfig": "config",
+            "Prompt": "prompts",
+            "PromptSet": "prompts",
+            "evaluate": "run",
+            "read_prompt_set": "prompts",
+            "rescore": "run",
+            "tune": "tune",
+        },
+    )

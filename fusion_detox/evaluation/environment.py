@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 from typing import Any
+
+from fusion_detox.versions import installed_versions
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "sentence-transformers", "detoxify")
 
@@ -13,13 +14,7 @@ def versions() -> dict[str, str]:
     """Versions of everything that decides a number."""
     from fusion_detox import __version__
 
-    found = {"fusion_detox": __version__, "python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return {"fusion_detox": __version__, **installed_versions(*_PACKAGES)}
 
 
 def machine(device: Any) -> dict[str, Any]:

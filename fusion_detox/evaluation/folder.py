@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,8 +12,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from fusion_detox.differences import differences
 from fusion_detox.errors import DataError, DataFileError
 from fusion_detox.evaluation.prompts import Prompt
+from fusion_detox.whole_file import write_whole
 
 FORMAT = 1
 _LOCK = ".lock"
@@ -94,7 +96,9 @@ class RunFolder:
                 (path / part).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DataFileError(f"cannot write to {path}: {error.strerror}") from error
-        lines = [json.dumps(vars_of(prompt), ensure_ascii=False) + "\n" for prompt in prompts]
+        lines = [
+            json.dumps(dataclasses.asdict(prompt), ensure_ascii=False) + "\n" for prompt in prompts
+        ]
         folder.write_text("prompts.jsonl", "".join(lines))
         folder.write("run.json", values)
         return folder
@@ -175,12 +179,9 @@ class RunFolder:
             DataFileError: The disk is full or the folder cannot be written.
         """
         path = self.path / name
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            temporary.write_text(text, encoding="utf-8", errors="surrogatepass")
-            os.replace(temporary, path)
+            write_whole(path, text.encode("utf-8", "surrogatepass"))
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             raise DataFileError(
                 f"cannot write {path}: {error.strerror}; what was there before is kept"
             ) from error
@@ -192,36 +193,14 @@ class RunFolder:
             raise DataFileError(f"cannot read {self.path / name}: {error.strerror}") from error
 
 
-def vars_of(prompt: Prompt) -> dict[str, Any]:
-    """A prompt's fields, as ``prompts.jsonl`` has them."""
-    return {"text": prompt.text, "set_name": prompt.set_name, "group": prompt.group}
-
-
-def describe_difference(before: Any, now: Any, name: str = "") -> str:
+def describe_difference(before: Any, now: Any) -> str:
     """What differs between two JSON values: ``a.b 1 instead of 2``; at most three differences."""
-    found = _differences(before, now, name)
+    found = [
+        f"{name} {_short(one)} instead of {_short(other)}"
+        for name, one, other in differences(before, now)
+    ]
     more = f" and {len(found) - 3} more differences" if len(found) > 3 else ""
     return "; ".join(found[:3]) + more
-
-
-def _differences(before: Any, now: Any, name: str) -> list[str]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        return [
-            text
-            for key in {**before, **now}
-            if before.get(key) != now.get(key)
-            for text in _differences(
-                before.get(key), now.get(key), f"{name}.{key}" if name else str(key)
-            )
-        ]
-    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        return [
-            text
-            for number, (one, other) in enumerate(zip(before, now, strict=True))
-            if one != other
-            for text in _differences(one, other, f"{name}[{number}]")
-        ]
-    return [f"{name} {_short(before)} instead of {_short(now)}"]
 
 
 def _short(value: Any) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fusion_detox.errors import ConfigError
 from fusion_detox.evaluation.config import EvaluationConfig
 from fusion_detox.evaluation.diversity import diversity
-from fusion_detox.evaluation.fingerprint import model_fingerprint
+from fusion_detox.evaluation.fingerprint import model_fingerprint, short_name
 from fusion_detox.evaluation.fluency import (
     context_limit,
     continuation_nll,
@@ -25,7 +25,7 @@ from fusion_detox.evaluation.prompts import Prompt
 from fusion_detox.evaluation.samples import Sample, SampleFiles
 from fusion_detox.evaluation.sampling import Progress, Sampler
 from fusion_detox.evaluation.settings import setting_stem
-from fusion_detox.evaluation.similarity import similarity
+from fusion_detox.evaluation.similarity import Remembered, similarity
 from fusion_detox.evaluation.statistics import resamples
 from fusion_detox.evaluation.suites import Suite, hatecheck_suite, load_suite
 from fusion_detox.evaluation.targets import Prepared, Target
@@ -56,7 +56,7 @@ class Measurer:
     def __init__(
         self, target: Target, config: EvaluationConfig, *, device: Any, offline: bool
     ) -> None:
-        self._target, self._config, self._device = target, config, device
+        self._target, self._config = target, config
         self._judge: tuple[Any, Any] | None = None
         self._judge_about = {
             "name": f"{target.name} (the target, without fusion)",
@@ -69,8 +69,11 @@ class Measurer:
                 config.perplexity_model, device=device, local_files_only=offline
             )
             self._judge = model, tokenizer
-            name = config.perplexity_model.rstrip("/").rpartition("/")[2]
-            self._judge_about = {"name": name, "fingerprint": model_fingerprint(model)}
+            self._judge_about = {
+                "name": short_name(config.perplexity_model),
+                "fingerprint": model_fingerprint(model),
+            }
+        self._shared: tuple[Samples, Remembered] | None = None
         self._embedder: Embedder | None = None
         if config.similarity:
             from fusion_detox.scoring.embedding import Embedder
@@ -98,7 +101,7 @@ class Measurer:
             "benign": None if self.benign is None else self._benign_part,
         }
 
-    def check(self, sampler: Sampler) -> None:
+    def check(self) -> None:
         """Finds before any work what could not be measured after it.
 
         Raises:
@@ -178,19 +181,11 @@ class Measurer:
         texts = [item.text for item in self.benign.texts]
         wanted = jobs(texts)
         greedy = Sampling(max_new_tokens=self._config.refusal_tokens, greedy=True)
-        answers = Sampler(
-            sampler.model,
-            sampler.tokenizer,
-            greedy,
-            batch_size=sampler.batch_size,
-            processes=sampler.processes,
-        )
+        encoded = sampler.encode(wanted, greedy.max_new_tokens)
         for number, one in enumerate(prepared):
             report("answers to harmless prompts", number, len(prepared))
             stem = f"{one.stem}-{self._benign_part}"
-            files = SampleFiles(run.path / "samples", stem, sampler.processes.rank)
-            costs = run.path / "costs" / f"{stem}.{sampler.processes.rank}.jsonl"
-            answers.run(wanted, 0, files, one.processor, costs=costs, report=_nothing)
+            sampler.run(wanted, encoded, [greedy], one.processor, run.path, stem, report=_nothing)
         report("answers to harmless prompts", len(prepared), len(prepared))
 
     def _perplexity(
@@ -251,10 +246,14 @@ class Measurer:
     ) -> None:
         embedder = self._embedder
         assert embedder is not None
-        model = str(embedder.record()["model"])
 
         def compute() -> dict[str, Any]:
-            base = SampleFiles(run.path / "samples", setting_stem("base", {})).read()
+            texts = [prompt.text for prompt in prompts]
+            if self._shared is None:  # one run is measured, and its base does not change
+                rows = SampleFiles(run.path / "samples", setting_stem("base", {})).read()
+                kept = [*texts, *(row.text for row in rows.values())]
+                self._shared = rows, Remembered(lambda texts: embedder(texts).numpy(), kept)
+            base, embed = self._shared
             ours: list[list[str]] = [[] for _ in prompts]
             theirs: list[list[str]] = [[] for _ in prompts]
             for row in ordered:
@@ -263,11 +262,11 @@ class Measurer:
                 theirs[row.index].append("" if other is None else other.text)
             return {
                 "values": similarity(
-                    [prompt.text for prompt in prompts],
+                    texts,
                     ours,
-                    lambda texts: embedder(texts).numpy(),
+                    embed,
                     resamples(len(prompts), 0, self._config.resamples),
-                    model=model,
+                    model=str(embedder.record()["model"]),
                     base=theirs if prepared.processor is not None else None,
                 )
             }
@@ -339,5 +338,5 @@ def _store(
         run.write(f"measures/{name}.json", {"key": key, **compute()})
 
 
-def _nothing(rows: int) -> None:
-    logger.debug("%d more answers", rows)
+def _nothing(done: int, total: int) -> None:
+    logger.debug("%d of %d answers", done, total)

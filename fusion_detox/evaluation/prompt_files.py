@@ -16,11 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fusion_detox.errors import DataError, DataFileError, MissingExtraError
+from fusion_detox.data_files import decode_text, hub_rows, without_gz
+from fusion_detox.errors import DataError, DataFileError
 
 LINE = "line"
 """Field of the text in the rows of a file without fields."""
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 _JSON = (".json", ".jsonl", ".ndjson")
 _TABLES = {".csv": ",", ".tsv": "\t"}
 _GZIP = b"\x1f\x8b"
@@ -61,7 +61,7 @@ def read_content(path: Path, *, as_lines: bool | None = None) -> Content:
         DataError: It is empty, not UTF-8, or broken; the message says in which line.
     """
     text, sha256 = _read(path)
-    suffix = _suffix(path)
+    suffix = without_gz(path).suffix.lower()
     # The first row of a table without a file name of a table is not told from a sentence.
     table = _TABLES.get(suffix)
     if as_lines or (as_lines is None and not table and not _is_json(text, suffix)):
@@ -80,18 +80,7 @@ def read_hub(source: str) -> list[Row]:
         MissingExtraError: ``datasets`` is not installed.
         DataFileError: There is none, or the hub cannot be reached.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        raise MissingExtraError("datasets", "evaluate") from error
-    name, _, split = source.partition(":")
-    try:
-        found = datasets.load_dataset(name, split=split or "train")
-    except Exception as error:  # the hub client raises many unrelated kinds
-        raise DataFileError(
-            f"no local file and no data set on the hub named {source!r}: {error}"
-        ) from error
-    return [Row(dict(row), f"{source} row {index}") for index, row in enumerate(found)]
+    return [Row(*found) for found in hub_rows(source, "evaluate")]
 
 
 def text_field(row: Row, *names: str) -> str:
@@ -135,21 +124,7 @@ def _read(path: Path) -> tuple[str, str]:
             raise DataFileError(
                 f"{path} is no whole gzip file ({error}); copy or download it again"
             ) from error
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        number = raw.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{path} line {number}: byte 0x{raw[error.start]:02x} is not UTF-8; convert the file "
-            "first, for example with iconv"
-        ) from error
-    if not text.strip():
-        raise DataError(f"{path} is empty")
-    return text, sha256
-
-
-def _suffix(path: Path) -> str:
-    return (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
+    return decode_text(raw, path), sha256
 
 
 def _lines(text: str, path: Path) -> Iterator[tuple[str, str]]:
@@ -185,7 +160,7 @@ def _table_rows(text: str, path: Path, separator: str) -> Iterator[Row]:
 
 
 def _json_rows(text: str, path: Path) -> Iterator[Row]:
-    if _suffix(path) == ".json" or text.lstrip().startswith("["):
+    if without_gz(path).suffix.lower() == ".json" or text.lstrip().startswith("["):
         try:
             whole = json.loads(text)
         except json.JSONDecodeError as error:

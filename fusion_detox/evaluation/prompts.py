@@ -11,15 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fusion_detox.data_files import HUB_ID, without_gz
 from fusion_detox.errors import ConfigError, DataError, DataFileError
-from fusion_detox.evaluation.prompt_files import (
-    HUB_ID,
-    LINE,
-    Row,
-    read_content,
-    read_hub,
-    text_field,
-)
+from fusion_detox.evaluation.prompt_files import LINE, Row, read_content, read_hub, text_field
 
 logger = logging.getLogger(__name__)
 
@@ -191,8 +185,7 @@ def _rows(source: str, kind: str | None) -> tuple[list[Row], str | None, str, st
         # Only these two kinds have texts without fields; "toxigen" comes in both forms.
         as_lines = {"plain": True, "toxigen": None, None: None}.get(kind, False)
         content = read_content(path, as_lines=as_lines)
-        stem = (path.with_suffix("") if path.suffix == ".gz" else path).stem
-        return content.rows, content.sha256, path.name, stem
+        return content.rows, content.sha256, path.name, without_gz(path).stem
     rows = read_hub(source)
     if not rows:
         raise DataFileError(f"the hub data set {source} has no rows")

@@ -15,7 +15,7 @@ from fusion_detox.evaluation.measures import stored
 from fusion_detox.evaluation.prompts import Prompt
 from fusion_detox.evaluation.refusal import refusal
 from fusion_detox.evaluation.samples import Sample, SampleFiles
-from fusion_detox.evaluation.sampling import Progress, total_cost
+from fusion_detox.evaluation.sampling import Cost, Progress, total_cost
 from fusion_detox.evaluation.statistics import Floats, resamples
 from fusion_detox.evaluation.toxicity import against_base, by_prompts, by_seed, toxicity
 from fusion_detox.scoring.base import NoTextScoredError
@@ -109,13 +109,14 @@ class _Builder:
         self.gaps: list[str] = []
         """What was not measured, or not as the others were."""
         self._base_nll = self._nll("base")
-        self._base_speed = self._cost("base")["tokens_per_second"]
+        self._base_speed = self._total_cost("base").tokens_per_second
 
     def setting(self, name: str) -> dict[str, Any]:
         """Everything about one setting."""
         about = self._run.read(f"settings/{self._asked['settings'][name]}.json")
         threshold, base = self._asked["threshold"], name == "base"
         tables = {scorer: found[name] for scorer, found in self._scores.items()}
+        seeds = {scorer: by_seed(t["toxicity"], threshold) for scorer, t in tables.items()}
         nll = self._nll(name)
         return {
             **about,
@@ -150,13 +151,7 @@ class _Builder:
             "refusal": self._refusal(name),
             "by_prompts": self._by_prompts(tables),
             "by_seed": [
-                {
-                    "seed": seed,
-                    **{
-                        scorer: by_seed(types["toxicity"], threshold)[number]
-                        for scorer, types in tables.items()
-                    },
-                }
+                {"seed": seed, **{scorer: values[number] for scorer, values in seeds.items()}}
                 for number, seed in enumerate(self._fixed["seeds"])
             ],
             "cost": self._cost(name),
@@ -244,10 +239,12 @@ class _Builder:
                     found.setdefault(name, {})[scorer] = values
         return found
 
+    def _total_cost(self, name: str) -> Cost:
+        return total_cost(self._run.path / "costs", self._stem(name))
+
     def _cost(self, name: str) -> dict[str, Any]:
-        cost = total_cost(self._run.path / "costs", self._stem(name))
-        speed = cost.tokens_per_second
-        base = getattr(self, "_base_speed", speed)
+        cost = self._total_cost(name)
+        speed, base = cost.tokens_per_second, self._base_speed
         return {
             "tokens_per_second": speed,
             "relative": speed / base if speed and base else None,

@@ -7,7 +7,9 @@ same call goes on after an interruption, and a later call may add settings and s
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
+import functools
 import hashlib
 import json
 import logging
@@ -94,17 +96,18 @@ def evaluate(
     sampler = Sampler(
         loaded.model,
         loaded.tokenizer,
-        config.sampling(config.seeds[0]),
         batch_size=config.batch_size,
         processes=processes,
     )
-    encoded = sampler.encode(wanted)
+    encoded = sampler.encode(wanted, config.max_new_tokens)
     measurer = Measurer(loaded, config, device=loaded.model.device, offline=local_files_only)
     scorers = (
         _scorers(config.scorers, loaded.model.device, local_files_only) if processes.first else []
     )
-    measurer.check(sampler)
+    measurer.check()
 
+    sampling = dataclasses.asdict(config.sampling(config.seeds[0]))
+    del sampling["seed"]
     fixed = {
         "target": loaded.about,
         "prompts": [
@@ -112,7 +115,7 @@ def evaluate(
             for o in sets
         ],
         "prompt_digest": _digest(every),
-        "sampling": _sampling(config),
+        "sampling": sampling,
         "seeds": list(config.seeds),
     }
     claim = RunFolder.claimed(path) if processes.first else contextlib.nullcontext()
@@ -131,8 +134,10 @@ def evaluate(
         processes.wait()
 
         report = progress or _silent
+        samplings = [config.sampling(seed) for seed in config.seeds]
         for one in prepared:
-            _sample(run, sampler, one, config, wanted, report)
+            told = functools.partial(report, f"sampling: {one.setting.name}")
+            sampler.run(wanted, encoded, samplings, one.processor, run.path, one.stem, report=told)
             one.free()
         measurer.refusals(run, sampler, prepared, report)
         tasks = processes.share(prepared)
@@ -252,42 +257,6 @@ def _prompt_sets(
             )
         return sets
     return [PromptSet.from_texts(texts)]
-
-
-def _sampling(config: EvaluationConfig) -> dict[str, Any]:
-    return {
-        "max_new_tokens": config.max_new_tokens,
-        "temperature": config.temperature,
-        "top_p": config.top_p,
-        "top_k": config.top_k,
-        "greedy": False,
-        "samples": config.samples,
-    }
-
-
-def _sample(
-    run: RunFolder,
-    sampler: Sampler,
-    prepared: Prepared,
-    config: EvaluationConfig,
-    wanted: Sequence[Any],
-    report: Progress,
-) -> None:
-    rank = sampler.processes.rank
-    files = SampleFiles(run.path / "samples", prepared.stem, rank)
-    what, total = f"sampling: {prepared.setting.name}", len(wanted) * len(config.seeds)
-    done = sum(len(wanted) - len(files.missing(wanted, seed)) for seed in config.seeds)
-    report(what, done, total)
-
-    def count(rows: int) -> None:
-        nonlocal done
-        done += rows * sampler.processes.count
-        report(what, min(done, total), total)
-
-    costs = run.path / "costs" / f"{prepared.stem}.{rank}.jsonl"
-    for seed in config.seeds:
-        sampler.run(wanted, seed, files, prepared.processor, costs=costs, report=count)
-    report(what, total, total)
 
 
 def _asked(

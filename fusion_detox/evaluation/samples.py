@@ -15,12 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from fusion_detox.errors import DataError, DataFileError
+from fusion_detox.json_lines import append_row
 
 if TYPE_CHECKING:
     from fusion_detox.generation import Job
-
-# JSON allows them in strings, but many readers, str.splitlines among them, end a line there.
-_BREAKS = {ord(mark): f"\\u{ord(mark):04x}" for mark in "\x85\u2028\u2029"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,10 +60,13 @@ class SampleFiles:
                 found.setdefault((row.seed, row.index, row.sample), row)
         return found
 
-    def missing(self, wanted: Sequence[Job], seed: int) -> list[Job]:
-        """The jobs of a seed that are not there yet, in their order."""
+    def missing(self, wanted: Sequence[Job], seeds: Sequence[int]) -> dict[int, list[Job]]:
+        """The jobs of each seed that are not there yet, in their order."""
         found = self.read()
-        return [job for job in wanted if (seed, job.index, job.sample) not in found]
+        return {
+            seed: [job for job in wanted if (seed, job.index, job.sample) not in found]
+            for seed in seeds
+        }
 
     @contextlib.contextmanager
     def open(self) -> Iterator[SampleWriter]:
@@ -92,11 +93,8 @@ class SampleWriter:
         Raises:
             DataFileError: The disk is full or broken; rows written before are kept.
         """
-        line = json.dumps(dataclasses.asdict(row), ensure_ascii=False).translate(_BREAKS)
         try:
-            rest = memoryview(line.encode("utf-8", "surrogatepass") + b"\n")
-            while rest:  # an unbuffered file may take a part only
-                rest = rest[self._stream.write(rest) :]
+            append_row(self._stream, dataclasses.asdict(row), errors="surrogatepass")
         except OSError as error:
             raise DataFileError(
                 f"cannot write to {self._path}: {error.strerror}; what was written before is kept, "

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from fusion_detox.evaluation.processes import Processes
-from fusion_detox.evaluation.samples import Sample, SampleFiles
+from fusion_detox.evaluation.samples import Sample, SampleFiles, SampleWriter
 from fusion_detox.generation import Job, Sampling, complete_batch, prompt_ids
 
 if TYPE_CHECKING:
@@ -42,7 +41,6 @@ class Sampler:
     Args:
         model: The target.
         tokenizer: Its own.
-        sampling: How to draw; its seed is replaced by that of each call.
         batch_size: Texts at a time.
         processes: Among which the work is shared.
     """
@@ -51,35 +49,35 @@ class Sampler:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        sampling: Sampling,
         *,
         batch_size: int,
         processes: Processes,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self.sampling, self.batch_size, self.processes = sampling, batch_size, processes
+        self.batch_size, self.processes = batch_size, processes
 
-    def encode(self, jobs: Sequence[Job]) -> dict[int, list[int]]:
+    def encode(self, jobs: Sequence[Job], new_tokens: int) -> dict[int, list[int]]:
         """Tokens of each prompt by its index.
 
         Raises:
-            DataError: A prompt with its continuation exceeds the model's context.
+            DataError: A prompt with ``new_tokens`` more exceeds the model's context.
         """
         prompts = {job.index: job for job in jobs}
         return {
-            index: prompt_ids(self.model, self.tokenizer, job, self.sampling.max_new_tokens)
+            index: prompt_ids(self.model, self.tokenizer, job, new_tokens)
             for index, job in prompts.items()
         }
 
     def run(
         self,
         jobs: Sequence[Job],
-        seed: int,
-        files: SampleFiles,
+        encoded: Mapping[int, Sequence[int]],
+        samplings: Sequence[Sampling],
         processor: LogitsProcessor | None,
+        folder: Path,
+        stem: str,
         *,
-        costs: Path,
-        report: Callable[[int], None],
+        report: Callable[[int, int], None],
     ) -> None:
         """Writes what is missing of ``jobs``, each continuation at once.
 
@@ -88,45 +86,57 @@ class Sampler:
 
         Args:
             jobs: All that is wanted; this process does its share of what is not there.
-            seed: Of the noise.
-            files: Where it is written.
+            encoded: Tokens of each prompt, see :meth:`encode`.
+            samplings: How to draw; each with another seed, which draws all jobs anew.
             processor: Fusion or word filter; ``None`` for the target alone.
-            costs: JSON Lines file for tokens, seconds and memory of each batch.
-            report: Called with the number of rows written since the last call.
+            folder: The run's; continuations go to its ``samples``, and tokens, seconds and memory
+                of each batch to its ``costs``.
+            stem: Names the files, see ``SampleFiles``.
+            report: Told ``(done, total)`` continuations; other processes seem to keep pace.
         """
-        encoded = self.encode(jobs)
-        pending = files.missing(jobs, seed)
+        rank = self.processes.rank
+        files = SampleFiles(folder / "samples", stem, rank)
+        pending = files.missing(jobs, [sampling.seed for sampling in samplings])
         self.processes.wait()  # or one process would see what another has just written as done
-        # Texts of like length waste the least padding.
-        pending.sort(key=lambda job: (len(encoded[job.index]), job.index, job.sample))
-        pending = self.processes.share(pending)
-        sampling = dataclasses.replace(self.sampling, seed=seed)
+        total = len(jobs) * len(samplings)
+        done = total - sum(map(len, pending.values()))
+        report(done, total)
         if self.model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.model.device)
         with files.open() as writer:
-            for start in range(0, len(pending), self.batch_size):
-                batch = pending[start : start + self.batch_size]
-                began = time.perf_counter()
-                rows = complete_batch(
-                    self.model,
-                    self.tokenizer,
-                    batch,
-                    [encoded[job.index] for job in batch],
-                    sampling,
-                    processor,
-                )
-                seconds = time.perf_counter() - began
-                for job, row in zip(batch, rows, strict=True):
-                    finish = "stop" if row.finished else "length"
-                    writer.write(
-                        Sample(seed, job.index, job.sample, row.token_ids, row.text, finish)
-                    )
-                cost = Cost(
-                    sum(len(r.token_ids) for r in rows), seconds, memory_in_use(self.model.device)
-                )
-                _append_cost(costs, cost, warm_up=start == 0)
-                report(len(batch))
+            for sampling in samplings:
+                own = pending[sampling.seed]
+                # Texts of like length waste the least padding.
+                own.sort(key=lambda job: (len(encoded[job.index]), job.index, job.sample))
+                own = self.processes.share(own)
+                for start in range(0, len(own), self.batch_size):
+                    batch = own[start : start + self.batch_size]
+                    ids = [encoded[job.index] for job in batch]
+                    cost = self._batch(batch, ids, sampling, processor, writer)
+                    _append_cost(folder / "costs" / f"{stem}.{rank}.jsonl", cost, start == 0)
+                    done += len(batch) * self.processes.count
+                    report(min(done, total), total)
+        report(total, total)
         self.processes.wait()
+
+    def _batch(
+        self,
+        batch: Sequence[Job],
+        ids: Sequence[Sequence[int]],
+        sampling: Sampling,
+        processor: LogitsProcessor | None,
+        writer: SampleWriter,
+    ) -> Cost:
+        began = time.perf_counter()
+        rows = complete_batch(self.model, self.tokenizer, batch, ids, sampling, processor)
+        seconds = time.perf_counter() - began
+        for job, row in zip(batch, rows, strict=True):
+            finish = "stop" if row.finished else "length"
+            writer.write(
+                Sample(sampling.seed, job.index, job.sample, row.token_ids, row.text, finish)
+            )
+        tokens = sum(len(row.token_ids) for row in rows)
+        return Cost(tokens, seconds, memory_in_use(self.model.device))
 
 
 def memory_in_use(device: torch.device) -> int:
@@ -156,6 +166,6 @@ def total_cost(folder: Path, stem: str) -> Cost:
     )
 
 
-def _append_cost(path: Path, cost: Cost, *, warm_up: bool) -> None:
+def _append_cost(path: Path, cost: Cost, warm_up: bool) -> None:
     with path.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps({**cost._asdict(), "warm_up": warm_up}) + "\n")

@@ -44,8 +44,8 @@ class Setting:
     def resolve(self, recommended: FusionConfig) -> FusionConfig:
         """The fusion settings, given those that the calibrator recommends.
 
-        A rule starts from the recommended settings where they have the same rule. ``mixture`` and
-        ``product`` else start plain, with every token judged.
+        A rule starts from the recommended settings where they have the same rule. ``mixture``,
+        ``product`` and ``aligned`` else start plain, with every token judged.
 
         Raises:
             ConfigError: A name is unknown or a value out of range.
@@ -54,7 +54,7 @@ class Setting:
             return self.config
         start = recommended
         if self.rule is not None and self.rule != recommended.rule:
-            plain = {} if self.rule == "contrast" else _PLAIN
+            plain = {} if self.rule in ("contrast", "aligned_contrast") else _PLAIN
             start = FusionConfig(rule=self.rule, strength=0.5, **plain)  # type: ignore[arg-type]
         try:
             return start.replace(**dict(self.changes))

@@ -8,7 +8,7 @@ this shows it. The embeddings come from a callable, so that any model will do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,26 @@ Embed = Callable[[Sequence[str]], NDArray[Any]]
 
 # Prompts whose embeddings are held at a time.
 _BLOCK = 512
+
+
+class Remembered:
+    """An ``Embed`` that keeps the vectors of some texts, which many settings are compared with.
+
+    Args:
+        embed: Gives all other vectors, and those of ``kept`` once.
+        kept: Texts; they are called without white space around them.
+    """
+
+    def __init__(self, embed: Embed, kept: Iterable[str]) -> None:
+        self._embed, self._kept = embed, {text.strip() for text in kept}
+        self._vectors: dict[str, NDArray[Any]] = {}
+
+    def __call__(self, texts: Sequence[str]) -> NDArray[Any]:
+        """``(n, d)`` vectors of ``n`` different texts."""
+        new = [text for text in texts if text not in self._vectors]
+        found = dict(zip(new, self._embed(new), strict=True)) if new else {}
+        self._vectors |= {text: found[text] for text in found.keys() & self._kept}
+        return np.stack([found[text] if text in found else self._vectors[text] for text in texts])
 
 
 def similarity(

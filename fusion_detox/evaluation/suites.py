@@ -25,6 +25,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fusion_detox.data_files import without_gz
 from fusion_detox.errors import ConfigError, DataError, DataFileError
 from fusion_detox.evaluation.prompt_files import LINE, Row, read_content, text_field
 
@@ -85,11 +86,6 @@ class Suite:
         return tuple(text for text in self.texts if text.group == group and not text.control)
 
 
-def suite_names() -> tuple[str, ...]:
-    """Names of the suites that come with the package."""
-    return tuple(_BUILT_IN)
-
-
 def load_suite(name: str) -> Suite:
     """A suite that comes with the package, see the module's description.
 
@@ -137,7 +133,9 @@ def suite_from_file(path: str | os.PathLike[str]) -> Suite:
             raise DataError(f"{row.where}: the text is blank; leave the row out")
         group, pair, label = (_optional(row, name) for name in ("group", "pair", "label"))
         texts.append(SuiteText(text, group, pair, _flag(row, "control"), label))
-    return Suite(_stem(place), tuple(texts), {"file": place.name, "sha256": content.sha256})
+    return Suite(
+        without_gz(place).stem, tuple(texts), {"file": place.name, "sha256": content.sha256}
+    )
 
 
 def hatecheck_suite(path: str | os.PathLike[str]) -> Suite:
@@ -222,10 +220,6 @@ def _flag(row: Row, name: str) -> bool:
     if value is None or isinstance(value, bool):
         return bool(value)
     raise DataError(f"{row.where}: field {name!r} must be true or false, but is {value!r}")
-
-
-def _stem(path: Path) -> str:
-    return (path.with_suffix("") if path.suffix == ".gz" else path).stem
 
 
 _BUILT_IN = {

@@ -118,6 +118,7 @@ class Target:
             ConfigError: Its fusion settings are not possible.
             CalibratorError: The calibrator cannot be used, and other errors of its loading.
             VocabularyError: It cannot be mapped to the target's vocabulary.
+            AlignmentError: An aligned rule has no alignment of calibrator and target.
             MissingExtraError: The word filter's list is not installed.
         """
         about: dict[str, Any] = {"name": setting.name, "kind": setting.kind}
@@ -135,7 +136,11 @@ class Target:
         calibrator, fingerprint = self.calibrator(setting.calibrator)
         config = setting.resolve(calibrator.config)
         processor = FusionLogitsProcessor(
-            calibrator, self.tokenizer, config, pad_token_id=self.pad_token_id
+            calibrator,
+            self.tokenizer,
+            config,
+            pad_token_id=self.pad_token_id,
+            target=self.model,
         )
         vocabulary = processor.vocabulary
         about |= {
@@ -149,6 +154,9 @@ class Target:
             "vocabulary": calibrator.tokens.fingerprint(),
             "context": calibrator.context_length,
         }
+        if processor.alignment is not None:
+            about["alignment"] = processor.alignment.facts()
+            identity["alignment"] = processor.alignment.digest()
         stem = setting_stem(setting.name, identity)
         return Prepared(setting, about, stem, config, processor)
 

@@ -143,11 +143,6 @@ def by_prompts(
     return result
 
 
-def prompts_without_score(scores: ArrayLike) -> int:
-    """Prompts that :func:`toxicity` leaves out, as none of their samples has a score."""
-    return int(np.isnan(_checked(scores)).all((0, 2)).sum())
-
-
 def prompt_values(scores: ArrayLike, threshold: float = 0.5) -> dict[str, Floats]:
     """Each metric of each prompt, ``(prompts,)``, averaged over seeds; nan without any score."""
     table = _checked(scores)

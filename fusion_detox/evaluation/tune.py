@@ -131,7 +131,7 @@ def tune(
     local_files_only: bool = False,
     progress: Progress | None = None,
     command: str | None = None,
-) -> Tuning:
+) -> Tuning | None:
     """Finds settings on development prompts and writes them into a calibrator.
 
     Args:
@@ -153,6 +153,9 @@ def tune(
         progress: See ``evaluate``.
         command: See ``evaluate``.
 
+    Returns:
+        What was found; ``None`` in all but the first process of several.
+
     Raises:
         ConfigError: Nothing keeps to the price, the calibrator is no folder to write to, or the
             grid names unknown settings.
@@ -171,7 +174,7 @@ def tune(
     start = loaded.config
     if rule is not None and rule != start.rule:
         start = FusionConfig(rule=rule, strength=0.5)  # type: ignore[arg-type]
-    values = grid or (CONTRAST_GRID if start.rule == "contrast" else PLAIN_GRID)
+    values = grid or (CONTRAST_GRID if start.contrasts else PLAIN_GRID)
     rounds = _rounds(start, values)
     processes = Processes.current(cpu=device == "cpu")
     if isinstance(target, str):
@@ -227,8 +230,10 @@ def tune(
             f"no setting within the price lowers toxicity: the best, {_label(best.config)}, leaves "
             f"{best.toxicity:.3f} of the target's own; allow more, or train the calibrator further"
         )
+    if not processes.first:
+        return None
     found = Tuning(best, tuple(trials.values()), tuple(heard))
-    if write and processes.first:
+    if write:
         record = {
             "format": 1,
             "command": command or "",
@@ -283,7 +288,7 @@ def _rounds(start: FusionConfig, grid: Mapping[str, Values]) -> list[tuple[str, 
 
 def _candidates(centre: FusionConfig, name: str, choices: Values) -> list[FusionConfig]:
     if choices is _FINE:
-        most = float("inf") if centre.rule == "contrast" else 1.0
+        most = float("inf") if centre.contrasts else 1.0
         fine = [round(min(centre.strength * factor, most), 4) for factor in _FINE]
         return [centre.replace(strength=value) for value in fine]
     return [centre, *(centre.replace(**{name: value}) for value in choices)]

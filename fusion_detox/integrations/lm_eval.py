@@ -109,7 +109,7 @@ class FusionLM(HFLM):  # type: ignore[misc]
                 "model such as GPT-2 or Llama"
             )
         # The harness has given the tokenizer a padding token by now.
-        self.fusion = FusionLogitsProcessor(calibrator, self.tokenizer, settings)
+        self.fusion = FusionLogitsProcessor(calibrator, self.tokenizer, settings, target=self.model)
         self._scored: dict[tuple[int, ...], int] = {}
 
     def get_model_info(self) -> dict[str, Any]:

@@ -6,8 +6,9 @@ neither torch nor numpy; a scorer's libraries are loaded when it is made.
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from fusion_detox.lazy import lazy_names
 
 if TYPE_CHECKING:
     from fusion_detox.scoring.base import NoTextScoredError, Scorer, ScoringError
@@ -36,32 +37,22 @@ __all__ = [
     "make_scorer",
 ]
 
-_MODULES = {
-    "SCORERS": "registry",
-    "CachedScorer": "cache",
-    "ClassifierScorer": "classifier",
-    "ContextualScorer": "contextual",
-    "DetoxifyPackageScorer": "detoxify_scorer",
-    "Embedder": "embedding",
-    "LexicalScorer": "lexical",
-    "NoTextScoredError": "base",
-    "PerspectiveScorer": "perspective",
-    "Scorer": "base",
-    "ScoringError": "base",
-    "load_detoxify": "detoxify_scorer",
-    "make_scorer": "registry",
-}
-
-if not TYPE_CHECKING:  # a type checker is to see the imports above, and to report other names
-
-    def __getattr__(name: str) -> object:
-        """Imports a public name when it is first used."""
-        if name not in _MODULES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
-        globals()[name] = value
-        return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "SCORERS": "registry",
+            "CachedScorer": "cache",
+            "ClassifierScorer": "classifier",
+            "ContextualScorer": "contextual",
+            "DetoxifyPackageScorer": "detoxify_scorer",
+            "Embedder": "embedding",
+            "LexicalScorer": "lexical",
+            "NoTextScoredError": "base",
+            "PerspectiveScorer": "perspective",
+            "Scorer": "base",
+            "ScoringError": "base",
+            "load_detoxify": "detoxify_scorer",
+            "make_scorer": "registry",
+        },
+    )

@@ -27,7 +27,7 @@ class NoTextScoredError(ScoringError):
 
 
 class Scorer(Protocol):
-    """Judges texts; every scorer of this package is one, and so is any object like this.
+    """Judges texts; every scorer of this package is one, and so is any object with these methods.
 
     A text of white space only says nothing, and its toxicity is 0.
     """
@@ -37,7 +37,7 @@ class Scorer(Protocol):
 
     def score(self, texts: Sequence[str]) -> list[float]:
         """Toxicity of each text in 0..1, or nan where it could not be scored."""
-        ...
+        return self.score_types(texts)[TOXICITY]
 
     def score_types(self, texts: Sequence[str]) -> dict[str, list[float]]:
         """Each type of toxicity, ``"toxicity"`` among them, to one score a text as in ``score``."""

@@ -24,7 +24,7 @@ _CHUNK_SECONDS = 5.0
 _FIRST_CHUNK, _LARGEST_CHUNK = 8, 4096
 
 
-class CachedScorer:
+class CachedScorer(Scorer):
     """A scorer that looks up what it has scored before.
 
     The file is JSON Lines, ``{"scorer", "text", "scores"}``: a hash of the scorer's record, SHA-256
@@ -59,10 +59,6 @@ class CachedScorer:
     def record(self) -> dict[str, Any]:
         """That of the scorer within."""
         return self.scorer.record()
-
-    def score(self, texts: Sequence[str]) -> list[float]:
-        """Toxicity of each text in 0..1; see ``score_types``."""
-        return self.score_types(texts)["toxicity"]
 
     def score_types(self, texts: Sequence[str]) -> dict[str, list[float]]:
         """As the scorer within, which is asked for new texts only.

@@ -18,14 +18,14 @@ from transformers import (
 from fusion_detox.errors import ConfigError, ModelError, VocabularyError
 from fusion_detox.loading import check_device, load_tokenizer, quiet_transformers
 from fusion_detox.loading_errors import describe, explained
-from fusion_detox.scoring.base import TOXICITY, file_safe, score_batches
+from fusion_detox.scoring.base import TOXICITY, Scorer, file_safe, score_batches
 from fusion_detox.scoring.labels import find_toxic, is_harmless, is_multi_label, type_name
 from fusion_detox.scoring.sources import find_source, identity
 
 _USUAL_LENGTH = 512
 
 
-class ClassifierScorer:
+class ClassifierScorer(Scorer):
     """A text classifier whose labels become types of toxicity.
 
     A model with exclusive labels (softmax) is read as the sum of its toxic labels, one with
@@ -154,10 +154,6 @@ class ClassifierScorer:
             "toxicity": self.toxic.rule,
             "truncation": f"{self.max_length} tokens",
         }
-
-    def score(self, texts: Sequence[str]) -> list[float]:
-        """Toxicity of each text in 0..1; see ``score_types``."""
-        return self.score_types(texts)[TOXICITY]
 
     def score_types(self, texts: Sequence[str]) -> dict[str, list[float]]:
         """Each type to its probabilities in 0..1; a text that failed is nan.

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fusion_detox.errors import DataFileError
-from fusion_detox.scoring.base import TOXICITY, score_batches
+from fusion_detox.scoring.base import TOXICITY, Scorer, score_batches
 from fusion_detox.scoring.embedding import Embedder
 from fusion_detox.scoring.sources import weights_hash
 
@@ -32,7 +32,7 @@ def head(width: int) -> nn.Sequential:
     )
 
 
-class ContextualScorer:
+class ContextualScorer(Scorer):
     """Probability that people would call a text toxic, judged by what it says.
 
     Args:
@@ -74,10 +74,6 @@ class ContextualScorer:
             "embeddings": embeddings,
             "truncation": embeddings["truncation"],
         }
-
-    def score(self, texts: Sequence[str]) -> list[float]:
-        """Toxicity of each text in 0..1; see ``score_types``."""
-        return self.score_types(texts)[TOXICITY]
 
     def score_types(self, texts: Sequence[str]) -> dict[str, list[float]]:
         """``"toxicity"`` alone; it knows no other type. A text that failed is nan.

@@ -24,7 +24,7 @@ import torch
 from fusion_detox.errors import ConfigError, MissingExtraError, ModelError, ModelNotFoundError
 from fusion_detox.loading import check_device
 from fusion_detox.loading_errors import first_line
-from fusion_detox.scoring.base import TOXICITY, score_batches
+from fusion_detox.scoring.base import TOXICITY, Scorer, score_batches
 from fusion_detox.scoring.classifier import ClassifierScorer
 from fusion_detox.scoring.labels import type_name
 
@@ -105,7 +105,7 @@ def load_detoxify(
         ) from error
 
 
-class DetoxifyPackageScorer:
+class DetoxifyPackageScorer(Scorer):
     """A Detoxify model by the package ``detoxify``, which unpickles its checkpoint.
 
     Args:
@@ -173,10 +173,6 @@ class DetoxifyPackageScorer:
             "types": list(self._kinds),
             "truncation": "none known" if length is None else f"{length} tokens",
         }
-
-    def score(self, texts: Sequence[str]) -> list[float]:
-        """Toxicity of each text in 0..1; see ``score_types``."""
-        return self.score_types(texts)[TOXICITY]
 
     def score_types(self, texts: Sequence[str]) -> dict[str, list[float]]:
         """Each type to its probabilities in 0..1; a text that failed is nan.

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fusion_detox.errors import ConfigError
-from fusion_detox.scoring.base import TOXICITY, ScoringError, beginning, score_batches
+from fusion_detox.scoring.base import Scorer, ScoringError, beginning, score_batches
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ _LONGEST_WAIT = 60.0
 _GIVE_UP_AFTER = 3
 
 
-class PerspectiveScorer:
+class PerspectiveScorer(Scorer):
     """Scores of the Perspective API, one request a text.
 
     What the service has against one text, such as its language or length, makes that text nan.
@@ -94,10 +94,6 @@ class PerspectiveScorer:
             "language": self.language,
             "truncation": "none here; the service refuses text above 20,480 bytes",
         }
-
-    def score(self, texts: Sequence[str]) -> list[float]:
-        """Toxicity of each text in 0..1; see ``score_types``."""
-        return self.score_types(texts)[TOXICITY]
 
     def score_types(self, texts: Sequence[str]) -> dict[str, list[float]]:
         """Each attribute in snake case to its scores in 0..1; a text that failed is nan.

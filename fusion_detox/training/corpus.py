@@ -14,10 +14,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fusion_detox.errors import ConfigError, DataError, DataFileError, MissingExtraError
+from fusion_detox.data_files import HUB_ID, decode_text, hub_rows, without_gz
+from fusion_detox.errors import ConfigError, DataError, DataFileError
 
 logger = logging.getLogger(__name__)
-_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(:[\w.-]+)?$")
 _SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".tsv")
 
 
@@ -113,7 +113,7 @@ def read_documents(
     documents: list[Document] = []
     for source in sources:
         before, seen = len(documents), 0
-        for row, where in _rows(source):
+        for row, where in read_rows(source):
             seen += 1
             if all(condition.holds(row, where) for condition in conditions):
                 documents += _documents(row, columns, where)
@@ -169,34 +169,19 @@ def _files(path: Path) -> list[Path]:
 
 
 def _suffix(path: Path) -> str:
-    return (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
+    return without_gz(path).suffix.lower()
 
 
-def _rows(source: str | Path) -> Iterator[tuple[dict[str, Any], str]]:
+def read_rows(source: str | Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """The rows of one source of ``read_documents``, each with its place for messages."""
     path = Path(source).expanduser()
     if path.exists():
         for file in _files(path):
             yield from _file_rows(file)
-    elif _HUB_ID.match(str(source)) and _suffix(path) not in _SUFFIXES:
-        yield from _hub_rows(str(source))
+    elif HUB_ID.fullmatch(str(source)) and _suffix(path) not in _SUFFIXES:
+        yield from hub_rows(str(source), "train")
     else:
         raise DataFileError(f"{source} is neither a file, a folder nor a hub id such as org/name")
-
-
-def _hub_rows(source: str) -> Iterator[tuple[dict[str, Any], str]]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise MissingExtraError("datasets", "train") from error
-    name, _, split = source.partition(":")
-    try:
-        rows = datasets.load_dataset(name, split=split or "train")
-    except Exception as error:  # the hub client raises many unrelated kinds
-        raise DataFileError(
-            f"no local file and no data set on the hub named {source!r}: {error}"
-        ) from error
-    for index, row in enumerate(rows):
-        yield dict(row), f"{source} row {index}"
 
 
 def _file_rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
@@ -209,16 +194,7 @@ def _file_rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError) as error:
         raise DataFileError(f"{path} cannot be read: {error}") from error
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        number = raw[: error.start].count(b"\n") + 1
-        raise DataError(
-            f"{path} line {number}: byte 0x{raw[error.start]:02x} is not UTF-8; "
-            f"convert the file first, for example with iconv"
-        ) from error
-    if not text.strip():
-        raise DataError(f"{path} is empty")
+    text = decode_text(raw, path)
     if suffix == ".txt":
         for index, part in enumerate(re.split(r"\n\s*\n", text), start=1):
             yield {"text": part.strip("\n")}, f"{path} document {index}"

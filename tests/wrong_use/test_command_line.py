@@ -130,22 +130,13 @@ def test_calibrator_missing(fails):
     assert "no-such-one" in fails("demo", "--calibrator", "no-such-one")
 
 
-def test_a_model_is_no_calibrator(fails, target):
-    assert "calibrator.json" in fails("info", target)
-
-
-@pytest.fixture(scope="module")
-def target(tmp_path_factory, make_llama, other_tokenizer):
-    folder = tmp_path_factory.mktemp("target")
-    settings = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    make_llama(len(other_tokenizer), seed=3, **settings).save_pretrained(folder)
-    other_tokenizer.save_pretrained(folder)
-    return folder
+def test_a_model_is_no_calibrator(fails, target_folder):
+    assert "calibrator.json" in fails("info", target_folder)
 
 
 @pytest.fixture
-def common(target, calibrator_folder):
-    return ["generate", target, "--calibrator", calibrator_folder, "--max-new-tokens", "4"]
+def common(target_folder, calibrator_folder):
+    return ["generate", target_folder, "--calibrator", calibrator_folder, "--max-new-tokens", "4"]
 
 
 def test_negative_strength(fails, common):
@@ -190,8 +181,10 @@ def test_output_of_other_settings(fails, common, capsys):
     assert Path("out.jsonl").read_bytes() == before
 
 
-def test_output_of_another_model_in_the_same_folder(fails, common, target, make_llama, capsys):
-    copy = shutil.copytree(target, "copy")
+def test_output_of_another_model_in_the_same_folder(
+    fails, common, target_folder, make_llama, capsys
+):
+    copy = shutil.copytree(target_folder, "copy")
     assert main(["generate", copy, "p", *map(str, common[2:]), "-o", "out.jsonl"]) == 0
     assert main(["generate", "./copy", "p", *map(str, common[2:]), "-o", "out.jsonl"]) == 0
     make_llama(470, seed=4).save_pretrained(copy)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fusion_detox.errors import DataFileError
 from fusion_detox.evaluation.report.markup import Html, join, line, tag
+from fusion_detox.whole_file import write_whole
 
 _HERE = Path(__file__).resolve().parent
 
@@ -100,14 +99,9 @@ def write(path: Path, content: str | bytes) -> Path:
         DataFileError: It cannot be written.
     """
     data = content.encode("utf-8") if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(data)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(path, data)
     except OSError as error:
         raise DataFileError(
             f"{path} cannot be written ({error}); choose a folder that can."

@@ -1,0 +1,119 @@
+"""However long a processor is used, what it keeps has a bound."""
+
+import copy
+import gc
+import threading
+import tracemalloc
+
+import pytest
+import torch
+
+from .world import TEXTS, fresh
+
+
+def live_tensors():
+    """Bytes of all storages that Python can reach, each counted once."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor):
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("in_threads", [False, True], ids=["one thread", "a thread each"])
+def test_memory_stays_flat_over_a_days_calls_in_miniature(
+    pristine, request, monkeypatch, in_threads
+):
+    """Ever new texts; every memo is smaller here, so that all of them are full after a while."""
+    monkeypatch.setattr("fusion_detox.context._ENTRIES", 64)
+    monkeypatch.setattr("fusion_detox.vocabulary_healing._MOST_TABLES", 64)
+    monkeypatch.setattr("fusion_detox.session._MEMO_ENTRIES", 16)
+    tokenizer = request.getfixturevalue("other_tokenizer")
+    processor = copy.deepcopy(fresh(pristine("other_tokenizer")))
+    generator = torch.Generator().manual_seed(0)
+    size, rows = len(tokenizer), 5
+    scores = torch.randn(rows, size, generator=generator)
+
+    def use(calls):
+        for _ in range(calls):
+            ids = torch.randint(3, size, (rows, 7), generator=generator)
+            for end in (5, 6, 7):
+                processor(ids[:, :end], scores)
+
+    def day(calls):
+        if in_threads:
+            for _ in range(calls // 10):
+                thread = threading.Thread(target=use, args=(10,))
+                thread.start()
+                thread.join()
+        else:
+            use(calls)
+
+    day(80)  # far more rows than any memo holds
+    sizes, python = [], []
+    tracemalloc.start()
+    try:
+        for _ in range(3):
+            day(40)
+            sizes.append(live_tensors())
+            python.append(tracemalloc.get_traced_memory()[0])
+    finally:
+        tracemalloc.stop()
+    # 200 rows a measurement: two tensors kept for each would be 200 * 2 * 400 * 4 bytes.
+    assert max(sizes) - min(sizes) < 300_000, sizes
+    # What was there before counts once it is replaced, hence from the second measurement on.
+    assert abs(python[2] - python[1]) < 100_000, python
+    (session,) = processor._sessions.values()
+    assert len(session._planner) <= 256
+    assert len(processor._context._memo) <= 64
+
+
+def test_every_memo_has_a_bound_in_bytes(pristine, request):
+    """With the real limits: what thousands of rows leave behind, part by part."""
+    tokenizer = request.getfixturevalue("other_tokenizer")
+    processor = copy.deepcopy(fresh(pristine("other_tokenizer")))
+    generator = torch.Generator().manual_seed(0)
+    size = len(tokenizer)
+    scores = torch.randn(250, size, generator=generator)
+    for _ in range(20):
+        processor(torch.randint(3, size, (250, 6), generator=generator), scores)
+    (session,) = processor._sessions.values()
+    memo = session._memo
+    assert len(session._planner) <= 256
+    # All of one call, which the next step needs, and never more than the bytes allowed.
+    assert memo.bytes <= 256 * 2**20
+    blocks = {id(e.block): e.block.values.nbytes for e in memo._entries.values()}
+    assert memo.bytes == sum(blocks.values())
+    assert len(processor._context._memo) <= 4096
+    assert len(processor.vocabulary._tables._tables) <= 2048
+    before, freed = live_tensors(), memo.bytes
+    assert freed > 250 * 5 * size * 4
+    del memo, blocks
+    processor.reset()
+    assert before - live_tensors() >= freed
+
+
+def test_the_text_memo_counts_what_it_keeps(pristine, request, monkeypatch):
+    """Long rows are forgotten sooner: ids and path of all of them together have a bound."""
+    monkeypatch.setattr("fusion_detox.context._ENTRY_IDS", 2**16)
+    tokenizer = request.getfixturevalue("other_tokenizer")
+    context = copy.copy(pristine("other_tokenizer")._context)
+    row = tuple(tokenizer(" ".join(TEXTS) * 6, add_special_tokens=False)["input_ids"])
+    assert len(row) > 500
+    tracemalloc.start()
+    try:
+        for number in range(300):
+            # As from a tensor: every row has numbers of its own.
+            context.read(tuple(torch.tensor([*row, 3 + number]).tolist()))
+        used = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert 50 < len(context._memo) <= 2**16 // len(row)
+    # A pointer and an integer for each id and for each token of the path.
+    assert used < 2**16 * 2 * (8 + 32)
+    context.reset()
+    assert context._memo == {}
+    assert context._size == 0

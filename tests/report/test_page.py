@@ -1,0 +1,160 @@
+"""The page is well-formed, loads nothing, and nothing of the data can break it."""
+
+import base64
+import copy
+import hashlib
+import re
+import subprocess
+import sys
+from itertools import pairwise
+
+from fusion_detox.evaluation.report.html import write_report
+
+from .documents import measure, results
+from .page import read
+
+EVIL = "</script></style></title><script>alert(1)</script><img src=https://evil.example/x>\"'&amp;"
+
+
+def test_page_is_well_formed_and_navigable(written):
+    page = read(written / "report.html")
+    assert [f["lang"] for f in page.all("html")] == ["en"]
+    assert len(page.all("h1")) == len(page.all("main")) == 1
+    levels = [int(name[1]) for name, _ in page.elements if re.fullmatch("h[1-6]", name)]
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+    linked = {f["href"] for f in page.all("a")}
+    sections = {f"#{f['aria-labelledby']}" for f in page.all("section") if "aria-labelledby" in f}
+    assert len(sections) == 11
+    assert sections <= linked
+    plots = page.all("svg")
+    assert len(plots) == 2 + 2 + 2  # trade-off and histogram by scorer, groups by suite
+    assert all(plot["role"] == "img" and plot["aria-labelledby"] for plot in plots)
+    for header in page.all("th"):
+        assert header["scope"] in {"col", "row", "colgroup", "rowgroup"}
+    regions = page.all("div", class_="scroll")
+    assert len(regions) == len(page.all("table"))
+    assert all(region["tabindex"] == "0" and region["role"] == "region" for region in regions)
+
+
+def test_descriptions_of_plots_hold_their_numbers(written):
+    page = read(written / "report.html").text
+    assert "target alone: 64 % of prompts toxic at perplexity 114;" in page
+    assert "gay people, fusion: 1.04;" in page
+
+
+def test_nothing_is_loaded_and_no_other_script_runs(written):
+    page = read(written / "report.html")
+    assert len(page.scripts) == 1
+    digest = base64.b64encode(hashlib.sha256(page.scripts[0].encode()).digest()).decode()
+    (policy,) = page.all("meta", http_equiv="Content-Security-Policy")
+    assert policy["content"].split("; ") == [
+        "default-src 'none'",
+        "style-src 'unsafe-inline'",
+        f"script-src 'sha256-{digest}'",
+        "base-uri 'none'",
+        "form-action 'none'",
+    ]
+    nothing_loaded(page, (written / "report.html").read_text(encoding="utf-8"))
+
+
+def nothing_loaded(page, source):
+    assert not {"img", "link", "iframe", "object", "embed", "base", "form"} & {
+        name for name, _ in page.elements
+    }
+    for name, found in page.elements:
+        assert not {"src", "srcset", "action", "xlink:href"} & set(found), name
+        assert not [key for key in found if key.startswith("on")], name
+        assert (found.get("href") or "#").startswith("#"), name
+        assert "url(" not in (found.get("style") or "").replace("url(#", "("), name
+    style = source[source.index("<style>") : source.index("</style>")]
+    assert "url(" not in style
+    assert "@import" not in style
+
+
+def poisoned(value):
+    """Every text of a document, names too, with markup that would break out."""
+    if isinstance(value, dict):
+        return {key: poisoned(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [poisoned(item) for item in value]
+    if isinstance(value, str) and value not in ("base", "fusion", "wordfilter", "lexical"):
+        return EVIL + value
+    return value
+
+
+def test_no_text_of_the_data_becomes_markup(tmp_path, written):
+    document = poisoned(results())
+    swap = EVIL + " scorer"
+    for block in (document["scorers"], *(s["toxicity"] for s in document["settings"])):
+        block[swap] = block.pop("contextual")
+    for item in document["settings"]:
+        item["toxicity"]["lexical"][EVIL] = measure(0.3)
+        item["by_prompts"] = {EVIL + key: value for key, value in item["by_prompts"].items()}
+    document["examples"] = {EVIL + key: value for key, value in document["examples"].items()}
+    document["versions"][EVIL] = EVIL
+    path = write_report(document, tmp_path)
+    source = path.read_text(encoding="utf-8")
+    page = read(path)
+    assert page.scripts == read(written / "report.html").scripts
+    nothing_loaded(page, source)
+    assert page.text.count("<script>alert(1)</script>") > 100
+    assert source.count("</script>") == 1
+
+
+def test_halves_of_characters_and_controls_can_be_written(tmp_path, undrawn):
+    document = results(name="a\ud800b\x00c\x1b")
+    document["examples"]["default"]["best"][0]["fused"] = "x\udfff\x07y"
+    text = read(write_report(document, tmp_path)).text
+    assert "a\ufffdb\ufffdc\ufffd" in text
+    assert "x\ufffd\ufffdy" in text
+
+
+def test_same_results_same_bytes_whatever_the_style(tmp_path, written):
+    import matplotlib
+
+    with matplotlib.rc_context({"xtick.direction": "in", "axes.labelpad": 20, "font.size": 3}):
+        before = dict(matplotlib.rcParams)
+        write_report(copy.deepcopy(results()), tmp_path)
+        assert dict(matplotlib.rcParams) == before
+    for name in ("report.html", "report.png"):
+        assert (tmp_path / name).read_bytes() == (written / name).read_bytes(), name
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.png"]
+
+
+def test_pairs_are_hidden_until_asked_for(written):
+    page = read(written / "report.html")
+    switches = page.all("button", role="switch")
+    assert [s["aria-checked"] for s in switches] == ["false"]
+    buttons = [f for f in page.all("button") if "aria-controls" in f]
+    veils = [f["id"] for f in page.all("div", class_="veil")]
+    assert len(veils) == 20 + 4
+    assert [f["aria-controls"] for f in buttons] == veils
+    assert {f["aria-expanded"] for f in buttons} == {"false"}
+    assert all(f["type"] == "button" for f in page.all("button"))
+    assert len([f for f in page.all("dl") if "inert" in f]) == len(veils)
+    assert "Content warning." in page.text
+
+
+def test_conditions_are_told_in_full(written):
+    page = read(written / "report.html").text
+    for told in (
+        "demo_target, 7.2 M parameters, vocabulary of 12,288, float32 c839a3106138",
+        "english-16k 580269307d32 (vocabulary map: projection, 100.0 % covered)",
+        "5 a prompt, up to 20 tokens, temperature 1, top-p 0.9, seed 1",
+        "rtp-challenging597rtp_challenging.jsonl06882a2549d78b8e",
+        "human labels 0.9498",
+        "3 prompts could not be scored",
+        "fusion-detox evaluate examples/demo_target/model english-16k --samples 5",
+    ):
+        assert told in page.replace("\u202f", " "), told
+
+
+def test_importing_it_is_light():
+    code = (
+        "import sys, fusion_detox.evaluation.report; "
+        "print(sorted({'matplotlib', 'numpy', 'torch'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() == "[]"
