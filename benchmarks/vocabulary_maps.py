@@ -30,7 +30,7 @@ from transformers import AutoTokenizer
 
 from fusion_detox import Calibrator
 from fusion_detox.context import TextContext
-from fusion_detox.processor import _covers
+from fusion_detox.processor_covers import weigh_covers
 from fusion_detox.session import CalibratorSession
 from fusion_detox.tokens import TokenTable, encode
 from fusion_detox.vocabulary import Cover, VocabularyMap
@@ -84,7 +84,7 @@ def score_text(calibrator, session, vocabulary, tokens, tokenizer, text):
                 for back in range(len(position.word) + 1):
                     wanted.setdefault(position.path[: len(position.path) - back], len(wanted))
             logs = session.log_probs(list(wanted))[:1]
-            covers, weights = _covers(cut, wanted, logs)
+            covers, weights = weigh_covers(cut, wanted, logs)
             mass = vocabulary.project(logs.exp(), covers, weights, len(cut), mode=mode)[0].cpu()
             chosen = mass[torch.arange(len(cut)), following].clamp_min(1e-10)
             bits[mode, depth] += (-chosen.log2()).tolist()

@@ -19,10 +19,14 @@ what it costs, with a report: toxicity, fluency, diversity, change on harmless t
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
 
+from fusion_detox.lazy import lazy_names
+
 if TYPE_CHECKING:
+    from fusion_detox.alignment import Alignment, align
+    from fusion_detox.alignment_config import AlignmentConfig
+    from fusion_detox.alignment_files import load_alignment, save_alignment
     from fusion_detox.calibrator import Calibrator
     from fusion_detox.config import FusionConfig
     from fusion_detox.evaluation import EvaluationConfig, evaluate
@@ -32,36 +36,36 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Alignment",
+    "AlignmentConfig",
     "Calibrator",
     "EvaluationConfig",
     "FusionConfig",
     "FusionLogitsProcessor",
     "TrainingConfig",
     "__version__",
+    "align",
     "evaluate",
+    "load_alignment",
+    "save_alignment",
     "train_calibrator",
 ]
 
-_MODULES = {
-    "Calibrator": "fusion_detox.calibrator",
-    "EvaluationConfig": "fusion_detox.evaluation",
-    "FusionConfig": "fusion_detox.config",
-    "FusionLogitsProcessor": "fusion_detox.processor",
-    "TrainingConfig": "fusion_detox.training",
-    "evaluate": "fusion_detox.evaluation",
-    "train_calibrator": "fusion_detox.training",
-}
-
-if not TYPE_CHECKING:  # a type checker is to see the imports above, and to report other names
-
-    def __getattr__(name: str) -> object:
-        """Imports a public name when it is first used, for torch takes seconds to import."""
-        if name not in _MODULES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(_MODULES[name]), name)
-        globals()[name] = value
-        return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "Alignment": "alignment",
+            "AlignmentConfig": "alignment_config",
+            "Calibrator": "calibrator",
+            "EvaluationConfig": "evaluation",
+            "FusionConfig": "config",
+            "FusionLogitsProcessor": "processor",
+            "TrainingConfig": "training",
+            "align": "alignment",
+            "evaluate": "evaluation",
+            "load_alignment": "alignment_files",
+            "save_alignment": "alignment_files",
+            "train_calibrator": "training",
+        },
+    )

@@ -54,6 +54,7 @@ class Calibrator:
         tokens: The bytes of every token of ``tokenizer``.
         bos_id: The token that begins a text: BOS, or EOS where there is none.
         vocabulary_size: Width of the distributions: the tokenizer's ids that the models judge.
+        folder: What ``from_pretrained`` loaded it from; ``None`` for one made in memory.
 
     Raises:
         CalibratorError: Models and tokenizer do not fit each other.
@@ -83,6 +84,7 @@ class Calibrator:
         self.config = config
         self.record = {} if record is None else record
         self.name = name
+        self.folder: Path | None = None
         for part, model in self.models.items():
             check_causal(model.config, f"The {part} model")
             module: torch.nn.Module = model
@@ -167,6 +169,7 @@ class Calibrator:
                 raise
             raise CalibratorError(f"{folder}: {error}") from error
         _check_vocabulary(folder, settings, calibrator)
+        calibrator.folder = folder
         return calibrator
 
     def save_pretrained(

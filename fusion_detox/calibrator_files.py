@@ -182,10 +182,10 @@ def read_model(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Pre
 
 
 def check_rule(config: FusionConfig, has_reference: bool) -> None:
-    """Refuse the contrast rule where there is nothing to contrast with."""
-    if config.rule == "contrast" and not has_reference:
+    """Refuse the contrast rules where there is nothing to contrast with."""
+    if config.contrasts and not has_reference:
         raise ConfigError(
-            "the rule 'contrast' needs a reference model, and this calibrator has none. Use "
+            f"the rule {config.rule!r} needs a reference model, and this calibrator has none. Use "
             "FusionConfig(rule='product') or rule='mixture', or give a reference."
         )
 

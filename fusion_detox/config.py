@@ -8,8 +8,9 @@ from typing import Any, Literal, get_args
 
 from fusion_detox.errors import ConfigError
 
-Rule = Literal["contrast", "product", "mixture"]
+Rule = Literal["contrast", "product", "mixture", "aligned", "aligned_contrast"]
 Outside = Literal["keep", "remove"]
+AlignedNorm = Literal["auto", "layer", "target", "none"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,9 +22,12 @@ class FusionConfig:
     Attributes:
         rule: ``"contrast"`` adds the difference of the calibrator's two distributions to the
             target's log-probs; ``"product"`` and ``"mixture"`` average the target's and the
-            clean distribution geometrically or arithmetically.
-        strength: How much of it, 0 or more; at most 1 for product and mixture. 0 returns the
-            target's scores untouched.
+            clean distribution geometrically or arithmetically. ``"aligned"`` averages the target's
+            last hidden states and the clean model's, carried over by a learned matrix (arXiv
+            2506.01266); ``"aligned_contrast"`` is the contrast rule with distributions that come
+            that way. These two need the target and an alignment.
+        strength: How much of it, 0 or more; at most 1 for product, mixture and aligned. 0 returns
+            the target's scores untouched.
         plausibility: Tokens less probable than this fraction of the target's most probable token
             are not judged, in 0..1; 0 judges all. (Li et al. 2023, contrastive decoding, eq. 3.)
         outside: What happens to those: ``"keep"`` leaves them as they stand to each other,
@@ -34,8 +38,11 @@ class FusionConfig:
         floor: Probability added to both distributions before their ratio is taken, so that
             the noise of tokens that both find impossible does not count.
         kl_budget: Per step, the strength is lowered until the fused distribution is at most this
-            many nats of KL divergence away from the target's; ``None`` sets no bound. For
-            contrast only.
+            many nats of KL divergence away from the target's; ``None`` sets no bound.
+        aligned_norm: What the aligned rules do to a vector that was carried over: ``"layer"`` is
+            layer normalisation without weights, as in the paper, ``"target"`` the same times the
+            root mean square of the target's own vectors, ``"none"`` nothing. ``"auto"`` is
+            ``"layer"`` for aligned and ``"target"`` for aligned_contrast.
     """
 
     rule: Rule = "contrast"
@@ -46,13 +53,19 @@ class FusionConfig:
     threshold: float = 0.0
     floor: float = 1e-7
     kl_budget: float | None = None
+    aligned_norm: AlignedNorm = "auto"
 
     def __post_init__(self) -> None:
         if self.rule not in get_args(Rule):
             raise ConfigError(f"rule must be one of {', '.join(get_args(Rule))}, not {self.rule!r}")
         if self.outside not in get_args(Outside):
             raise ConfigError(f"outside must be 'keep' or 'remove', not {self.outside!r}")
-        largest = math.inf if self.rule == "contrast" else 1.0
+        if self.aligned_norm not in get_args(AlignedNorm):
+            raise ConfigError(
+                f"aligned_norm must be one of {', '.join(get_args(AlignedNorm))}, "
+                f"not {self.aligned_norm!r}"
+            )
+        largest = math.inf if self.contrasts else 1.0
         self._check("strength", 0.0, largest)
         self._check("plausibility", 0.0, 1.0)
         self._check("clip", 0.0, math.inf, open_below=True, finite=False)
@@ -60,11 +73,23 @@ class FusionConfig:
         self._check("floor", 0.0, 1e-2)
         if self.kl_budget is not None:
             self._check("kl_budget", 0.0, math.inf, open_below=True)
-            if self.rule != "contrast":
-                raise ConfigError(
-                    f"kl_budget holds for the rule 'contrast' only, but rule is {self.rule!r}: "
-                    "leave it out, or lower strength"
-                )
+
+    @property
+    def contrasts(self) -> bool:
+        """Whether the rule reads the reference model too."""
+        return self.rule in ("contrast", "aligned_contrast")
+
+    @property
+    def aligned(self) -> bool:
+        """Whether the rule works on hidden states, so that it needs the target and an alignment."""
+        return self.rule in ("aligned", "aligned_contrast")
+
+    @property
+    def norm(self) -> AlignedNorm:
+        """``aligned_norm`` with ``"auto"`` resolved."""
+        if self.aligned_norm != "auto":
+            return self.aligned_norm
+        return "layer" if self.rule == "aligned" else "target"
 
     def _check(
         self, name: str, low: float, high: float, open_below: bool = False, finite: bool = True
@@ -97,6 +122,8 @@ class FusionConfig:
         values = dataclasses.asdict(self)
         if math.isinf(self.clip):
             values["clip"] = None
+        if self.aligned_norm == "auto":  # of no interest to the other rules
+            del values["aligned_norm"]
         return values
 
     @classmethod

@@ -31,6 +31,10 @@ class VocabularyError(FusionDetoxError, ValueError):
     """Two vocabularies cannot be mapped, or a tokenizer does not belong to a model."""
 
 
+class AlignmentError(FusionDetoxError, ValueError):
+    """A calibrator's vectors cannot be carried over to a target, or an alignment is damaged."""
+
+
 class DataError(FusionDetoxError, ValueError):
     """Training or prompt data cannot be used as it is."""
 
@@ -41,6 +45,10 @@ class DataFileError(FusionDetoxError, OSError):
 
 class TrainingError(FusionDetoxError, ValueError):
     """Training cannot start or go on with these settings."""
+
+
+class EndpointError(FusionDetoxError, OSError):
+    """A service that writes text rejects every request, or does not answer."""
 
 
 class MissingExtraError(FusionDetoxError, ImportError, ValueError):

@@ -7,7 +7,9 @@ all others keep their probability, so that end-of-text neither swells nor vanish
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,6 +17,85 @@ from torch import Tensor
 from fusion_detox.config import FusionConfig
 
 _LARGEST = 104.0
+_SATURATED = 1 - 1e-6
+"""Largest share of a soft cap that is inverted: beyond it float32 no longer tells logits apart."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fusion:
+    """One step of fusion, prepared: which tokens are judged, and how far each moves.
+
+    Attributes:
+        scores: ``(batch, vocab)`` logits or log-probs of the target.
+        log_probs: The same, normalised, in float32.
+        judged: ``(batch, vocab)`` bool, the tokens that may move.
+        dropped: ``(batch, vocab)`` bool, the tokens that lose all they have, if any.
+        shift: By how much log-probs move at a strength, in nats and up to a constant a row; its
+            second argument takes the columns that are wanted from a ``(batch, vocab)`` tensor.
+        config: The rule and its settings.
+    """
+
+    scores: Tensor
+    log_probs: Tensor
+    judged: Tensor
+    dropped: Tensor | None
+    shift: Callable[[Tensor | float, Callable[[Tensor], Tensor]], Tensor]
+    config: FusionConfig
+
+    def fused(self) -> Tensor:
+        """``(batch, vocab)`` normalised log-probs in the dtype of the scores."""
+        return self.fused_at(self._strength())
+
+    def fused_at(self, strength: Tensor | float) -> Tensor:
+        """The same at another strength, ``(batch, 1)``."""
+        log_probs, judged = self.log_probs, self.judged
+        moved = _move(log_probs, self.shift(strength, _all_columns), judged, self.dropped)
+        moved = torch.where(judged.any(-1, keepdim=True), moved, log_probs)
+        scores = self.scores
+        return torch.where(_broken(log_probs), scores.float(), moved).to(scores.dtype)
+
+    def strength(self) -> Tensor:
+        """``(batch,)``: that of the settings, or less where ``kl_budget`` lowers it.
+
+        0 for rows with NaN, which come back as they were.
+        """
+        strength = torch.where(_broken(self.log_probs), 0.0, self._strength())
+        return strength.squeeze(-1).to(self.log_probs.dtype)
+
+    def _strength(self) -> Tensor | float:
+        """``(batch, 1)``, the largest strength that keeps to the KL budget.
+
+        ``KL(f_a || p)`` grows with ``a`` for all rules but a soft-capped head's, where bisection
+        still ends within the budget. Only judged tokens move.
+        """
+        config, judged = self.config, self.judged
+        if config.kl_budget is None:
+            return config.strength
+        weight = self.log_probs.exp().masked_fill(~judged, 0.0)
+        total = weight.sum(-1, keepdim=True)
+        count = int(judged.sum(-1).max())
+        if count == 0:
+            return config.strength
+        probs, index = weight.topk(count, dim=-1)
+
+        def divergence(strength: Tensor) -> Tensor:
+            steps = self.shift(strength, lambda values: values.gather(-1, index))
+            steps = steps.masked_fill(probs == 0, -math.inf)
+            # The largest step is taken out, so that nothing overflows.
+            top = steps.amax(-1, keepdim=True).nan_to_num(neginf=0.0)
+            tilted = probs * torch.exp(steps - top)
+            mass = tilted.sum(-1, keepdim=True).clamp_min(1e-30)
+            mean = torch.where(tilted > 0, tilted * (steps - top), 0.0).sum(-1, keepdim=True)
+            return total * (mean / mass - torch.log(mass / total.clamp_min(1e-30)))
+
+        low = torch.zeros_like(total)
+        high = torch.full_like(total, config.strength)
+        within = divergence(high) <= config.kl_budget
+        for _ in range(14):
+            middle = (low + high) / 2
+            fits = divergence(middle) <= config.kl_budget
+            low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
+        return torch.where(within, torch.full_like(low, config.strength), low)
 
 
 def fuse(
@@ -25,7 +106,7 @@ def fuse(
     Args:
         scores: ``(batch, vocab)`` logits or log-probs of the target; ``-inf`` forbids a token.
         clean: ``(batch, vocab)`` probabilities of the clean model in the target's vocabulary.
-        reference: Likewise, of the reference; only the contrast rule reads it.
+        reference: Likewise, of the reference; only the contrast rules read it.
         mapped: ``(vocab,)`` which tokens the calibrator can judge.
         config: The rule and its settings.
 
@@ -36,27 +117,7 @@ def fuse(
     """
     if config.strength == 0:
         return scores
-    log_probs = torch.log_softmax(scores.float(), dim=-1)
-    judged = mapped & _plausible(log_probs, config.plausibility)
-    if config.rule == "contrast":
-        assert reference is not None
-        difference = log_ratio(clean, reference, config).masked_fill(~judged, 0.0)
-        shift = difference * _strength(log_probs, difference, judged, config)
-    elif config.rule == "product":
-        calibrated = torch.log(clean + config.floor)
-        shift = config.strength * (calibrated - log_probs)
-    else:
-        inside = log_probs.masked_fill(~judged, -math.inf)
-        group = torch.logsumexp(inside, dim=-1, keepdim=True)
-        own = clean.masked_fill(~judged, 0.0)
-        own = own / own.sum(-1, keepdim=True).clamp_min(1e-30)
-        mixed = torch.log((1 - config.strength) * (inside - group).exp() + config.strength * own)
-        shift = mixed - (inside - group)
-    dropped = mapped & ~judged if config.outside == "remove" else None
-    moved = _move(log_probs, shift, judged, dropped)
-    moved = torch.where(judged.any(-1, keepdim=True), moved, log_probs)
-    broken = torch.isnan(log_probs).any(-1, keepdim=True)  # also where +inf or all -inf
-    return torch.where(broken, scores.float(), moved).to(scores.dtype)
+    return prepare(scores, clean, reference, mapped, config).fused()
 
 
 def strength_used(
@@ -68,15 +129,86 @@ def strength_used(
         ``(batch,)`` in float32: ``config.strength``, or less where ``kl_budget`` lowers it; 0 for
         rows with NaN, which come back as they were.
     """
-    log_probs = torch.log_softmax(scores.float(), dim=-1)
-    strength: Tensor | float = config.strength
-    if config.rule == "contrast" and config.strength:
+    return prepare(scores, clean, reference, mapped, config).strength()
+
+
+def prepare(
+    scores: Tensor, clean: Tensor, reference: Tensor | None, mapped: Tensor, config: FusionConfig
+) -> Fusion:
+    """A step by the rules that work on distributions; arguments as in :func:`fuse`."""
+    log_probs, judged, dropped = _judge(scores, mapped, config)
+    if config.contrasts:
         assert reference is not None
-        judged = mapped & _plausible(log_probs, config.plausibility)
         difference = log_ratio(clean, reference, config).masked_fill(~judged, 0.0)
-        strength = _strength(log_probs, difference, judged, config)
-    broken = torch.isnan(log_probs).any(-1, keepdim=True)  # also where +inf or all -inf
-    return torch.where(broken, 0.0, strength).squeeze(-1).to(log_probs.dtype)
+        return Fusion(scores, log_probs, judged, dropped, _times(difference), config)
+    if config.rule == "product":
+        difference = torch.log(clean + config.floor) - log_probs
+        return Fusion(scores, log_probs, judged, dropped, _times(difference), config)
+    inside = log_probs.masked_fill(~judged, -math.inf)
+    inside = inside - torch.logsumexp(inside, dim=-1, keepdim=True)
+    own = clean.masked_fill(~judged, 0.0)
+    own = own / own.sum(-1, keepdim=True).clamp_min(1e-30)
+
+    def mix(strength: Tensor | float, columns: Callable[[Tensor], Tensor]) -> Tensor:
+        law = columns(inside)
+        return torch.log((1 - strength) * law.exp() + strength * columns(own)) - law
+
+    return Fusion(scores, log_probs, judged, dropped, mix, config)
+
+
+def prepare_aligned(
+    scores: Tensor, carried: Tensor, known: Tensor, cap: float | None, config: FusionConfig
+) -> Fusion:
+    """A step by the aligned rule: fusion of last hidden states, on logits (arXiv 2506.01266).
+
+    The target's head is affine, ``W h + b``, and the weights of the fusion add up to 1, so that
+    ``W (a u + (1 - a) h) + b = a (W u + b) + (1 - a) (W h + b)``. A soft cap behind it,
+    ``c tanh(x / c)``, is taken off the scores and put on again.
+
+    Args:
+        scores: ``(batch, vocab)`` logits of the target; where the head has no cap also log-probs.
+        carried: ``(batch, vocab)`` what the head makes of the calibrator's vectors ``u``, in the
+            target's space; without the soft cap.
+        known: ``(vocab,)`` which columns the head has.
+        cap: The head's soft cap, if any.
+        config: The settings.
+    """
+    log_probs, judged, dropped = _judge(scores, known, config)
+    if cap is None:
+        difference = carried - log_probs
+        return Fusion(scores, log_probs, judged, dropped, _times(difference), config)
+    bounded = (scores.float() / cap).clamp(-_SATURATED, _SATURATED)
+    raw = cap * torch.atanh(bounded)
+    # What no cap explains (of a processor before this one) stays beside it.
+    rest = scores.float() - cap * bounded
+
+    def blend(strength: Tensor | float, columns: Callable[[Tensor], Tensor]) -> Tensor:
+        mixed = (1 - strength) * columns(raw) + strength * columns(carried)
+        return cap * torch.tanh(mixed / cap) + (1 - strength) * columns(rest) - columns(log_probs)
+
+    return Fusion(scores, log_probs, judged, dropped, blend, config)
+
+
+def _judge(
+    scores: Tensor, mapped: Tensor, config: FusionConfig
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Log-probs, the tokens that are judged, and those that are dropped."""
+    log_probs = torch.log_softmax(scores.float(), dim=-1)
+    judged = mapped & _plausible(log_probs, config.plausibility)
+    return log_probs, judged, mapped & ~judged if config.outside == "remove" else None
+
+
+def _times(difference: Tensor) -> Callable[[Tensor | float, Callable[[Tensor], Tensor]], Tensor]:
+    return lambda strength, columns: strength * columns(difference)
+
+
+def _all_columns(values: Tensor) -> Tensor:
+    return values
+
+
+def _broken(log_probs: Tensor) -> Tensor:
+    """``(batch, 1)``, rows with NaN; also where a score is +inf or all are -inf."""
+    return torch.isnan(log_probs).any(-1, keepdim=True)
 
 
 def log_ratio(clean: Tensor, reference: Tensor, config: FusionConfig) -> Tensor:
@@ -123,37 +255,3 @@ def _move(log_probs: Tensor, shift: Tensor, judged: Tensor, dropped: Tensor | No
     shifted = (log_probs + shift).masked_fill(~judged, -math.inf)
     total = torch.logsumexp(shifted, -1, keepdim=True)
     return torch.where(group & ~torch.isneginf(total), shifted + (mass - total), log_probs)
-
-
-def _strength(
-    log_probs: Tensor, difference: Tensor, judged: Tensor, config: FusionConfig
-) -> Tensor | float:
-    """The strength of each row, ``(batch, 1)``: the largest that keeps to the KL budget.
-
-    ``KL(f_a || p)`` grows with ``a`` (its derivative is ``a`` times a variance), so bisection
-    finds the border. Only judged tokens move, and only those that differ change the sums.
-    """
-    if config.kl_budget is None:
-        return config.strength
-    weight = log_probs.exp().masked_fill(~judged, 0.0)
-    total = weight.sum(-1, keepdim=True)
-    count = int(judged.sum(-1).max())
-    if count == 0:
-        return config.strength
-    probs, index = weight.topk(count, dim=-1)
-    steps = difference.gather(-1, index)
-
-    def divergence(strength: Tensor) -> Tensor:
-        tilted = probs * torch.exp(strength * steps)
-        mass = tilted.sum(-1, keepdim=True).clamp_min(1e-30)
-        mean = (tilted * steps).sum(-1, keepdim=True) / mass
-        return total * (strength * mean - torch.log(mass / total.clamp_min(1e-30)))
-
-    low = torch.zeros_like(total)
-    high = torch.full_like(total, config.strength)
-    within = divergence(high) <= config.kl_budget
-    for _ in range(14):
-        middle = (low + high) / 2
-        fits = divergence(middle) <= config.kl_budget
-        low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
-    return torch.where(within, torch.full_like(low, config.strength), low)

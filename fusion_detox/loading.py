@@ -107,7 +107,7 @@ def load_model(
 ) -> PreTrainedModel:
     """A causal language model in eval mode; arguments and errors as in ``load_target``."""
     place, kind = check_device(device), "auto" if dtype is None else check_dtype(dtype)
-    source = _locate(name_or_path, "model")
+    source = locate(name_or_path, "model")
     options: dict[str, Any] = {
         "trust_remote_code": False,
         "local_files_only": local_files_only or Path(source).is_dir(),
@@ -146,7 +146,7 @@ def load_tokenizer(
         ModelNotFoundError: Nothing there, or the hub cannot be reached.
         ModelError: Its files are missing or damaged.
     """
-    source = _locate(name_or_path, "tokenizer")
+    source = locate(name_or_path, "tokenizer")
     with explained(source, "tokenizer", local_files_only):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source,
@@ -295,7 +295,7 @@ def make_portable(folder: Path) -> None:
             path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def _locate(name_or_path: str | os.PathLike[str], what: str) -> str:
+def locate(name_or_path: str | os.PathLike[str], what: str) -> str:
     """The folder's full path, or the hub id as it is."""
     path = Path(name_or_path).expanduser()
     if path.is_dir():

@@ -13,17 +13,21 @@ from transformers import LogitsProcessor
 
 from fusion_detox.calibrator import Calibrator
 from fusion_detox.config import FusionConfig
-from fusion_detox.context import Position, TextContext
+from fusion_detox.context import TextContext
 from fusion_detox.decoders import check_calibrator
 from fusion_detox.errors import ConfigError, VocabularyError
-from fusion_detox.fusion import fuse, strength_used
+from fusion_detox.fusion import Fusion, prepare
+from fusion_detox.processor_aligned import AlignedTarget
+from fusion_detox.processor_covers import weigh_covers
 from fusion_detox.processor_paged import watch_paged_generation
 from fusion_detox.session import CalibratorSession, plain_mode
 from fusion_detox.tokens import TokenTable, encode
-from fusion_detox.vocabulary import Cover, Mode, VocabularyMap
+from fusion_detox.vocabulary import Mode, VocabularyMap
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from fusion_detox.alignment import Alignment
 
 logger = logging.getLogger(__name__)
 _PADDING = 2048
@@ -50,11 +54,18 @@ class FusionLogitsProcessor(LogitsProcessor):
         pad_token_id: The target's padding; the tokenizer's by default.
         assistant_tokenizer: The tokenizer given to ``generate`` under the same name, if any. Drafts
             in its vocabulary pass unchanged, and the target's check of them is fused.
+        target: The target itself, for the aligned rules, which need its output layer; it is run
+            once on a few tokens. No other rule looks at it.
+        alignment: How they carry the calibrator's vectors over to it; by default what
+            ``fusion-detox align`` saved for the two.
 
     Raises:
+        AlignmentError: An aligned rule has no alignment, or one of other models.
         CalibratorError: The calibrator cannot be used.
-        ConfigError: The contrast rule is asked of a calibrator without a reference.
-        ModelError: The calibrator's models cannot be run with a cache that can be taken back.
+        ConfigError: A contrast rule is asked of a calibrator without a reference, or an aligned
+            one without a target.
+        ModelError: The calibrator's models cannot be run with a cache that can be taken back, or
+            the target's hidden states cannot be fused.
         VocabularyError: The two vocabularies cannot be mapped onto each other.
     """
 
@@ -69,6 +80,8 @@ class FusionLogitsProcessor(LogitsProcessor):
         device: torch.device | str | None = None,
         pad_token_id: int | None = None,
         assistant_tokenizer: PreTrainedTokenizerBase | None = None,
+        target: PreTrainedModel | None = None,
+        alignment: Alignment | None = None,
     ) -> None:
         if isinstance(calibrator, str):
             calibrator = Calibrator.from_pretrained(calibrator)
@@ -79,6 +92,9 @@ class FusionLogitsProcessor(LogitsProcessor):
             )
         self.calibrator = calibrator
         self.config = calibrator.config if config is None else config
+        self._aligned: AlignedTarget | None = None
+        if self.config.aligned and target is not None:
+            self._aligned = AlignedTarget(calibrator, target, tokenizer, alignment)
         self._check_rule()
         check_calibrator(calibrator)
         if pad_token_id is None:
@@ -91,7 +107,7 @@ class FusionLogitsProcessor(LogitsProcessor):
         identity = self.vocabulary.kind == "identity"
         self._context = TextContext(calibrator, tokens, identity, pad_token_id)
         self._device = None if device is None else torch.device(device)
-        self._sessions: dict[torch.device, CalibratorSession] = {}
+        self._sessions: dict[tuple[torch.device, bool], CalibratorSession] = {}
         self._mapped = self.vocabulary.mapped
         self._narrowest = int(self._mapped.nonzero().max()) + 1
         self._tokens = len(tokens.pieces)
@@ -133,7 +149,7 @@ class FusionLogitsProcessor(LogitsProcessor):
         """
         if self.config.strength == 0 or not self._is_of_target(scores):
             return scores
-        return fuse(scores, *self._distributions(rows, scores), self.config)
+        return self._prepare(rows, scores).fused()
 
     def with_strength(self, input_ids: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
         """The scores after fusion, and how strongly each row was fused.
@@ -151,8 +167,8 @@ class FusionLogitsProcessor(LogitsProcessor):
         """
         if self.config.strength == 0 or not self._is_of_target(scores):
             return scores, torch.zeros(len(scores), device=scores.device)
-        arguments = (scores, *self._distributions(self._rows(input_ids), scores), self.config)
-        return fuse(*arguments), strength_used(*arguments)
+        step = self._prepare(self._rows(input_ids), scores)
+        return step.fused(), step.strength()
 
     def following(self, text: str | Sequence[str]) -> FusionLogitsProcessor:
         """A processor for rows that go on from text which ``generate`` does not show it.
@@ -177,6 +193,11 @@ class FusionLogitsProcessor(LogitsProcessor):
         return result
 
     @property
+    def alignment(self) -> Alignment | None:
+        """What the aligned rules carry the calibrator's vectors over with; else ``None``."""
+        return None if self._aligned is None else self._aligned.alignment
+
+    @property
     def prompts_followed(self) -> int:
         """How many texts ``following`` was given; 0 for a processor of its own."""
         return len(self._before)
@@ -189,7 +210,7 @@ class FusionLogitsProcessor(LogitsProcessor):
 
         Raises:
             ConfigError: A setting is unknown or out of range, or needs a reference model that the
-                calibrator does not have.
+                calibrator does not have, or a target that this processor was not given.
         """
         result = copy.copy(self)
         result.config = self.config.replace(**changes)
@@ -203,11 +224,20 @@ class FusionLogitsProcessor(LogitsProcessor):
             session.reset()
 
     def _check_rule(self) -> None:
-        if self.config.rule == "contrast" and self.calibrator.reference is None:
+        if self.config.contrasts and self.calibrator.reference is None:
             raise ConfigError(
-                "the contrast rule needs a calibrator with a reference model, and this one has "
-                "none: choose rule='product' or rule='mixture'"
+                f"the {self.config.rule} rule needs a calibrator with a reference model, and this "
+                "one has none: choose rule='product' or rule='mixture'"
             )
+        if not self.config.aligned:
+            return
+        if self._aligned is None:
+            raise ConfigError(
+                f"the rule {self.config.rule!r} works on the target's output layer: give the model "
+                f"that generates, FusionLogitsProcessor(..., FusionConfig(rule="
+                f"{self.config.rule!r}), target=model)"
+            )
+        self._aligned.check_rule(self.config)
 
     def _rows(self, input_ids: Tensor) -> list[list[int]]:
         if input_ids.shape[-1] == 0 and not self._before:
@@ -236,6 +266,28 @@ class FusionLogitsProcessor(LogitsProcessor):
             texts[index] = self._before[index // share] + ids[start:]
         return texts
 
+    def _prepare(self, rows: Sequence[Sequence[int]], scores: Tensor) -> Fusion:
+        if not self.config.aligned:
+            return prepare(scores, *self._distributions(rows, scores), self.config)
+        assert self._aligned is not None
+        session = self._session(scores, both=self.config.contrasts)
+        # A half-written word stands there as the tokens that it has so far.
+        paths = [self._context.read(ids).path for ids in self._texts(rows)]
+        return self._aligned.prepare(scores, session.hidden(paths), self.config)
+
+    def _session(self, scores: Tensor, *, both: bool = True) -> CalibratorSession:
+        """The session of a device; of the clean model alone where the rule reads no other."""
+        key = self._device or scores.device, both
+        session = self._sessions.get(key)
+        if session is None:
+            calibrator = self.calibrator
+            if not both:
+                calibrator = copy.copy(calibrator)
+                calibrator.reference = None
+            session = CalibratorSession(calibrator, device=key[0])
+            session = self._sessions.setdefault(key, session)
+        return session
+
     def _distributions(
         self, rows: Sequence[Sequence[int]], scores: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -243,18 +295,14 @@ class FusionLogitsProcessor(LogitsProcessor):
         width = scores.shape[-1]
         positions = [self._context.read(ids) for ids in self._texts(rows)]
         device = self._device or scores.device
-        session = self._sessions.get(device)
-        if session is None:
-            session = self._sessions.setdefault(
-                device, CalibratorSession(self.calibrator, device=device)
-            )
+        session = self._session(scores)
         wanted: dict[tuple[int, ...], int] = {}
         for position in positions:
             for back in range(len(position.word) + 1):
                 wanted.setdefault(position.path[: len(position.path) - back], len(wanted))
         log_probs = session.log_probs(list(wanted))
-        covers, weights = _covers(positions, wanted, log_probs)
-        mode: Mode = "prefix" if self.config.rule == "contrast" else "transfer"
+        covers, weights = weigh_covers(positions, wanted, log_probs)
+        mode: Mode = "prefix" if self.config.contrasts else "transfer"
         with plain_mode(device):
             projected = self.vocabulary.project(
                 log_probs.exp(), covers, weights, len(positions), mode=mode
@@ -298,41 +346,3 @@ class FusionLogitsProcessor(LogitsProcessor):
 def _padded(tokens: int) -> int:
     """Widest head of a model with so many tokens."""
     return tokens + max(_PADDING, tokens // 20) if tokens else 0
-
-
-def _covers(
-    positions: list[Position], index: dict[tuple[int, ...], int], log_probs: Tensor
-) -> tuple[list[Cover], Tensor]:
-    """The ways to read each text's end, and their weights ``(distributions, covers)``.
-
-    A cover that starts ``back`` tokens before the end weighs what the calibrator gave to the
-    tokens from the start of the word up to there (Vieira et al. 2024; Hayase et al. 2025).
-    """
-    covers: list[Cover] = []
-    gather: list[list[tuple[int, int]]] = []
-    for row, position in enumerate(positions):
-        depth = len(position.word)
-        steps: list[tuple[int, int]] = []
-        for back in range(depth, -1, -1):
-            cut = len(position.path) - back
-            prefix = position.path[:cut]
-            remainder = b"".join(position.word[depth - back :]) + position.pending
-            covers.append(Cover(row, index[prefix], remainder))
-            gather.append(list(steps))
-            if back:
-                steps.append((index[prefix], position.path[cut]))
-    longest = max(map(len, gather))
-    if longest == 0:
-        return covers, log_probs.new_ones(len(log_probs), len(covers))
-    # The ragged lists are filled up with an entry that is masked.
-    where = torch.tensor([[p for p, _ in g] + [0] * (longest - len(g)) for g in gather])
-    token = torch.tensor([[t for _, t in g] + [0] * (longest - len(g)) for g in gather])
-    used = torch.tensor([[True] * len(g) + [False] * (longest - len(g)) for g in gather])
-    device = log_probs.device
-    steps_in = log_probs[:, where.to(device), token.to(device)].masked_fill(~used.to(device), 0.0)
-    weights = steps_in.sum(-1)
-    # Only proportions within a row count: without its largest weight, none underflows.
-    row_of = torch.tensor([cover.row for cover in covers], device=device).expand_as(weights)
-    largest = weights.new_full((len(weights), len(positions)), -torch.inf)
-    largest = largest.scatter_reduce(1, row_of, weights, "amax")
-    return covers, (weights - largest.gather(1, row_of)).exp()

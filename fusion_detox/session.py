@@ -1,4 +1,4 @@
-"""A calibrator's log-probs after any texts, with a KV cache that is only a memo."""
+"""A calibrator's log-probs or hidden states after any texts, with a KV cache as a mere memo."""
 
 from __future__ import annotations
 
@@ -72,20 +72,38 @@ class CalibratorSession:
             ``(distributions, len(prefixes), vocabulary_size)`` in float32 on the session's device:
             the clean distribution, then the reference's if there is one.
         """
+        return self._ask(prefixes, hidden=False)
+
+    def hidden(self, prefixes: Sequence[Ids]) -> Tensor:
+        """Last hidden states after each prefix: what the output layer makes its logits of.
+
+        Args:
+            prefixes: As in ``log_probs``.
+
+        Returns:
+            ``(distributions, len(prefixes), width)`` in float32, otherwise as ``log_probs``.
+
+        Raises:
+            ModelError: A model names no output layer.
+        """
+        return self._ask(prefixes, hidden=True)
+
+    def _ask(self, prefixes: Sequence[Ids], *, hidden: bool) -> Tensor:
         texts = [self._window(prefix) for prefix in prefixes]
         with self._lock, plain_mode(self._device):
+            memo = self._hidden_memo if hidden else self._memo
             found: dict[Ids, _Entry] = {}
             missing = set()
             for text in texts:
-                entry = self._memo.get(text)
+                entry = memo.get(text)
                 if entry is None:
                     missing.add(text)
                 else:
                     found[text] = entry
             paths = split_into_paths(missing)
             for start in range(0, len(paths), self._max_rows):
-                found.update(self._run(paths[start : start + self._max_rows]))
-            self._memo.trim(max(_MEMO_ENTRIES, 8 * len(found)), _MEMO_BYTES)
+                found.update(self._run(paths[start : start + self._max_rows], memo))
+            memo.trim(max(_MEMO_ENTRIES, 8 * len(found)), _MEMO_BYTES)
             return self._gather([found[text] for text in texts])
 
     def reset(self) -> None:
@@ -95,7 +113,7 @@ class CalibratorSession:
             self._decoder.resize(0)
 
     def _forget(self) -> None:
-        self._memo = _Memo()
+        self._memo, self._hidden_memo = _Memo(), _Memo()
         self._planner = Planner(self._max_rows)
         self._allocated = 0
 
@@ -107,7 +125,7 @@ class CalibratorSession:
         start = -(-excess // stride) * stride
         return (self._calibrator.bos_id, *prefix[start:])
 
-    def _run(self, wanted: list[Path]) -> Iterator[tuple[Ids, _Entry]]:
+    def _run(self, wanted: list[Path], memo: _Memo) -> Iterator[tuple[Ids, _Entry]]:
         planner = self._planner
         plan = planner.plan(wanted)
         if self._allocated != len(planner):
@@ -117,15 +135,20 @@ class CalibratorSession:
             self._decoder.copy(*copied)
         texts = {row.slot: path.text for row, path in zip(plan.rows, wanted, strict=True)}
         for rows in _batches(plan.rows):
-            logits = self._decoder.logits(rows)[..., : self._calibrator.vocabulary_size]
-            block = _Block(torch.log_softmax(logits, -1, dtype=torch.float32))
+            block = _Block(self._values(rows, memo is self._hidden_memo))
             for row in rows:
                 planner.hold(row.slot, plan.texts[row.slot])
             asked = [texts[row.slot][: row.start + at + 1] for row in rows for at in row.asked]
             for column, text in enumerate(asked):
                 entry = _Entry(block, column)
-                self._memo.put(text, entry)
+                memo.put(text, entry)
                 yield text, entry
+
+    def _values(self, rows: list[Row], hidden: bool) -> Tensor:
+        if hidden:
+            return self._decoder.hidden(rows).float()
+        logits = self._decoder.logits(rows)[..., : self._calibrator.vocabulary_size]
+        return torch.log_softmax(logits, -1, dtype=torch.float32)
 
     def _gather(self, entries: list[_Entry]) -> Tensor:
         """A tensor of the caller's own."""
@@ -172,7 +195,7 @@ def _count(row: Row) -> int:
 
 
 class _Block:
-    """Log-probs of one forward pass, ``(distributions, asked, vocab)``."""
+    """What one forward pass gave, ``(distributions, asked, vocab)`` or ``width``."""
 
     def __init__(self, values: Tensor) -> None:
         self.values = values
@@ -185,7 +208,7 @@ class _Entry(NamedTuple):
 
 
 class _Memo:
-    """The log-probs that were asked for last, by text.
+    """What was asked for last, by text.
 
     A block's memory is free once none of its columns is kept, and counts as long.
     """

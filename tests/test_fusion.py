@@ -127,11 +127,22 @@ def test_product_and_mixture_are_their_definitions() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        FusionConfig(strength=4.0, clip=math.inf),
+        FusionConfig(rule="product", strength=1.0, plausibility=0.0),
+        FusionConfig(rule="mixture", strength=1.0, plausibility=1e-3),
+    ],
+    ids=["contrast", "product", "mixture"],
+)
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 10_000), budget=st.floats(0.001, 1.0))
-def test_kl_budget_holds_at_every_step_and_is_used_up(seed: int, budget: float) -> None:
+def test_kl_budget_holds_at_every_step_and_is_used_up(
+    config: FusionConfig, seed: int, budget: float
+) -> None:
     scores, clean, reference, mapped = case(seed)
-    config = FusionConfig(strength=4.0, kl_budget=budget, clip=math.inf)
+    config = config.replace(kl_budget=budget)
     target = torch.log_softmax(scores, -1)
     spent = kl_divergence(fuse(scores, clean, reference, mapped, config), target)
     free = kl_divergence(
@@ -163,11 +174,13 @@ def test_dtype_is_kept(dtype: torch.dtype) -> None:
         ({"strength": math.nan}, "strength must be a number at least 0, but is nan"),
         ({"strength": "big"}, "but is 'big'"),
         ({"rule": "mixture", "strength": 1.5}, "at most 1 .rule 'mixture'., but is 1.5"),
-        ({"rule": "sum"}, "rule must be one of contrast, product, mixture, not 'sum'"),
+        (
+            {"rule": "sum"},
+            "rule must be one of contrast, product, mixture, aligned, aligned_contrast, not 'sum'",
+        ),
         ({"plausibility": 2}, "plausibility must be a number at least 0 and at most 1"),
         ({"clip": 0}, "clip must be a number above 0, but is 0"),
         ({"kl_budget": 0}, "kl_budget must be a number above 0, but is 0"),
-        ({"rule": "product", "kl_budget": 0.1}, "kl_budget holds for the rule 'contrast' only"),
         ({"outside": "drop"}, "outside must be 'keep' or 'remove', not 'drop'"),
         ({"stength": 1}, "unknown fusion settings: stength; known are rule, strength"),
     ],

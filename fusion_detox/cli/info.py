@@ -53,6 +53,7 @@ def info(
 
 def describe(calibrator: Calibrator, name: str) -> dict[str, Any]:
     """What a calibrator is, as JSON-ready values."""
+    from fusion_detox.alignment_files import describe_alignments
     from fusion_detox.calibrator import find_calibrator
 
     folder = find_calibrator(name)
@@ -67,6 +68,7 @@ def describe(calibrator: Calibrator, name: str) -> dict[str, Any]:
         "context_length": calibrator.context_length,
         "fusion": calibrator.config.to_dict(),
         "training": calibrator.record,
+        "alignments": describe_alignments(calibrator),
     }
 
 
@@ -122,6 +124,7 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("context", f"{facts['context_length']} tokens"),
         ("recommended", ", ".join(f"{k} {_value(v)}" for k, v in facts["fusion"].items())),
     ]
+    lines += [("alignment", _alignment(row)) for row in facts["alignments"]]
     lines += [(f"training: {name}", text) for name, text in _flat(facts["training"])]
     if "map" in facts:
         found = facts["map"]
@@ -132,6 +135,17 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
             ("build time", f"{found['build_seconds']:.2f} s"),
         ]
     return lines
+
+
+def _alignment(row: dict[str, Any]) -> str:
+    if "error" in row:
+        return str(row["error"])
+    report = row["report"]
+    return (
+        f"{report['target']}: {row['config']['embeddings']} embeddings, "
+        f"{report['common_tokens']:,} common tokens, retrieval at 1 "
+        f"{report['to_target']['at_1']:.1%}, {row['folder']}"
+    )
 
 
 def _flat(record: dict[str, Any]) -> list[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from transformers import DynamicCache
 
 from fusion_detox.decoders.slots import Decoder, Row, SlotStore
 from fusion_detox.errors import ModelError
+from fusion_detox.head_inputs import head_inputs
 from fusion_detox.loading import logits_width
 
 if TYPE_CHECKING:
@@ -60,6 +62,15 @@ class GenericDecoder(Decoder):
             model.store.copy(source, target, start, stop)
 
     def logits(self, rows: Sequence[Row]) -> Tensor:  # noqa: D102
+        rows = self._fed(rows)
+        return torch.stack([model.forward(rows) for model in self._models])
+
+    def hidden(self, rows: Sequence[Row]) -> Tensor:  # noqa: D102
+        rows = self._fed(rows)
+        return torch.stack([model.forward(rows, hidden=True) for model in self._models])
+
+    def _fed(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """Rows that ask for few different offsets; what comes before those is fed."""
         if len({offset for row in rows for offset in row.asked}) > _MOST_OFFSETS:
             # The head runs at the same offsets of all rows: first feed what comes before them.
             before = [row._replace(tokens=row.tokens[: row.asked[0]], asked=()) for row in rows]
@@ -67,7 +78,7 @@ class GenericDecoder(Decoder):
             for model in self._models:
                 model.forward(before)
             rows = [_rest(row) for row in rows]
-        return torch.stack([model.forward(rows) for model in self._models])
+        return rows
 
 
 class _CachedModel:
@@ -82,21 +93,21 @@ class _CachedModel:
         self._bridges = True
         self.store = _empty_store(self._model, context_length, device)
 
-    def forward(self, rows: Sequence[Row]) -> Tensor:
-        """``(asked, vocab)`` logits; the new columns go into the slots."""
+    def forward(self, rows: Sequence[Row], *, hidden: bool = False) -> Tensor:
+        """``(asked, vocab)`` logits, or hidden states; the new columns go into the slots."""
         if self._bridges:
-            return self._forward(rows)
+            return self._forward(rows, hidden)
         groups: dict[int, list[Row]] = {}
         for row in rows:
             groups.setdefault(row.start, []).append(row)
         found: dict[int, Tensor] = {}
         for group in groups.values():
             counts = [len(row.asked) for row in group]
-            logits = torch.split(self._forward(group), counts)
+            logits = torch.split(self._forward(group, hidden), counts)
             found.update(zip([row.slot for row in group], logits, strict=True))
         return torch.cat([found[row.slot] for row in rows])
 
-    def _forward(self, rows: Sequence[Row]) -> Tensor:
+    def _forward(self, rows: Sequence[Row], hidden: bool) -> Tensor:
         held = max(row.start for row in rows)
         width = max(len(row.tokens) for row in rows)
         offsets = sorted({offset for row in rows for offset in row.asked})
@@ -114,21 +125,23 @@ class _CachedModel:
         if self._slices_logits:
             arguments["logits_to_keep"] = self._tensor(offsets or [0])
         cache = self._cache(rows, held)
-        output = self._model(
-            input_ids=self._tensor(ids),
-            attention_mask=self._tensor(mask),
-            past_key_values=cache,
-            use_cache=True,
-            **arguments,
-        )
+        with contextlib.ExitStack() as stack:
+            seen = stack.enter_context(head_inputs(self._model)) if hidden else []
+            output = self._model(
+                input_ids=self._tensor(ids),
+                attention_mask=self._tensor(mask),
+                past_key_values=cache,
+                use_cache=True,
+                **arguments,
+            )
         self._keep(cache, rows, held)
         place = {offset: index for index, offset in enumerate(offsets)}
         if not self._slices_logits:
             place = {offset: offset for offset in offsets}
         asked = [(i, place[offset]) for i, row in enumerate(rows) for offset in row.asked]
         chosen = self._tensor(asked).view(-1, 2)
-        logits: Tensor = output.logits
-        return logits[chosen[:, 0], chosen[:, 1]]
+        found: Tensor = seen[-1] if hidden else output.logits
+        return found[chosen[:, 0], chosen[:, 1]]
 
     def _cache(self, rows: Sequence[Row], held: int) -> DynamicCache:
         """The slots' leading columns, side by side."""

@@ -94,7 +94,7 @@ class SlotStore:
 
 
 class Decoder(ABC):
-    """Logits of one or two models at the ends of texts that live in slots.
+    """Logits, or last hidden states, of one or two models at the ends of texts in slots.
 
     Attributes:
         distributions: Number of models.
@@ -120,4 +120,12 @@ class Decoder(ABC):
         Returns:
             ``(distributions, asked, vocab)``; the asked positions of the first row, then those
             of the second and so on.
+        """
+
+    @abstractmethod
+    def hidden(self, rows: Sequence[Row]) -> Tensor:
+        """The same, but instead of logits what the output layer makes them of.
+
+        Returns:
+            ``(distributions, asked, width)`` last hidden states, after the final norm.
         """

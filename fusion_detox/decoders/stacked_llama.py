@@ -128,6 +128,7 @@ class StackedLlamaDecoder(Decoder):
         self._layers = [weights.layer(index) for index in range(config.num_hidden_layers)]
         self._head = weights.joined("", ["lm_head"], norm="model.norm")[:, :, :vocabulary_size]
         self._head = self._head.contiguous()
+        self._scale = weights.stack("model.norm.weight").to(dtype)[:, None]
         theta = torch.tensor(_rope(config)[1], dtype=torch.float32)
         exponents = torch.arange(0, self._head_dim, 2).float() / self._head_dim
         angles = torch.arange(context_length).float()[:, None] / theta**exponents
@@ -146,6 +147,13 @@ class StackedLlamaDecoder(Decoder):
         self._store.copy(source, target, start, stop)
 
     def logits(self, rows: Sequence[Row]) -> Tensor:  # noqa: D102
+        return torch.bmm(self._normed(rows), self._head)
+
+    def hidden(self, rows: Sequence[Row]) -> Tensor:  # noqa: D102
+        return self._normed(rows) * self._scale
+
+    def _normed(self, rows: Sequence[Row]) -> Tensor:
+        """``(models, asked, width)``, without the final norm's scale, which is in the head."""
         at = self._layout(rows)
         hidden = self._embeddings.index_select(1, at.ids)  # (models, tokens, width)
         size = (hidden.shape[-1],)
@@ -165,7 +173,7 @@ class StackedLlamaDecoder(Decoder):
             if layer.down_bias is not None:
                 hidden = hidden + layer.down_bias
             hidden = torch.baddbmm(hidden, self._activation(gate) * up, layer.down)
-        return torch.bmm(F.rms_norm(hidden, size, None, self._epsilon), self._head)
+        return F.rms_norm(hidden, size, None, self._epsilon)
 
     def _attention(
         self, layer: int, qkv: Tensor, at: _Layout, cosine: Tensor, sine: Tensor
