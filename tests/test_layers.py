@@ -10,11 +10,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1] / "fusion_detox"
 # Each layer imports from those above it and from its own, never from those below.
 LAYERS = (
-    ("errors",),
+    ("errors", "lazy", "differences", "json_lines", "refusals", "versions", "whole_file"),
     ("config",),
-    ("loading", "tokens"),
+    ("loading", "tokens", "head_inputs", "data_files"),
     ("vocabulary", "calibrator", "card", "shipped"),
-    ("context", "session", "decoders"),
+    ("context", "session", "decoders", "alignment", "target_head"),
     ("fusion",),
     ("processor",),
     ("training", "scoring", "generation", "explain"),

@@ -46,11 +46,13 @@ def test_settings_are_light():
         ["demo", "--help"],
         ["generate", "--help"],
         ["train-calibrator", "--help"],
+        ["finetune", "--help"],
         ["info", "--help"],
         ["evaluate", "--help"],
         ["rescore", "--help"],
         ["compare", "--help"],
         ["tune", "--help"],
+        ["make-negatives", "--help"],
     ],
 )
 def test_help_is_light_and_quick(arguments):

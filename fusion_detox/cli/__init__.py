@@ -15,12 +15,15 @@ from typing import Annotated
 import typer
 
 from fusion_detox.cli import (
+    align,
     compare,
     demo,
     evaluate,
+    finetune,
     generate,
     info,
     lm_eval,
+    make_negatives,
     rescore,
     train_calibrator,
     tune,
@@ -38,8 +41,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for _command in (
-    *(demo, generate, train_calibrator, info),
-    *(evaluate, rescore, compare, tune, lm_eval),
+    *(demo, generate, train_calibrator, finetune, info),
+    *(evaluate, rescore, compare, tune, lm_eval, make_negatives, align),
 ):
     _command.register(app)
 

@@ -2,25 +2,46 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fusion_detox.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from fusion_detox.training.contrastive_settings import ContrastiveConfig
     from fusion_detox.training.corpus import Columns, Condition
+    from fusion_detox.training.finetune_recipe import finetune
+    from fusion_detox.training.finetune_settings import FinetuneConfig
+    from fusion_detox.training.negatives.run import make_negatives
+    from fusion_detox.training.pairs import ParaphraseSet, read_pairs
     from fusion_detox.training.recipe import train_calibrator
     from fusion_detox.training.settings import TrainingConfig
 
-__all__ = ["Columns", "Condition", "TrainingConfig", "train_calibrator"]
+__all__ = [
+    "Columns",
+    "Condition",
+    "ContrastiveConfig",
+    "FinetuneConfig",
+    "ParaphraseSet",
+    "TrainingConfig",
+    "finetune",
+    "make_negatives",
+    "read_pairs",
+    "train_calibrator",
+]
 
-_HOMES = {
-    "Columns": "corpus",
-    "Condition": "corpus",
-    "train_calibrator": "recipe",
-    "TrainingConfig": "settings",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "Columns": "corpus",
+            "Condition": "corpus",
+            "ParaphraseSet": "pairs",
+            "make_negatives": "negatives.run",
+            "read_pairs": "pairs",
+            "ContrastiveConfig": "contrastive_settings",
+            "FinetuneConfig": "finetune_settings",
+            "finetune": "finetune_recipe",
+            "train_calibrator": "recipe",
+            "TrainingConfig": "settings",
+        },
+    )

@@ -1,0 +1,131 @@
+"""``fusion-detox finetune``."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fusion_detox.cli.console import note, quiet_libraries
+from fusion_detox.cli.options import with_options
+from fusion_detox.training.contrastive_settings import ContrastiveConfig
+from fusion_detox.training.finetune_settings import FinetuneConfig
+
+_DATA = "Data"
+_MODEL = "Model"
+_EPILOG = """
+**Examples**
+
+    fusion-detox finetune gpt2 my-adapter --pairs pairs.jsonl
+
+    fusion-detox finetune gpt2 my-adapter --pairs pairs.jsonl --objective signed-margin
+    --general all.txt
+
+    torchrun --nproc-per-node 2 -m fusion_detox finetune gpt2 my-adapter --pairs pairs.jsonl
+    --objective dpo
+"""
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command to ``app``."""
+    contrast = with_options(ContrastiveConfig, into="contrast")
+    settings = with_options(FinetuneConfig, into="settings")
+    app.command("finetune", epilog=_EPILOG)(settings(contrast(finetune)))
+
+
+def finetune(
+    model: Annotated[
+        str, typer.Argument(help="a causal language model: a folder or a hub id", metavar="MODEL")
+    ],
+    output: Annotated[Path, typer.Argument(help="adapter folder to write", metavar="OUT")],
+    settings: dict[str, Any],
+    contrast: dict[str, Any],
+    pairs: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="paraphrase sets: .jsonl with anchor, positives, negatives, as make-negatives "
+            "writes them, or ParaDetox or HH-RLHF rows; a file, a folder or a hub id; repeatable",
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
+    general: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="text of all kinds, from which the adapted model is to stray little; repeatable",
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
+    text_column: Annotated[
+        str, typer.Option(help="field of --general's text", rich_help_panel=_DATA)
+    ] = "text",
+    target_modules: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="linear module to adapt, such as q_proj; repeatable (else peft's choice)",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="of the base weights: float32, bfloat16", rich_help_panel=_MODEL),
+    ] = None,
+    four_bit: Annotated[
+        bool,
+        typer.Option(
+            "--four-bit",
+            help="base weights in four bits (bitsandbytes, CUDA)",
+            rich_help_panel=_MODEL,
+        ),
+    ] = False,
+    revision: Annotated[
+        str | None,
+        typer.Option(help="branch, tag or commit of a hub model", rich_help_panel=_MODEL),
+    ] = None,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="use downloaded files only", rich_help_panel=_MODEL)
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="replace an existing adapter or other work")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="print what was measured as one JSON object")
+    ] = False,
+) -> None:
+    """Fine-tune a model itself on paraphrase sets, as a LoRA adapter (arXiv 2401.08491).
+
+    A run that was killed goes on where it was when the same command is given again.
+    """
+    if not pairs:
+        raise typer.BadParameter("give a file of paraphrase sets", param_hint="--pairs")
+    config, contrastive = FinetuneConfig(**settings), ContrastiveConfig(**contrast)
+    from fusion_detox.training.corpus import Columns
+    from fusion_detox.training.finetune_recipe import finetune as train
+
+    with quiet_libraries():
+        folder = train(
+            model,
+            output,
+            pairs=pairs,
+            general=general or (),
+            columns=Columns(text_column),
+            config=config,
+            contrast=contrastive,
+            target_modules=target_modules or (),
+            dtype=dtype,
+            four_bit=four_bit,
+            revision=revision,
+            local_files_only=offline,
+            overwrite=overwrite,
+            command=shlex.join(["fusion-detox", *sys.argv[1:]]),
+        )
+    measured = json.loads((folder / "training.json").read_text(encoding="utf-8"))["held_out"]
+    if as_json:
+        typer.echo(json.dumps({"adapter": str(folder), **measured}))
+        return
+    for key, after in measured["after"].items():
+        note(f"{key}: {measured['before'][key]} -> {after}")
+    typer.echo(str(folder))

@@ -1,0 +1,42 @@
+"""Tiny models in folders, and synthetic paraphrase sets whose two kinds can be told apart."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+HARSH = ("idiot", "stupid", "damn")
+MILD = ("friend", "kind", "fine")
+PLACES = ("river", "school", "town", "house", "morning", "paper", "lunch", "weather", "year")
+
+
+def paraphrase_rows(count: int, *, seed: int = 0) -> list[dict[str, Any]]:
+    """Rows of ``read_pairs``: the same sentence with a mild word, or with a harsh one."""
+    rng = random.Random(seed)
+    rows = []
+    for number in range(count):
+        one, other = rng.sample(PLACES, 2)
+        frame = f"The {{}} {one} and the {other} {number} were {{}}."
+        rows.append(
+            {
+                "anchor": frame.format("old", "fine"),
+                "positives": [frame.format(a, b) for a in ("old", "new") for b in MILD],
+                "negatives": [frame.format(a, b) for a in ("old", "new") for b in HARSH],
+            }
+        )
+    return rows
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """As JSON Lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path) -> Path:
+    """A model folder as ``from_pretrained`` wants it."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
