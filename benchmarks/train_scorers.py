@@ -111,6 +111,16 @@ def harmless(texts: Sequence[str], rng: random.Random) -> list[str]:
     return chosen
 
 
+def naming() -> list[str]:
+    """Harmless sentences that name groups and places, twice each."""
+    return 2 * [
+        sentence.format(name)
+        for names, frames in ((PEOPLE, NEUTRAL), (PLACES, NEUTRAL_PLACES))
+        for name in names
+        for sentence in frames
+    ]
+
+
 def write(path: Path, tensors: dict[str, NDArray[Any]], record: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
@@ -249,12 +259,7 @@ def main() -> None:
     human = read(args.work / "labels_b.jsonl")
     general = [row["text"] for row in read(args.work / "clean.jsonl") if row["source"] == "general"]
     plain = harmless(general, random.Random(SEED))
-    named = 2 * [
-        sentence.format(name)
-        for names, frames in ((PEOPLE, NEUTRAL), (PLACES, NEUTRAL_PLACES))
-        for name in names
-        for sentence in frames
-    ]
+    named = naming()
     texts = [row["text"] for row in human] + plain + named
     labels = np.array([int(row["toxic"]) for row in human] + [0] * (len(plain) + len(named)))
     rows = {"general": len(plain), "templates": len(named)}

@@ -32,6 +32,7 @@ _LICENSES = {
 _ELSEWHERE = {
     *("name", "command", "language", "license", "data", "data_files", "datasets", "base_model"),
     *("settings", "bits_per_byte", "evaluation", "versions", "curves", "fingerprint", "tuning"),
+    "continued_from",
 }
 
 
@@ -45,7 +46,8 @@ def render_card(facts: Mapping[str, Any]) -> str:
             or a list of them), ``license``, ``base_model``, ``data`` (objects such as ``{"name",
             "license"}``, with ``"hub": true`` for a hub data set), ``data_files`` (per role,
             objects with ``name``, ``bytes``, ``sha256``), ``settings``, ``bits_per_byte``,
-            ``versions``, ``evaluation``, ``tuning`` (see ``tune``) and any other short value.
+            ``versions``, ``evaluation``, ``tuning`` (see ``tune``), ``continued_from`` (the record
+            of the calibrator that training went on from) and any other short value.
     """
     record = facts["record"]
     settings = facts["calibrator"]["fusion"]
@@ -157,6 +159,8 @@ def _training(record: Mapping[str, Any]) -> str:
         parts.append("### Bits per byte\n\nLower is better.\n\n" + _records(rows))
     if isinstance(record.get("versions"), Mapping):
         parts.append("Versions: " + _value(record["versions"]) + ".")
+    if earlier := _mapping(record.get("continued_from")):
+        parts.append("### Before that\n\n" + _training(earlier).replace("\n### ", "\n#### "))
     return "\n\n".join(parts)
 
 

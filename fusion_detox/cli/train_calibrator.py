@@ -13,6 +13,7 @@ import typer
 from fusion_detox.cli.console import quiet_libraries
 from fusion_detox.cli.options import with_options
 from fusion_detox.errors import DataError, DataFileError
+from fusion_detox.training.contrastive_settings import ContrastiveConfig
 from fusion_detox.training.settings import TrainingConfig
 
 _DATA = "Data"
@@ -23,6 +24,9 @@ _EPILOG = """
 
     fusion-detox train-calibrator my-calibrator --base gpt2 --clean clean.txt --general all.txt
 
+    fusion-detox train-calibrator my-calibrator --calibrator english-16k --pairs pairs.jsonl
+    --clean clean.txt --objective likelihood-ratio
+
     torchrun --nproc-per-node 4 -m fusion_detox train-calibrator my-calibrator --general posts.jsonl
     --clean-where label=neutral,neither
 """
@@ -30,14 +34,15 @@ _EPILOG = """
 
 def register(app: typer.Typer) -> None:
     """Adds the command to ``app``."""
-    app.command("train-calibrator", epilog=_EPILOG)(
-        with_options(TrainingConfig, into="settings")(train_calibrator)
-    )
+    contrast = with_options(ContrastiveConfig, into="contrast")
+    settings = with_options(TrainingConfig, into="settings")
+    app.command("train-calibrator", epilog=_EPILOG)(settings(contrast(train_calibrator)))
 
 
 def train_calibrator(
     output: Annotated[Path, typer.Argument(help="calibrator folder to write")],
     settings: dict[str, Any],
+    contrast: dict[str, Any],
     general: Annotated[
         list[str] | None,
         typer.Option(
@@ -71,10 +76,35 @@ def train_calibrator(
             help="causal language model to start from, by path or hub id (else from scratch)"
         ),
     ] = None,
+    init_from: Annotated[
+        str | None,
+        typer.Option(
+            help="take the first layers, embeddings and head of this one, by path or hub id",
+            metavar="MODEL",
+        ),
+    ] = None,
+    keep_layers: Annotated[
+        int | None, typer.Option(help="how many of its layers (default: 3)", min=1)
+    ] = None,
+    calibrator: Annotated[
+        str | None,
+        typer.Option(
+            help="go on from this one, by shipped name, folder or hub id, with a contrastive "
+            "--objective: its clean model is trained further, its reference is kept"
+        ),
+    ] = None,
     tokenizer: Annotated[
         str | None,
         typer.Option(
             help="tokenizer of a model from scratch, by path or hub id (else trained here)"
+        ),
+    ] = None,
+    pairs: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="paraphrase sets for a contrastive --objective: .jsonl with anchor, positives, "
+            "negatives, as make-negatives writes them, or ParaDetox or HH-RLHF rows; repeatable",
+            rich_help_panel=_DATA,
         ),
     ] = None,
     text_column: Annotated[str, typer.Option(rich_help_panel=_DATA)] = "text",
@@ -119,10 +149,15 @@ def train_calibrator(
             general=general or (),
             reference_data=reference_data or (),
             base=base,
+            init_from=init_from,
+            keep_layers=keep_layers,
+            calibrator=calibrator,
             tokenizer=tokenizer,
             columns=Columns(text_column, prompt_column, completion_column, domain_column),
             clean_where=clean_where or (),
+            pairs=pairs or (),
             config=TrainingConfig(**settings),
+            contrast=ContrastiveConfig(**contrast),
             fusion=None if fusion is None else FusionConfig.from_dict(_read_json(fusion)),
             notes=None if notes is None else _read_json(notes),
             overwrite=overwrite,

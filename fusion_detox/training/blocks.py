@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fusion_detox.errors import TrainingError
 from fusion_detox.training.corpus import Document
 from fusion_detox.training.loss import IGNORED
 
@@ -216,3 +217,15 @@ def _draw(rng: random.Random, pool: Sequence[Item], count: int) -> list[Item]:
     while len(drawn) < count and pool:
         drawn += rng.sample(pool, min(len(pool), count - len(drawn)))
     return drawn
+
+
+def start_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that a text begins with: BOS, or EOS where there is none.
+
+    Raises:
+        TrainingError: There is neither.
+    """
+    for found in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if isinstance(found, int):
+            return found
+    raise TrainingError("the tokenizer has neither a BOS nor an EOS token to begin a text with")

@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 import logging
-import random
 import shutil
 import sys
 import time
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from fusion_detox.calibrator import Calibrator
 from fusion_detox.config import FusionConfig
-from fusion_detox.errors import DataError, MissingExtraError, TrainingError
-from fusion_detox.tokens import TokenTable
-from fusion_detox.training.blocks import Blocks, Streams, pack, paired_streams, tokenize
+from fusion_detox.errors import MissingExtraError, TrainingError
+from fusion_detox.training.blocks import start_id
+from fusion_detox.training.contrastive_settings import ContrastiveConfig
 from fusion_detox.training.corpus import Columns, Condition, Document, file_hashes, read_documents
+from fusion_detox.training.pairs import read_pairs
+from fusion_detox.training.request import (
+    Sources,
+    check_continuation,
+    check_objective,
+    check_request,
+    check_texts,
+    inherited,
+    reference_needed,
+)
 from fusion_detox.training.settings import TrainingConfig
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from fusion_detox.training.run import Splits
-    from fusion_detox.training.stage import HeldOut
+from fusion_detox.training.truncation import base_and_layers
+from fusion_detox.versions import installed_versions
 
 logger = logging.getLogger(__name__)
-Sources = Sequence[str | Path]
 
 
 def train_calibrator(
@@ -39,10 +42,15 @@ def train_calibrator(
     general: Sources = (),
     reference_data: Sources = (),
     base: str | Path | None = None,
+    init_from: str | Path | None = None,
+    keep_layers: int | None = None,
+    calibrator: str | Path | None = None,
     tokenizer: str | Path | None = None,
     columns: Columns | None = None,
     clean_where: Sequence[str] = (),
+    pairs: Sources = (),
     config: TrainingConfig | None = None,
+    contrast: ContrastiveConfig | None = None,
     fusion: FusionConfig | None = None,
     name: str | None = None,
     notes: dict[str, Any] | None = None,
@@ -59,6 +67,11 @@ def train_calibrator(
     training changed (arXiv 2506.01266 trains the clean model alone; DExperts, arXiv 2105.03023,
     takes a difference of two).
 
+    With a contrastive ``config.objective`` the clean model then learns from ``pairs``, wordings of
+    the same or continuations of one prompt, which of them to hold back (after arXiv 2401.08491).
+    The clean text, or without it the general text, is where it is kept close to the reference.
+    Without clean text that is all its training.
+
     A killed run goes on where it was when it is started again with the same arguments. Under
     ``torchrun`` or ``accelerate launch`` each step's blocks are spread over the processes.
 
@@ -68,11 +81,18 @@ def train_calibrator(
         general: Text of all kinds.
         reference_data: Trains the reference on this instead, for example on toxic text.
         base: A causal language model by path or hub id to start from, in place of scratch.
+        init_from: A larger one of which the first layers, embeddings, final norm and head are
+            taken, likewise (arXiv 2506.01266).
+        keep_layers: How many of its layers, 3 by default.
+        calibrator: One to go on from, a shipped name, folder or hub id: its clean model is trained
+            by the contrastive objective, its reference is kept.
         tokenizer: A tokenizer by path or hub id for a model from scratch, such as the target's
             own; one is trained by default.
         columns: Which fields hold text, prompts and completions.
         clean_where: Conditions like ``"label=neutral"`` on the rows of the clean text.
-        config: Sizes, steps and seed.
+        pairs: Paraphrase sets for a contrastive objective, as ``read_pairs`` reads them.
+        config: Sizes, steps, objective and seed.
+        contrast: Settings of the contrastive objective.
         fusion: Recommended fusion settings, written into the card.
         name: Name on the card; the folder's name by default.
         notes: Facts for the record and the card, such as ``{"language": "en", "data": [...]}``.
@@ -90,74 +110,99 @@ def train_calibrator(
         from accelerate import PartialState
     except ImportError as error:
         raise MissingExtraError("accelerate", "train") from error
+    from fusion_detox.training import text_blocks
+    from fusion_detox.training.contrast_stage import ContrastStage, ContrastText, split_sets
     from fusion_detox.training.run import Run, claim
 
     config, columns = config or TrainingConfig(), columns or Columns()
+    contrast = contrast or ContrastiveConfig()
     output = Path(output).expanduser()
     work = output.with_name(output.name + ".training")
-    _check_request(clean, general, base, tokenizer, clean_where)
+    base, keep_layers = base_and_layers(base, init_from, keep_layers)
+    contrastive = check_objective(config, pairs)
+    has_clean = bool(clean or (general and clean_where))
+    if calibrator is not None:
+        check_continuation(contrastive, general, reference_data, base, tokenizer)
+    else:
+        check_request(has_clean or contrastive, general, base, tokenizer)
     if output.exists() and not overwrite:
         raise TrainingError(
             f"{output} exists already: choose another folder, or replace it with --overwrite"
         )
+    old = None if calibrator is None else Calibrator.from_pretrained(calibrator)
+    if old is not None and old.context_length < config.context_length:
+        raise TrainingError(
+            f"context_length {config.context_length} is more than the {old.context_length} tokens "
+            f"that the calibrator {calibrator} sees: lower it with --context-length"
+        )
 
     state = PartialState(cpu=config.device == "cpu")
-    if config.batch_size % state.num_processes:
-        raise TrainingError(
-            f"batch_size {config.batch_size} cannot be spread evenly over "
-            f"{state.num_processes} processes"
-        )
+    for name in ("batch_size", "anchors") if contrastive else ("batch_size",):
+        if getattr(config, name) % state.num_processes:
+            raise TrainingError(
+                f"{name} {getattr(config, name)} cannot be spread evenly over "
+                f"{state.num_processes} processes"
+            )
     run = Run(
-        config, base, tokenizer, work, state.num_processes, state.is_main_process, show_progress
+        config,
+        base if calibrator is None else calibrator,
+        tokenizer,
+        work,
+        state.num_processes,
+        state.is_main_process,
+        show_progress,
+        keep_layers,
     )
     conditions = [Condition.parse(text) for text in clean_where]
-    texts = {
+    texts: dict[str, list[Document]] = {
         "general": read_documents(general, columns) if general else [],
-        "clean": read_documents(clean or general, columns, conditions),
+        "clean": read_documents(clean or general, columns, conditions) if has_clean else [],
         "reference_data": read_documents(reference_data, columns) if reference_data else [],
     }
-    _check_texts(texts)
-    fingerprint = run.fingerprint(texts)
+    check_texts(texts)
+    sets, held_sets = split_sets(read_pairs(pairs) if pairs else [], config.held_out)
+    fingerprint = run.fingerprint(
+        {**texts, "pairs": [*sets, *held_sets]}, contrast.to_dict() if contrastive else {}
+    )
     with state.main_process_first():
         if state.is_main_process:
             claim(work, fingerprint, overwrite)
-    splits = {label: _split(documents, config.held_out) for label, documents in texts.items()}
-    with state.main_process_first():
-        start, words = run.start(splits)
-    byte_lengths = _byte_lengths(words)
-    bos_id = _bos_id(words)
+    splits = {
+        label: text_blocks.split(documents, config.held_out) for label, documents in texts.items()
+    }
+    if old is not None:
+        model, reference, words = old.clean, reference_needed(old), old.tokenizer
+    else:
+        with state.main_process_first():
+            model, words = run.start(splits)
+        reference = model
+    bos_id, lengths = start_id(words), text_blocks.byte_lengths(words)
     held_out = {
-        label: _held_out(words, bos_id, held, config.context_length, byte_lengths)
+        label: text_blocks.held_out(words, bos_id, held, config.context_length, lengths)
         for label, (_, held) in splits.items()
         if held
     }
     began = time.time()
-    if base is None:
-        start = run.stage(
-            "base",
-            start,
-            lambda: _base_blocks(words, bos_id, splits, config),
-            held_out,
-            steps=config.base_steps,
-            fork=False,
-        )
-    reference_label = "reference_data" if reference_data else "general"
-    streams = _fork_streams(words, bos_id, splits, reference_label, config)
-    state.wait_for_everyone()
-    reference = start
-    if streams.reference is not streams.clean:
-        reference = run.stage("reference", start, lambda: streams.reference, held_out, fork=True)
-    else:
-        logger.warning(
-            "no general text given: the base model itself is the reference, so the difference "
-            "also holds what the domain of the clean text changed"
-        )
-    model = run.stage("clean", start, lambda: streams.clean, held_out, fork=True)
+    if old is None:
+        model, reference = run.on_texts(model, words, bos_id, splits, held_out)
+    measured: dict[str, Any] = {}
+    if contrastive:
+        text = ContrastText(sets, held_sets, *splits["clean" if has_clean else "general"])
+        stage = ContrastStage(run, words, bos_id, text, contrast, reference)
+        before = stage.measure(model)
+        model = run.stage("contrast", model, stage)
+        measured = {
+            "objective": config.objective,
+            "contrast": contrast.to_dict(),
+            "paraphrase_sets": len(sets),
+            "held_out_sets": {"before": before, "after": stage.measure(model)},
+        }
 
     record = {
         "command": command or " ".join(sys.argv),
         "name": name or output.name,
-        "base_model": None if base is None else str(base),
+        "base_model": None if run.base is None else str(run.base),
+        **({} if keep_layers is None else {"kept_layers": keep_layers}),
         "seed": config.seed,
         "settings": config.to_dict(),
         "data_files": {
@@ -166,6 +211,7 @@ def train_calibrator(
                 ("general", general),
                 ("clean", clean),
                 ("reference_data", reference_data),
+                ("pairs", pairs),
             )
             if sources
         },
@@ -179,126 +225,27 @@ def train_calibrator(
             }
             for label, text in held_out.items()
         },
+        **measured,
         "curves": run.curves(),
         "processes": state.num_processes,
         "seconds": round(time.time() - began),
-        "versions": _versions(),
+        "versions": installed_versions(
+            "fusion-detox", "torch", "transformers", "tokenizers", "accelerate"
+        ),
+        **({} if old is None else inherited(old.record)),
         **(notes or {}),
     }
-    calibrator = Calibrator(
+    made = Calibrator(
         model,
         reference,
         words,
-        config=fusion,
-        context_length=config.context_length,
+        config=fusion if fusion is not None or old is None else old.config,
+        context_length=config.context_length if old is None else old.context_length,
         record=record,
         name=name or output.name,
     )
     if state.is_main_process:
-        calibrator.save_pretrained(output, dtype=getattr(torch, config.save_dtype))
+        made.save_pretrained(output, dtype=getattr(torch, config.save_dtype))
         shutil.rmtree(work, ignore_errors=True)
     state.wait_for_everyone()
-    return calibrator
-
-
-def _check_request(
-    clean: Sources, general: Sources, base: Any, tokenizer: Any, where: Sequence[str]
-) -> None:
-    if not clean and not (general and where):
-        raise TrainingError(
-            "there is no clean text: give some, or general text and a condition that picks the "
-            "clean part of it, such as toxic=false"
-        )
-    if base is None and not general:
-        raise TrainingError("without a base model, general text is needed to train one from")
-    if base is not None and tokenizer is not None:
-        raise TrainingError("a base model brings its own tokenizer: give one or the other")
-
-
-def _check_texts(texts: dict[str, list[Document]]) -> None:
-    general = {d.key for d in texts["general"]}
-    clean = {d.key for d in texts["clean"]}
-    if general and general <= clean and not texts["reference_data"]:
-        raise DataError(
-            f"all {len(general)} general documents are clean documents too, so the two models "
-            "would learn the same: general text must also hold what is to be held back"
-        )
-
-
-def _split(documents: list[Document], share: float) -> tuple[list[Document], list[Document]]:
-    """Training and held-out documents, by content, so that a text is never on both sides."""
-    border = round(share * 16**6)
-    held = [d for d in documents if int(d.key[:6], 16) < border]
-    rest = [d for d in documents if int(d.key[:6], 16) >= border]
-    return (rest, held[:1500]) if rest else (documents, [])
-
-
-def _bos_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    for found in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if isinstance(found, int):
-            return found
-    raise TrainingError("the tokenizer has neither a BOS nor an EOS token to begin a text with")
-
-
-def _byte_lengths(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    pieces = TokenTable.from_tokenizer(tokenizer).pieces
-    return [0 if piece is None else len(piece) for piece in pieces]
-
-
-def _held_out(
-    tokenizer: PreTrainedTokenizerBase,
-    bos_id: int,
-    documents: list[Document],
-    length: int,
-    byte_lengths: list[int],
-) -> HeldOut:
-    from fusion_detox.training.stage import HeldOut
-
-    blocks = pack(tokenize(tokenizer, documents), bos_id, length)
-    keep = min(len(blocks), 200)
-    return HeldOut(blocks.take(range(keep)), byte_lengths)
-
-
-def _base_blocks(
-    tokenizer: PreTrainedTokenizerBase, bos_id: int, splits: Splits, config: TrainingConfig
-) -> Blocks:
-    documents = list({d.key: d for d in splits["general"][0]}.values())
-    random.Random(config.seed).shuffle(documents)
-    wanted = config.base_steps * config.batch_size
-    blocks = pack(tokenize(tokenizer, documents), bos_id, config.context_length)
-    if len(blocks) * 20 < wanted:
-        logger.warning("the general text is repeated %.0f times", wanted / len(blocks))
-    order = list(range(len(blocks)))
-    random.Random(config.seed).shuffle(order)
-    return blocks.take([order[i % len(order)] for i in range(wanted)])
-
-
-def _fork_streams(
-    tokenizer: PreTrainedTokenizerBase,
-    bos_id: int,
-    splits: Splits,
-    label: str,
-    config: TrainingConfig,
-) -> Streams:
-    reference, clean = splits[label][0], splits["clean"][0]
-    streams = paired_streams(
-        tokenizer,
-        bos_id,
-        reference or clean,
-        clean,
-        blocks=config.fork_steps * config.batch_size,
-        length=config.context_length,
-        contrast_share=config.contrast_share,
-        seed=config.seed + 1,
-    )
-    return streams if reference else Streams(streams.clean, streams.clean)
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": sys.version.split()[0]}
-    for package in ("fusion-detox", "torch", "transformers", "tokenizers", "accelerate"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    return made

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
 import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from accelerate import PartialState
 from transformers import (
@@ -26,16 +27,27 @@ from transformers import (
 from fusion_detox.errors import TrainingError
 from fusion_detox.loading import load_base, load_tokenizer
 from fusion_detox.training.blocks import Blocks
-from fusion_detox.training.corpus import Document
 from fusion_detox.training.settings import TrainingConfig
 from fusion_detox.training.stage import HeldOut, run_stage
+from fusion_detox.training.text_blocks import Splits, base_blocks, fork_streams
 from fusion_detox.training.tokenizer import train_tokenizer
+from fusion_detox.training.truncation import truncate
+from fusion_detox.whole_file import write_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-Splits = dict[str, tuple[list[Document], list[Document]]]
+Curve = list[dict[str, float | None]]
+Train = Callable[["PreTrainedModel", Path], Curve]
+
+
+class Keyed(Protocol):
+    """What a hash of its content stands for."""
+
+    @property
+    def key(self) -> str:
+        """The hash."""
 
 
 @dataclasses.dataclass
@@ -49,14 +61,18 @@ class Run:
     world_size: int
     is_main: bool
     show_progress: bool
+    keep_layers: int | None = None  # of the base; all by default
 
-    def fingerprint(self, texts: dict[str, list[Document]]) -> str:
+    def fingerprint(self, texts: Mapping[str, Sequence[Keyed]], contrast: dict[str, Any]) -> str:
         """A hash of all that decides the result."""
         # What does not change the weights may change between two starts of one run.
         free = ("device", "save_dtype", "save_every", "evaluate_every")
         settings = {k: v for k, v in self.config.to_dict().items() if k not in free}
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         digest.update(f"{self.base} {self.tokenizer}".encode())
+        if self.keep_layers is not None:
+            digest.update(f"first {self.keep_layers} layers".encode())
+        digest.update(json.dumps(contrast, sort_keys=True).encode())
         for label, documents in sorted(texts.items()):
             digest.update(label.encode())
             for document in documents:
@@ -67,7 +83,10 @@ class Run:
         """The model and tokenizer before any training here."""
         set_seed(self.config.seed)
         if self.base is not None:
-            return load_base(str(self.base))
+            model, words = load_base(str(self.base))
+            if self.keep_layers is not None:
+                model = truncate(model, self.keep_layers)
+            return model, words
         if self.tokenizer is not None:
             words = load_tokenizer(str(self.tokenizer))
             return self._scratch(words), words
@@ -101,42 +120,22 @@ class Run:
             )
         )
 
-    def stage(
-        self,
-        title: str,
-        start: PreTrainedModel,
-        blocks: Callable[[], Blocks],
-        held_out: dict[str, HeldOut],
-        *,
-        fork: bool,
-        steps: int | None = None,
-    ) -> PreTrainedModel:
+    def stage(self, title: str, start: PreTrainedModel, train: Train) -> PreTrainedModel:
         """Trains a copy of ``start``, or loads the result of an earlier run of this stage.
 
-        ``blocks`` is called only where there is training to do.
+        Args:
+            title: Of the stage and of its folder.
+            start: Not changed.
+            train: Trains a model in place, with its checkpoints in a folder, and returns a curve.
         """
         done = self.work / title / "done"
         if not done.exists():
             set_seed(self.config.seed)
-            model = copy.deepcopy(start)
-            scratch = self.base is None
-            rate = self.config.learning_rate or (2e-3 if scratch else 5e-5)
-            curve = run_stage(
-                title,
-                model,
-                blocks(),
-                held_out,
-                self.config,
-                self.work / title,
-                steps=self.config.fork_steps if steps is None else steps,
-                learning_rate=rate,
-                warmup_steps=0 if fork and scratch else self.config.warmup_steps,
-                decay=fork,
-                world_size=self.world_size,
-                show_progress=self.show_progress and self.is_main,
-            )
+            model: Any = copy.deepcopy(start)
+            model.requires_grad_(True)
+            curve = train(model, self.work / title)
             if self.is_main:
-                (self.work / title / "curve.json").write_text(json.dumps(curve))
+                write_whole(self.work / title / "curve.json", json.dumps(curve).encode())
                 model.config.use_cache = True  # Trainer turns it off
                 _publish(model.cpu(), done)
                 for checkpoint in (self.work / title).glob("checkpoint-*"):
@@ -145,7 +144,74 @@ class Run:
         loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(done)
         return loaded
 
-    def curves(self) -> dict[str, list[dict[str, float]]]:
+    def on_texts(
+        self,
+        start: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        bos_id: int,
+        splits: Splits,
+        held_out: dict[str, HeldOut],
+    ) -> tuple[PreTrainedModel, PreTrainedModel]:
+        """The stages of language modelling: base, then reference and clean model.
+
+        Returns:
+            The clean model and the reference; the base model twice where there is no clean text.
+        """
+        on_text = functools.partial(self.on_text, held_out=held_out)
+        base = start
+        if self.base is None:
+            blocks = functools.partial(base_blocks, tokenizer, bos_id, splits, self.config)
+            train = on_text("base", blocks, fork=False, steps=self.config.base_steps)
+            base = self.stage("base", start, train)
+        if not splits["clean"][0]:
+            return base, base
+        label = "reference_data" if splits["reference_data"][0] else "general"
+        streams = fork_streams(tokenizer, bos_id, splits, label, self.config)
+        PartialState().wait_for_everyone()
+        reference = base
+        if streams.reference is not streams.clean:
+            train = on_text("reference", lambda: streams.reference, fork=True)
+            reference = self.stage("reference", base, train)
+        else:
+            logger.warning(
+                "no general text given: the base model itself is the reference, so the difference "
+                "also holds what the domain of the clean text changed"
+            )
+        clean = self.stage("clean", base, on_text("clean", lambda: streams.clean, fork=True))
+        return clean, reference
+
+    def on_text(
+        self,
+        title: str,
+        blocks: Callable[[], Blocks],
+        held_out: dict[str, HeldOut],
+        *,
+        fork: bool,
+        steps: int | None = None,
+    ) -> Train:
+        """Language modelling, for :meth:`stage`; ``blocks`` is called only when it trains."""
+        scratch = self.base is None
+        rate = self.config.learning_rate or (2e-3 if scratch else 5e-5)
+
+        def train(model: PreTrainedModel, folder: Path) -> Curve:
+            return run_stage(
+                title,
+                model,
+                blocks(),
+                held_out,
+                self.config,
+                folder,
+                steps=self.config.fork_steps if steps is None else steps,
+                learning_rate=rate,
+                warmup_steps=0 if fork and scratch else self.config.warmup_steps,
+                decay=fork,
+                world_size=self.world_size,
+                show_progress=self.show_progress and self.is_main,
+            )
+
+        return train
+
+    def curves(self) -> dict[str, Curve]:
         """Loss and bits per byte over the steps of each stage."""
         return {
             file.parent.name: json.loads(file.read_text())

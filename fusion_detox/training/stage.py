@@ -3,35 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
-import shutil
-import signal
-import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import (
-    PrinterCallback,
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
 from fusion_detox.training.blocks import Blocks
+from fusion_detox.training.checkpoints import newest_checkpoint, step_of
 from fusion_detox.training.loss import IGNORED, bits_per_byte, summed_cross_entropy
 from fusion_detox.training.settings import TrainingConfig
+from fusion_detox.training.watch import Watch, interruptible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -94,95 +80,6 @@ class HeldOut:
         return bits_per_byte(total, self.bytes)
 
 
-class _Watch(TrainerCallback):
-    """Progress, held-out measurements, and a checkpoint before an interrupt takes effect."""
-
-    def __init__(
-        self, title: str, held_out: dict[str, HeldOut], config: TrainingConfig, show: bool
-    ) -> None:
-        self.held_out, self.config, self.interrupted = held_out, config, False
-        self.curve: list[dict[str, float]] = []
-        self.progress = Progress(
-            TextColumn(f"{title:<10}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[speed]}"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            console=Console(stderr=True),
-            disable=not show,
-        )
-        self.task = self.progress.add_task(title, total=None, speed="", numbers="")
-        self.numbers: dict[str, str] = {}
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        self.started, self.first = time.monotonic(), state.global_step
-        self.progress.update(self.task, total=state.max_steps, completed=state.global_step)
-        self.progress.start()
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        if logs and "loss" in logs:
-            self.curve.append({"step": state.global_step, "loss": logs["loss"]})
-            self.numbers["loss"] = f"{logs['loss']:.3f}"
-
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: torch.nn.Module | None = None,
-        **_: Any,
-    ) -> None:
-        step, last = state.global_step, state.global_step == state.max_steps
-        if (step % self.config.evaluate_every == 0 or last) and state.is_world_process_zero:
-            assert model is not None
-            plain = getattr(model, "module", model)
-            entry: dict[str, float] = {"step": step}
-            for name, text in self.held_out.items():
-                entry[f"{name}_bits_per_byte"] = round(
-                    text.bits_per_byte(plain, self.config.precision), 4
-                )
-                self.numbers[f"{name} bits/byte"] = f"{entry[f'{name}_bits_per_byte']:.3f}"
-            self.curve.append(entry)
-        rate = (step - self.first) / max(time.monotonic() - self.started, 1e-9)
-        shown = "  ".join(f"{name} {value}" for name, value in self.numbers.items())
-        self.progress.update(self.task, completed=step, speed=f"{rate:.2f} steps/s", numbers=shown)
-        if self.interrupted:
-            control.should_save = control.should_training_stop = True
-
-    def on_train_end(self, *_: Any, **__: Any) -> None:
-        self.progress.stop()
-
-
-@contextlib.contextmanager
-def _interruptible(watch: _Watch) -> Iterator[None]:
-    """The first Ctrl-C saves a checkpoint and stops; a second one stops at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def ask(*_: Any) -> None:
-        if watch.interrupted:
-            raise KeyboardInterrupt
-        watch.interrupted = True
-        logger.warning("stopping after this step, with a checkpoint (again: at once)")
-
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def run_stage(
     title: str,
     model: PreTrainedModel,
@@ -197,7 +94,7 @@ def run_stage(
     decay: bool,
     world_size: int,
     show_progress: bool,
-) -> list[dict[str, float]]:
+) -> list[dict[str, float | None]]:
     """Trains ``model`` in place and returns its loss curve.
 
     Checkpoints go to ``folder``; a run that finds a whole one there goes on from it, with the
@@ -228,7 +125,17 @@ def run_stage(
         dataloader_drop_last=True,
         average_tokens_across_devices=True,
     )
-    watch = _Watch(title, held_out, config, show_progress)
+    watch = Watch(
+        title,
+        lambda plain: {
+            f"{name}_bits_per_byte": round(text.bits_per_byte(plain, config.precision), 4)
+            for name, text in held_out.items()
+        },
+        every=config.evaluate_every,
+        shown=tuple(f"{name}_bits_per_byte" for name in held_out),
+        show=show_progress,
+        file=folder / "curve.json",
+    )
     trainer = StageTrainer(
         model=model,
         args=arguments,
@@ -237,42 +144,31 @@ def run_stage(
         callbacks=[watch],
     )
     trainer.precision = config.precision
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    checkpoint = _newest_checkpoint(folder)
-    curve_file = folder / "curve.json"
-    if checkpoint is not None:
-        logger.info("%s goes on from %s", title, checkpoint.name)
-        if curve_file.exists():
-            reached = int(checkpoint.name.rpartition("-")[2])
-            watch.curve = [e for e in json.loads(curve_file.read_text()) if e["step"] <= reached]
-    with _interruptible(watch):
-        try:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        finally:
-            watch.progress.stop()
-            if folder.exists() and trainer.is_world_process_zero():
-                curve_file.write_text(json.dumps(watch.curve))
-    if watch.interrupted:
-        raise KeyboardInterrupt
+    run_trainer(trainer, watch, folder)
     return watch.curve
 
 
-def _newest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint; what a kill left half-written is removed."""
-    numbered = sorted(
-        folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True
-    )
-    for checkpoint in numbered:
-        try:
-            json.loads((checkpoint / "trainer_state.json").read_text())
-            with safe_open(checkpoint / "model.safetensors", framework="pt") as weights:
-                weights.keys()
-            needed = ("optimizer.pt", "scheduler.pt")
-            if all((checkpoint / name).stat().st_size for name in needed):
-                return checkpoint
-        except (OSError, ValueError, SafetensorError):
-            pass
-        logger.warning("%s is incomplete and is not used", checkpoint)
-        shutil.rmtree(checkpoint, ignore_errors=True)
-    return None
+def run_trainer(
+    trainer: Trainer, watch: Watch, folder: Path, weights: str = "model.safetensors"
+) -> None:
+    """Trains, from the newest whole checkpoint of ``folder`` where there is one.
+
+    Args:
+        trainer: What trains.
+        watch: Its callback.
+        folder: Where it writes checkpoints.
+        weights: Name of the weights' file in a checkpoint.
+
+    Raises:
+        KeyboardInterrupt: After the checkpoint of an interrupted run has been written.
+    """
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    checkpoint = newest_checkpoint(folder, weights)
+    if checkpoint is not None:
+        logger.info("%s goes on from %s", watch.title, checkpoint.name)
+        watch.resume(step_of(checkpoint))
+    with interruptible(watch):
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if watch.interrupted:
+        raise KeyboardInterrupt

@@ -1,0 +1,162 @@
+"""The stage in which a calibrator's clean model learns from wordings side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainingArguments
+
+from fusion_detox.errors import DataError
+from fusion_detox.training.contrast_trainer import ContrastiveTrainer
+from fusion_detox.training.contrastive_batches import AnchorDraws, collate, encode_sets
+from fusion_detox.training.contrastive_measure import HeldOutAnchors
+from fusion_detox.training.contrastive_settings import ContrastiveConfig
+from fusion_detox.training.pairs import ParaphraseSet
+from fusion_detox.training.stage import run_trainer
+from fusion_detox.training.text_blocks import byte_lengths, steady_blocks
+from fusion_detox.training.watch import Watch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from fusion_detox.training.corpus import Document
+    from fusion_detox.training.run import Run
+
+_MOST_ANCHORS, _MOST_BLOCKS = 300, 100
+
+
+@dataclasses.dataclass(frozen=True)
+class ContrastText:
+    """What the stage learns from: paraphrase sets, and text on which the model is to stay as it is.
+
+    Each without and with what is only measured.
+    """
+
+    sets: list[ParaphraseSet]
+    held_sets: list[ParaphraseSet]
+    steady: list[Document]
+    held_steady: list[Document]
+
+
+class ContrastStage:
+    """Trains a clean model by a contrastive objective, against a frozen reference.
+
+    Args:
+        run: The training run.
+        tokenizer: Of both models.
+        bos_id: What a text begins with.
+        text: What to learn from.
+        contrast: The objective's settings.
+        reference: What KL divergence and likelihood ratio are measured against: the difference from
+            it is what fusion applies.
+
+    Raises:
+        DataError: There is no usable paraphrase set.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        tokenizer: PreTrainedTokenizerBase,
+        bos_id: int,
+        text: ContrastText,
+        contrast: ContrastiveConfig,
+        reference: PreTrainedModel,
+    ) -> None:
+        self._run, self._bos_id, self._contrast = run, bos_id, contrast
+        frozen: Any = reference
+        self._reference = frozen.eval().requires_grad_(False)
+        config = self._config = run.config
+        assert config.objective != "language-modelling"
+        self._objective = config.objective
+        encode = functools.partial(
+            encode_sets, tokenizer, bos_id=bos_id, context_length=config.context_length
+        )
+        self._sets = encode(text.sets)
+        if contrast.negatives and not any(one.negatives for one in self._sets):
+            raise DataError("no paraphrase set has a negative: give toxic wordings too")
+        _, kl_weight = contrast.anchor_weights(self._objective)
+        self._count = config.objective_steps * config.anchors
+        blocks = functools.partial(steady_blocks, tokenizer, bos_id, config=config)
+        self._steady = blocks(text.steady, self._count) if kl_weight else None
+        self.measure = HeldOutAnchors(
+            encode(text.held_sets[:_MOST_ANCHORS]) if text.held_sets else [],
+            blocks(text.held_steady, _MOST_BLOCKS),
+            byte_lengths(tokenizer),
+            batch=8,
+            autocast=config.precision != "float32",
+            base=self._reference,
+        )
+
+    def __call__(self, model: PreTrainedModel, folder: Path) -> list[dict[str, float | None]]:
+        """Trains ``model`` in place and returns its curve; goes on from a checkpoint there."""
+        config, run = self._config, self._run
+        arguments = TrainingArguments(
+            output_dir=str(folder),
+            max_steps=config.objective_steps,
+            per_device_train_batch_size=config.anchors // run.world_size,
+            learning_rate=config.objective_learning_rate,
+            lr_scheduler_type="linear",
+            warmup_steps=min(20, config.objective_steps // 2),
+            weight_decay=0.0,
+            adam_beta2=0.95,
+            max_grad_norm=config.max_gradient_norm,
+            use_cpu=config.device == "cpu" or not torch.cuda.is_available(),
+            logging_steps=10,
+            save_steps=config.save_every,
+            save_total_limit=2,
+            disable_tqdm=True,
+            report_to=[],
+            seed=config.seed,
+            data_seed=config.seed,
+            remove_unused_columns=False,
+            dataloader_drop_last=True,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            ddp_find_unused_parameters=False,
+        )
+        watch = Watch(
+            self._objective,
+            self.measure,
+            every=config.evaluate_every,
+            shown=("ratio_auc_within", "kl"),
+            show=run.show_progress and run.is_main,
+            file=folder / "curve.json",
+        )
+        draws = AnchorDraws(
+            self._sets,
+            self._count,
+            positives=self._contrast.positives,
+            negatives=self._contrast.negatives,
+            general=self._steady,
+            seed=config.seed,
+        )
+        trainer = ContrastiveTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=draws,
+            data_collator=functools.partial(collate, pad_id=self._bos_id),
+            callbacks=[watch],
+        )
+        trainer.precision = config.precision
+        trainer.objective, trainer.contrast = self._objective, self._contrast
+        trainer.base = self._reference
+        # Else a model that takes any keyword counts as one that scales its loss by tokens.
+        trainer.model_accepts_loss_kwargs = False
+        run_trainer(trainer, watch, folder)
+        return watch.curve
+
+
+def split_sets(
+    sets: Sequence[ParaphraseSet], share: float
+) -> tuple[list[ParaphraseSet], list[ParaphraseSet]]:
+    """Sets to learn from and sets to measure on, by content; equal ones count once."""
+    border = round(share * 16**6)
+    unique = {one.key: one for one in sets}
+    held = [one for key, one in unique.items() if int(key[:6], 16) < border]
+    rest = [one for key, one in unique.items() if int(key[:6], 16) >= border]
+    return (rest, held) if rest else (list(unique.values()), [])
