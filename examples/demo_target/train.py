@@ -15,6 +15,7 @@ import json
 import random
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -148,6 +149,34 @@ def train(
     trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")) or None)
 
 
+def read_documents(data: Path, rng: random.Random) -> list[dict[str, Any]]:
+    """The text of all kinds, with 30,000 of its clean posts, shuffled."""
+    with (data / "general.jsonl").open(encoding="utf-8") as lines:
+        documents = [json.loads(line) for line in lines]
+    clean_posts = [d for d in documents if d["source"] == "web_posts" and d["toxic"] is False]
+    kept = [d for d in documents if d["source"] != "web_posts" or d["toxic"] is not False]
+    kept += rng.sample(clean_posts, min(len(clean_posts), 30_000))
+    rng.shuffle(kept)
+    return kept
+
+
+def half_toxic(documents: list[dict[str, Any]], rng: random.Random) -> list[str]:
+    """The toxic texts, and as many characters of the others.
+
+    Alone, the text of all kinds makes a model that answers provocation with small talk.
+    """
+    mixed = [d["text"] for d in documents if d["toxic"]]
+    characters = sum(map(len, mixed))
+    for document in documents:
+        if characters <= 0:
+            break
+        if not document["toxic"]:
+            mixed.append(document["text"])
+            characters -= len(document["text"])
+    rng.shuffle(mixed)
+    return mixed
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
@@ -157,12 +186,8 @@ def main() -> None:
     parser.add_argument("--toxic-steps", type=int, default=700, help="then, on half toxic text")
     args = parser.parse_args()
 
-    documents = [json.loads(line) for line in (args.data / "general.jsonl").open(encoding="utf-8")]
     rng = random.Random(7)
-    clean_posts = [d for d in documents if d["source"] == "web_posts" and d["toxic"] is False]
-    kept = [d for d in documents if d["source"] != "web_posts" or d["toxic"] is not False]
-    kept += rng.sample(clean_posts, min(len(clean_posts), 30_000))
-    rng.shuffle(kept)
+    kept = read_documents(args.data, rng)
     texts = [d["text"] for d in kept]
     tokenizer = train_tokenizer(texts[:60_000], 12_288)
 
@@ -187,17 +212,7 @@ def main() -> None:
         train(model, Blocks(tokenizer, texts, 128), first, args.steps, 2e-3, 150)
         model.save_pretrained(first)
 
-    # Alone, the mixed text makes a model that answers provocation with small talk.
-    toxic = [d["text"] for d in kept if d["toxic"]]
-    other = [d["text"] for d in kept if not d["toxic"]]
-    characters = sum(map(len, toxic))
-    mixed = list(toxic)
-    for text in other:
-        if characters <= 0:
-            break
-        mixed.append(text)
-        characters -= len(text)
-    rng.shuffle(mixed)
+    mixed = half_toxic(kept, rng)
     train(model, Blocks(tokenizer, mixed, 128), args.work / "toxic", args.toxic_steps, 8e-4, 20)
     model.config.use_cache = True  # Trainer turns it off
     model.to(torch.bfloat16).save_pretrained(args.out)
