@@ -64,7 +64,7 @@ def build(family: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         )  # fmt: skip
     return GPTNeoXForCausalLM(
         GPTNeoXConfig(
-            vocab_size=len(tokenizer), hidden_size=192, num_hidden_layers=4, num_attention_heads=4,
+            vocab_size=len(tokenizer), hidden_size=256, num_hidden_layers=4, num_attention_heads=4,
             intermediate_size=768, max_position_embeddings=256, **ends,
         )
     )  # fmt: skip

@@ -1,9 +1,14 @@
-"""Train the shipped English calibrator with ``fusion-detox train-calibrator``.
+r"""Train the shipped English calibrator with ``fusion-detox train-calibrator``.
 
     python calibration_ckpts/prepare_english_data.py --data DATA --out WORK
-    python calibration_ckpts/train_english.py --data WORK --out calibration_ckpts/english-16k
+    python calibration_ckpts/train_english.py --data WORK --out WORK/english-16k-lm
+    python calibration_ckpts/prepare_english_pairs.py --data DATA --work WORK \
+        --calibrator WORK/english-16k-lm
+    python calibration_ckpts/train_english.py --data WORK --calibrator WORK/english-16k-lm \
+        --out calibration_ckpts/english-16k
 
-``--tokenizer TARGET`` trains the same recipe with another vocabulary, for comparison.
+The first run is language modelling alone, the second the contrastive stage on what the first wrote.
+``--tokenizer TARGET`` trains the first with another vocabulary, for comparison.
 """
 
 from __future__ import annotations
@@ -25,6 +30,11 @@ DATA = [
     ("SafeNLP (ToxiGen, Implicit Hate)", "MIT"),
 ]
 DOMAINS = {"web_posts": "posts", "general": "general"}
+PAIRS = (
+    "continuations of training prompts by the reference itself, graded by a TF-IDF classifier and "
+    "a network on sentence embeddings, both trained on the half of the human labels that the scorers "
+    "have not seen (calibration_ckpts/prepare_english_pairs.py)"
+)
 RECIPE = {
     "precision": "bfloat16",
     "base-steps": 1500,
@@ -35,11 +45,25 @@ RECIPE = {
 }
 
 
+CONTRAST = {
+    "precision": "bfloat16",
+    "objective": "likelihood-ratio",
+    "objective-steps": 800,
+    "anchors": 10,
+    "positives": 8,
+    "negatives": 8,
+    "held-out": 0.05,
+    "domain-column": "domain",
+    "clean-where": "toxic=false",
+}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tokenizer")
+    parser.add_argument("--calibrator", help="goes on from this one with the contrastive stage")
     parser.add_argument("--posts", type=int, default=45_000, help="clean posts to use")
     args, more = parser.parse_known_args()
 
@@ -70,11 +94,18 @@ def main() -> int:
             }
         )
     )
-    options = [f"--{name}={value}" for name, value in RECIPE.items()]
+    options = CONTRAST if args.calibrator else RECIPE
+    command = ["train-calibrator", str(args.out), *(f"--{k}={v}" for k, v in options.items())]
+    if args.calibrator:
+        notes.write_text(json.dumps({"pairs": PAIRS}))
+        pairs = args.data / "pairs.jsonl"
+        command += [f"--calibrator={args.calibrator}", f"--pairs={pairs}", f"--clean={corpus}"]
+    else:
+        command.append(f"--general={corpus}")
     if args.tokenizer:
-        options.append(f"--tokenizer={args.tokenizer}")
-    command = ["train-calibrator", str(args.out), f"--general={corpus}", f"--notes={notes}"]
-    return subprocess.call([sys.executable, "-m", "fusion_detox", *command, *options, *more])
+        command.append(f"--tokenizer={args.tokenizer}")
+    command += [f"--notes={notes}", *more]
+    return subprocess.call([sys.executable, "-m", "fusion_detox", *command])
 
 
 if __name__ == "__main__":

@@ -27,9 +27,10 @@ def decode_text(raw: bytes, path: Path) -> str:
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        number = raw.count(b"\n", 0, error.start) + 1
+        read = error.object  # without the byte order mark, unlike raw
+        number = read.count(b"\n", 0, error.start) + 1
         raise DataError(
-            f"{path} line {number}: byte 0x{raw[error.start]:02x} is not UTF-8; convert the file "
+            f"{path} line {number}: byte 0x{read[error.start]:02x} is not UTF-8; convert the file "
             "first, for example with iconv"
         ) from error
     if not text.strip():

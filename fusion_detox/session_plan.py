@@ -14,7 +14,7 @@ Ids = tuple[int, ...]
 _EXPENDABLE = 16
 _PARENTS = 4
 # Slots that so many calls have not used are taken before the store grows.
-_IDLE_CALLS = 64
+_IDLE_CALLS = 8
 
 
 class Path(NamedTuple):

@@ -1,12 +1,16 @@
-"""How files are written and compared: JSON Lines, whole files, settings that changed."""
+"""How files are read, written and compared: bytes, JSON Lines, whole files, changed settings."""
 
+import gzip
 import io
 import json
 
 import pytest
 
+from fusion_detox.data_files import decode_text
 from fusion_detox.differences import differences
+from fusion_detox.errors import DataError, DataFileError
 from fusion_detox.json_lines import append_row
+from fusion_detox.training.corpus import Columns, read_documents
 from fusion_detox.whole_file import write_whole
 
 
@@ -66,3 +70,21 @@ def test_differences_are_named_by_their_place():
         ("x", None, 4),
     ]
     assert list(differences(before, before)) == []
+
+
+def test_a_byte_order_mark_does_not_shift_the_byte_that_is_named(tmp_path):
+    """The decoder counts behind the mark: the byte named was another one, and at times its line."""
+    path = tmp_path / "marked.txt"
+    raw = b"\xef\xbb\xbfab\ncd \xff\n"
+    with pytest.raises(DataError, match="line 2: byte 0xff is not UTF-8"):
+        decode_text(raw, path)
+
+
+def test_a_gzip_file_damaged_inside_is_refused(tmp_path):
+    """``zlib.error`` is neither an OSError nor an EOFError."""
+    path = tmp_path / "texts.txt.gz"
+    whole = bytearray(gzip.compress(b"some text\n" * 500))
+    whole[12:20] = b"\xff" * 8
+    path.write_bytes(bytes(whole))
+    with pytest.raises(DataFileError, match=r"texts\.txt\.gz cannot be read"):
+        read_documents([path], Columns())

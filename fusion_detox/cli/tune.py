@@ -28,7 +28,7 @@ from fusion_detox.errors import ConfigError
 from fusion_detox.evaluation.config import EvaluationConfig
 
 if TYPE_CHECKING:
-    from fusion_detox.evaluation.tune import Tuning
+    from fusion_detox.evaluation.tuning import Tuning
 
 _PRICE = "Price"
 
@@ -113,8 +113,8 @@ def tune(
     stay_offline(offline)
     values = dict(parse_grid(text) for text in grid) if grid else None
 
-    from fusion_detox.evaluation.tune import Price
-    from fusion_detox.evaluation.tune import tune as search
+    from fusion_detox.evaluation.tuning import Price
+    from fusion_detox.evaluation.tuning import tune as search
 
     price = Price(max_perplexity, max_kl, min_dist_2)
     with quiet_libraries(), progress_bars() as report:

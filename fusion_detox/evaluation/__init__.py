@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fusion_detox.evaluation.config import EvaluationConfig
     from fusion_detox.evaluation.prompts import Prompt, PromptSet, read_prompt_set
     from fusion_detox.evaluation.run import evaluate, rescore
-    from fusion_detox.evaluation.tune import tune
+    from fusion_detox.evaluation.tuning import tune
 
 __all__ = [
     "EvaluationConfig",
@@ -36,6 +36,6 @@ if not TYPE_CHECKING:
             "evaluate": "run",
             "read_prompt_set": "prompts",
             "rescore": "run",
-            "tune": "tune",
+            "tune": "tuning",
         },
     )

@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -192,7 +193,7 @@ def _file_rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
         )
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataFileError(f"{path} cannot be read: {error}") from error
     text = decode_text(raw, path)
     if suffix == ".txt":
