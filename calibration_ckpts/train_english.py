@@ -32,8 +32,8 @@ DATA = [
 DOMAINS = {"web_posts": "posts", "general": "general"}
 PAIRS = (
     "continuations of training prompts by the reference itself, graded by a TF-IDF classifier and "
-    "a network on sentence embeddings, both trained on the half of the human labels that the scorers "
-    "have not seen (calibration_ckpts/prepare_english_pairs.py)"
+    "a network on sentence embeddings, both trained on the half of the human labels that the "
+    "scorers have not seen (calibration_ckpts/prepare_english_pairs.py)"
 )
 RECIPE = {
     "precision": "bfloat16",
