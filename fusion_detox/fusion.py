@@ -44,58 +44,63 @@ class Fusion:
 
     def fused(self) -> Tensor:
         """``(batch, vocab)`` normalised log-probs in the dtype of the scores."""
-        return self.fused_at(self._strength())
+        return self._fused(*self._within_budget())
 
     def fused_at(self, strength: Tensor | float) -> Tensor:
         """The same at another strength, ``(batch, 1)``."""
-        log_probs, judged = self.log_probs, self.judged
-        moved = _move(log_probs, self.shift(strength, _all_columns), judged, self.dropped)
-        moved = torch.where(judged.any(-1, keepdim=True), moved, log_probs)
-        scores = self.scores
-        return torch.where(_broken(log_probs), scores.float(), moved).to(scores.dtype)
+        return self._fused(strength, self.dropped)
 
     def strength(self) -> Tensor:
         """``(batch,)``: that of the settings, or less where ``kl_budget`` lowers it.
 
         0 for rows with NaN, which come back as they were.
         """
-        strength = torch.where(_broken(self.log_probs), 0.0, self._strength())
+        strength = torch.where(_broken(self.log_probs), 0.0, self._within_budget()[0])
         return strength.squeeze(-1).to(self.log_probs.dtype)
 
-    def _strength(self) -> Tensor | float:
-        """``(batch, 1)``, the largest strength that keeps to the KL budget.
+    def _fused(self, strength: Tensor | float, dropped: Tensor | None) -> Tensor:
+        log_probs, judged = self.log_probs, self.judged
+        moved = _move(log_probs, self.shift(strength, _all_columns), judged, dropped)
+        moved = torch.where(judged.any(-1, keepdim=True), moved, log_probs)
+        scores = self.scores
+        return torch.where(_broken(log_probs), scores.float(), moved).to(scores.dtype)
+
+    def _within_budget(self) -> tuple[Tensor | float, Tensor | None]:
+        """``(batch, 1)``, the largest strength that keeps to the KL budget, and what is dropped.
 
         ``KL(f_a || p)`` grows with ``a`` for all rules but a soft-capped head's, where bisection
-        still ends within the budget. Only judged tokens move.
+        still ends within the budget. Only judged tokens move. Where dropping the others would
+        alone exceed the budget, they stay.
         """
-        config, judged = self.config, self.judged
-        if config.kl_budget is None:
-            return config.strength
-        weight = self.log_probs.exp().masked_fill(~judged, 0.0)
-        total = weight.sum(-1, keepdim=True)
+        config, judged, dropped = self.config, self.judged, self.dropped
         count = int(judged.sum(-1).max())
-        if count == 0:
-            return config.strength
-        probs, index = weight.topk(count, dim=-1)
+        if config.kl_budget is None or count == 0:
+            return config.strength, dropped
+        logs, index = self.log_probs.masked_fill(~judged, -math.inf).topk(count, dim=-1)
+        there = torch.isfinite(logs)
+        own = torch.logsumexp(logs, -1, keepdim=True).exp()
+        group = own
+        if dropped is not None:
+            group = own + self.log_probs.exp().masked_fill(~dropped, 0.0).sum(-1, keepdim=True)
+            bearable = group * torch.log(group / own.clamp_min(1e-30)) <= config.kl_budget
+            dropped, group = dropped & bearable, torch.where(bearable, group, own)
 
         def divergence(strength: Tensor) -> Tensor:
             steps = self.shift(strength, lambda values: values.gather(-1, index))
-            steps = steps.masked_fill(probs == 0, -math.inf)
-            # The largest step is taken out, so that nothing overflows.
-            top = steps.amax(-1, keepdim=True).nan_to_num(neginf=0.0)
-            tilted = probs * torch.exp(steps - top)
-            mass = tilted.sum(-1, keepdim=True).clamp_min(1e-30)
-            mean = torch.where(tilted > 0, tilted * (steps - top), 0.0).sum(-1, keepdim=True)
-            return total * (mean / mass - torch.log(mass / total.clamp_min(1e-30)))
+            tilted = (logs + steps).masked_fill(~there, -math.inf)
+            total = torch.logsumexp(tilted, -1, keepdim=True)
+            law = (tilted - total).exp().nan_to_num(nan=0.0)
+            mean = torch.where(law > 0, law * steps, 0.0).sum(-1, keepdim=True)
+            return (group * (mean - total + group.clamp_min(1e-30).log())).nan_to_num(nan=0.0)
 
-        low = torch.zeros_like(total)
-        high = torch.full_like(total, config.strength)
+        low = torch.zeros_like(own)
+        high = torch.full_like(own, config.strength)
         within = divergence(high) <= config.kl_budget
         for _ in range(14):
             middle = (low + high) / 2
             fits = divergence(middle) <= config.kl_budget
             low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
-        return torch.where(within, torch.full_like(low, config.strength), low)
+        return torch.where(within, torch.full_like(low, config.strength), low), dropped
 
 
 def fuse(

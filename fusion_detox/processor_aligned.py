@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from typing import TYPE_CHECKING
 
@@ -110,7 +111,8 @@ class AlignedTarget:
             if sure is not None and not bool(sure.all()):
                 known = known & sure[:, None]
                 self._warn(len(scores) - int(sure.sum()))
-            return prepare_aligned(whole, _fit(logits[0], width), known, self.head.cap, config)
+            step = prepare_aligned(whole, _fit(logits[0], width), known, self.head.cap, config)
+            return dataclasses.replace(step, scores=scores)  # of the caller's dtype
         laws = torch.softmax(self.head.bounded(logits), -1)
         spelled = _fit(self._spelled.to(scores.device), width)
         return prepare(scores, _fit(laws[0], width), _fit(laws[1], width), spelled, config)

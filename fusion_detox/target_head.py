@@ -67,8 +67,8 @@ class TargetHead:
                 f"{type(model).__name__}: its output layer gives {plain.shape[-1]} values, but the "
                 f"model {self.columns} logits; {_REMEDY}"
             )
-        self.scale, self._offset = self._fit(plain, logits, settings)
         half = model.dtype in (torch.float16, torch.bfloat16)
+        self.scale, self._offset = self._fit(plain, logits, settings, 1e-2 if half else 1e-4)
         error = (self.bounded(self._affine(plain)) - logits).abs().max()
         allowed = (5e-2 if half else 1e-3) * (1 + logits.abs().max())
         if not bool(error <= allowed):
@@ -133,8 +133,10 @@ class TargetHead:
         hidden = seen[-1][0]
         return hidden, logits[0].to(hidden.device).float()
 
-    def _fit(self, plain: Tensor, logits: Tensor, settings: Any) -> tuple[float, Tensor | None]:
-        """Scale and bias between the output layer and the logits."""
+    def _fit(
+        self, plain: Tensor, logits: Tensor, settings: Any, noise: float
+    ) -> tuple[float, Tensor | None]:
+        """Scale and bias between the output layer and the logits; a bias within noise is none."""
         raw = logits
         usable = torch.ones_like(logits, dtype=torch.bool)
         if self.cap is not None:
@@ -155,7 +157,6 @@ class TargetHead:
         near = [n for n in (1.0, *named) if n and abs(scale / n - 1) < 1e-2]
         scale = float(min(near, key=lambda n: abs(scale / n - 1))) if near else scale
         rest = torch.where(usable, raw - scale * plain, 0.0).sum(0) / count[0]
-        noise = 1e-2 if plain.dtype != torch.float32 else 1e-4
         if bool(rest.abs().max() <= noise * (1 + logits.abs().max())):
             return scale, None
         return scale, rest

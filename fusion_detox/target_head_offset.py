@@ -61,17 +61,23 @@ class OffsetFinder:
             The logits in float32, and ``(batch,)`` whether each row's are known.
         """
         scores = scores.float()
-        known = scores.amax(-1) > 0  # as no log-prob is
+        best = scores.amax(-1, keepdim=True)
+        known = best.squeeze(-1) > 0  # as no log-prob is
+        # Logits lie within twice the cap of each other: what is further off was put there.
+        possible = scores >= best - 2 * self._cap
         offset = torch.zeros_like(scores[:, :1])
         for chosen, normals in zip(self._sets, self._normals, strict=True):
             if bool(known.all()) or scores.shape[-1] <= int(chosen.max()):
                 continue
             columns = scores[:, chosen.to(scores.device)]
-            rows = ~known & torch.isfinite(columns).all(-1)
+            rows = ~known & possible[:, chosen.to(scores.device)].all(-1)
             if bool(rows.any()):
                 bias = self._bias[chosen].to(scores.device)
                 offset[rows] = self._search(
-                    scores[rows], columns[rows], bias, normals.to(scores.device)
+                    scores[rows].masked_fill(~possible[rows], -torch.inf),
+                    columns[rows],
+                    bias,
+                    normals.to(scores.device),
                 )
                 known = known | rows
         return scores + offset, known

@@ -23,16 +23,26 @@ def newest_checkpoint(folder: Path, weights: str = "model.safetensors") -> Path 
     for checkpoint in numbered:
         try:
             json.loads((checkpoint / "trainer_state.json").read_text())
-            with safe_open(checkpoint / weights, framework="pt") as tensors:
-                tensors.keys()
+            for file in _weights(checkpoint, weights):
+                with safe_open(file, framework="pt") as tensors:
+                    tensors.keys()
             needed = ("optimizer.pt", "scheduler.pt")
             if all((checkpoint / name).stat().st_size for name in needed):
                 return checkpoint
-        except (OSError, ValueError, SafetensorError):
+        except (OSError, ValueError, KeyError, SafetensorError):
             pass
         logger.warning("%s is incomplete and is not used", checkpoint)
         shutil.rmtree(checkpoint, ignore_errors=True)
     return None
+
+
+def _weights(checkpoint: Path, name: str) -> list[Path]:
+    """The file of the weights, or its shards."""
+    index = checkpoint / f"{name}.index.json"
+    if not index.exists():
+        return [checkpoint / name]
+    shards = json.loads(index.read_text())["weight_map"].values()
+    return [checkpoint / shard for shard in sorted(set(shards))]
 
 
 def step_of(checkpoint: Path) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from fusion_detox.training.corpus import Document
     from fusion_detox.training.run import Run
 
+logger = logging.getLogger(__name__)
 _MOST_ANCHORS, _MOST_BLOCKS = 300, 100
 
 
@@ -80,10 +82,19 @@ class ContrastStage:
         self._sets = encode(text.sets)
         if contrast.negatives and not any(one.negatives for one in self._sets):
             raise DataError("no paraphrase set has a negative: give toxic wordings too")
-        _, kl_weight = contrast.anchor_weights(self._objective)
+        lm_weight, kl_weight = contrast.anchor_weights(self._objective)
         self._count = config.objective_steps * config.anchors
         blocks = functools.partial(steady_blocks, tokenizer, bos_id, config=config)
         self._steady = blocks(text.steady, self._count) if kl_weight else None
+        if kl_weight and self._steady is None:
+            logger.warning(
+                "there is no clean or general text, so nothing keeps the model as it is where "
+                "nothing is to be held back: give some with --clean"
+            )
+        self.weights = {
+            "lm_weight": lm_weight,
+            "kl_weight": 0.0 if self._steady is None else kl_weight,
+        }
         self.measure = HeldOutAnchors(
             encode(text.held_sets[:_MOST_ANCHORS]) if text.held_sets else [],
             blocks(text.held_steady, _MOST_BLOCKS),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import logging
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -125,6 +127,12 @@ def grades(one: ParaphraseSet) -> tuple[float, ...]:
     if len(found) == len(one.positives) + len(one.negatives):
         return tuple(found)
     return (0.0,) * len(one.positives) + (1.0,) * len(one.negatives)
+
+
+def grades_digest(sets: Sequence[ParaphraseSet]) -> str:
+    """A hash of all grades: the key of a set does not tell its scores."""
+    found = [(one.key, grades(one)) for one in sets]
+    return hashlib.sha256(json.dumps(sorted(found)).encode()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from fusion_detox.training.contrastive_metrics import Drift, Separation, separat
 from fusion_detox.training.loss import IGNORED, summed_cross_entropy
 from fusion_detox.training.token_losses import kl_to_base, mean_nll
 
+_ROWS = 4
+
 
 class HeldOutAnchors:
     """Held-out anchors and general text, on which a model is compared with its base.
@@ -22,7 +24,7 @@ class HeldOutAnchors:
         sets: The anchors, with all their wordings.
         general: Blocks of general text; ``None`` where there is none.
         byte_lengths: Bytes of each token id, 0 for special ones.
-        batch: Anchors, or blocks, at a time.
+        batch: Blocks at a time; of wordings about four times as many.
         autocast: Whether to run in bfloat16 autocast.
         base: The model to compare with; by default the measured PEFT model without its adapter.
     """
@@ -62,8 +64,8 @@ class HeldOutAnchors:
     def separation(self, model: Any) -> tuple[Separation, Separation]:
         """Of the held-out wordings: by their nll, and by its difference from the base's."""
         parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        for start in range(0, len(self._sets), self._batch):
-            batch = collate([whole(one) for one in self._sets[start : start + self._batch]])
+        for start, sets in self._parts():
+            batch = collate([whole(one) for one in sets])
             ids, mask, labels = (batch[name] for name in ("input_ids", "attention_mask", "labels"))
             logits, base = self._logits(model, ids, mask), self._base_logits(model, ids, mask)
             own = mean_nll(logits, labels.to(logits.device)).cpu()
@@ -73,6 +75,19 @@ class HeldOutAnchors:
             parts.append((own, change, batch["group"] + start, batch["positive"]))
         nll, change, group, positive = (torch.cat(column) for column in zip(*parts, strict=True))
         return separation(nll, group, positive), separation(change, group, positive)
+
+    def _parts(self) -> Iterator[tuple[int, list[EncodedSet]]]:
+        """Anchors of few rows at a time, each part with the number of its first."""
+        start, part, rows = 0, list[EncodedSet](), 0
+        for at, one in enumerate(self._sets):
+            size = len(one.positives) + len(one.negatives)
+            if part and rows + size > _ROWS * self._batch:
+                yield start, part
+                start, part, rows = at, [], 0
+            part.append(one)
+            rows += size
+        if part:
+            yield start, part
 
     @torch.no_grad()
     def drift(self, model: Any) -> Drift:
@@ -107,8 +122,9 @@ class HeldOutAnchors:
         return Drift.of_sums(nats, base_nats, divergence, tokens, size)
 
     def _base_logits(self, model: Any, ids: Tensor, mask: Tensor) -> Tensor:
-        if self._base is not None:
-            return self._logits(self._base, ids, mask)
+        if self._base is not None:  # Trainer moves the model alone
+            base = self._base.to(next(model.parameters()).device)
+            return self._logits(base, ids, mask)
         with model.disable_adapter():
             return self._logits(model, ids, mask)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
+from fusion_detox.errors import ConfigError
 from fusion_detox.training.ranges import check_settings, setting
 
 ContrastiveObjective = Literal["contrastive-perplexity", "signed-margin", "likelihood-ratio"]
@@ -79,6 +80,21 @@ class ContrastiveConfig:
             lm if self.lm_weight is None else self.lm_weight,
             kl if self.kl_weight is None else self.kl_weight,
         )
+
+    def check_teaches(self, objective: ContrastiveObjective) -> None:
+        """Refuses settings under which an objective has no gradient.
+
+        Raises:
+            ConfigError: There are no negatives, or they weigh nothing, and nothing else is learned.
+        """
+        silent = not self.negatives or (
+            objective == "contrastive-perplexity" and not self.negative_weight
+        )
+        if silent and not self.anchor_weights(objective)[0]:
+            raise ConfigError(
+                "without negatives the contrast is always 0 and nothing is learned: draw some "
+                "with --negatives, or learn from the positives with --lm-weight"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON-ready values."""

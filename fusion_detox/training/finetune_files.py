@@ -80,9 +80,15 @@ def write_adapter(
             (folder / "README.md").write_text(render_adapter_card(record), encoding="utf-8")
             for path in folder.glob("*.safetensors"):  # which are written for their owner only
                 path.chmod((folder / "README.md").stat().st_mode)
+            older = beside / "older"
             if output.exists():
-                os.rename(output, beside / "older")
-            os.rename(folder, output)
+                os.rename(output, older)
+            try:
+                os.rename(folder, output)
+            except BaseException:
+                if older.exists():
+                    os.rename(older, output)
+                raise
         finally:
             shutil.rmtree(beside, ignore_errors=True)
     except OSError as error:

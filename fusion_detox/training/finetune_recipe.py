@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusion_detox.errors import ConfigError, MissingExtraError, TrainingError
+from fusion_detox.errors import MissingExtraError, TrainingError
+from fusion_detox.training.contrastive_batches import grades_digest
 from fusion_detox.training.contrastive_settings import ContrastiveConfig
 from fusion_detox.training.corpus import Columns, file_hashes
 from fusion_detox.training.finetune_data import EncodedData, FinetuneData, Sources
@@ -111,7 +112,7 @@ def finetune(
     data = FinetuneData.read(pairs, general, columns or Columns(), config.held_out)
     settings = {
         "finetune": {k: v for k, v in config.to_dict().items() if k not in _FREE},
-        "contrast": contrast.to_dict(),
+        "contrast": {**contrast.to_dict(), "grades": grades_digest(data.sets)},
         "model": [base, revision, dtype, four_bit, *target_modules],
     }
     fingerprint = data.fingerprint(settings)
@@ -266,15 +267,7 @@ def _check_settings(config: FinetuneConfig, contrast: ContrastiveConfig, process
             f"batch_size {config.batch_size} cannot be spread evenly over {processes} processes"
         )
     if config.objective != "dpo":
-        lm_weight, _ = contrast.anchor_weights(config.objective)
-        silent = not contrast.negatives or (
-            config.objective == "contrastive-perplexity" and not contrast.negative_weight
-        )
-        if silent and not lm_weight:
-            raise ConfigError(
-                "without negatives the contrast is always 0 and nothing is learned: draw some "
-                "with --negatives, or learn from the positives with --lm-weight"
-            )
+        contrast.check_teaches(config.objective)
 
 
 def _absolute(model: str | Path) -> str:

@@ -16,6 +16,7 @@ from fusion_detox.calibrator import Calibrator
 from fusion_detox.config import FusionConfig
 from fusion_detox.errors import MissingExtraError, TrainingError
 from fusion_detox.training.blocks import start_id
+from fusion_detox.training.contrastive_batches import grades_digest
 from fusion_detox.training.contrastive_settings import ContrastiveConfig
 from fusion_detox.training.corpus import Columns, Condition, Document, file_hashes, read_documents
 from fusion_detox.training.pairs import read_pairs
@@ -25,6 +26,7 @@ from fusion_detox.training.request import (
     check_objective,
     check_request,
     check_texts,
+    check_uses,
     inherited,
     reference_needed,
 )
@@ -119,12 +121,13 @@ def train_calibrator(
     output = Path(output).expanduser()
     work = output.with_name(output.name + ".training")
     base, keep_layers = base_and_layers(base, init_from, keep_layers)
-    contrastive = check_objective(config, pairs)
+    contrastive = check_objective(config, contrast, pairs)
     has_clean = bool(clean or (general and clean_where))
     if calibrator is not None:
         check_continuation(contrastive, general, reference_data, base, tokenizer)
     else:
         check_request(has_clean or contrastive, general, base, tokenizer)
+    check_uses(has_clean, clean_where, reference_data)
     if output.exists() and not overwrite:
         raise TrainingError(
             f"{output} exists already: choose another folder, or replace it with --overwrite"
@@ -162,7 +165,8 @@ def train_calibrator(
     check_texts(texts)
     sets, held_sets = split_sets(read_pairs(pairs) if pairs else [], config.held_out)
     fingerprint = run.fingerprint(
-        {**texts, "pairs": [*sets, *held_sets]}, contrast.to_dict() if contrastive else {}
+        {**texts, "pairs": [*sets, *held_sets]},
+        {**contrast.to_dict(), "grades": grades_digest(sets)} if contrastive else {},
     )
     with state.main_process_first():
         if state.is_main_process:
@@ -193,7 +197,7 @@ def train_calibrator(
         model = run.stage("contrast", model, stage)
         measured = {
             "objective": config.objective,
-            "contrast": contrast.to_dict(),
+            "contrast": {**contrast.to_dict(), **stage.weights},
             "paraphrase_sets": len(sets),
             "held_out_sets": {"before": before, "after": stage.measure(model)},
         }

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusion_detox.calibrator import Calibrator
 from fusion_detox.errors import DataError, TrainingError
+from fusion_detox.training.contrastive_settings import ContrastiveConfig
 from fusion_detox.training.corpus import Document
 from fusion_detox.training.settings import TrainingConfig
 
@@ -19,13 +20,15 @@ _FACTS = ("language", "license", "data", "clean_text")
 _MEASURED = ("evaluation", "tuning")
 
 
-def check_objective(config: TrainingConfig, pairs: Sources) -> bool:
+def check_objective(config: TrainingConfig, contrast: ContrastiveConfig, pairs: Sources) -> bool:
     """Whether the objective is a contrastive one; refuses pairs without one and the reverse."""
     contrastive = config.objective != "language-modelling"
     if contrastive and not pairs:
         raise TrainingError(
             f"the objective {config.objective} learns from paraphrase sets: give some with --pairs"
         )
+    if config.objective != "language-modelling":
+        contrast.check_teaches(config.objective)
     if pairs and not contrastive:
         raise TrainingError(
             "paraphrase sets are given, but the objective is language-modelling, which has no use "
@@ -65,6 +68,19 @@ def reference_needed(calibrator: Calibrator) -> PreTrainedModel:
             "calibrator with both models"
         )
     return calibrator.reference
+
+
+def check_uses(has_clean: bool, where: Sequence[str], reference_data: Sources) -> None:
+    """Refuses what would be read for nothing."""
+    if where and not has_clean:
+        raise TrainingError(
+            f"the condition {where[0]} picks from nothing: give text with --clean or --general"
+        )
+    if reference_data and not has_clean:
+        raise TrainingError(
+            "reference data train a reference beside a clean model, and there is no clean text: "
+            "give some with --clean, or leave --reference-data out"
+        )
 
 
 def check_request(has_clean: bool, general: Sources, base: Any, tokenizer: Any) -> None:

@@ -113,4 +113,5 @@ def steady_blocks(
                 break
         blocks = pack(tokenize(tokenizer, kept), bos_id, config.context_length)
         parts.append(blocks.take(range(min(len(blocks), -(-count // len(domains))))))
-    return concatenate(parts) if parts else None
+    found = concatenate(parts) if parts else None
+    return found if found is not None and len(found) else None

@@ -158,8 +158,12 @@ class AnswerFolder:
         self._size = len(whole) + len(newline)
 
     def missing(self, requests: Sequence[Request]) -> list[Request]:
-        """The requests without an answer; a failed one counts as such."""
-        return [request for request in requests if "answer" not in self._rows.get(request.key, {})]
+        """The requests without an answer: first those never asked, then those that failed.
+
+        A service that rejects some for good would else be taken for one that rejects all.
+        """
+        open_ = [one for one in requests if "answer" not in self._rows.get(one.key, {})]
+        return sorted(open_, key=lambda one: one.key in self._rows)
 
     def answers(self, requests: Sequence[Request]) -> list[Answer | None]:
         """What came of each request; ``None`` where it was never asked."""

@@ -44,6 +44,11 @@ def full_address(url: str) -> tuple[str, bool]:
         raise ConfigError(
             f"{url!r} is no address of an endpoint; give one such as http://localhost:8000/v1"
         )
+    if parts.username or parts.password:
+        raise ConfigError(
+            "the address of the endpoint holds a user name or password, which would be written "
+            "into records: give a key in an environment variable instead"
+        )
     path = parts.path.rstrip("/")
     if not path.endswith("/chat/completions"):
         path = (path or "/v1") + "/chat/completions"
