@@ -398,6 +398,37 @@ def test_log_probs_of_a_capped_head_with_too_little_left(
     assert [record.message[:19] for record in caplog.records] == ["1 rows of log-probs"]
 
 
+@pytest.mark.parametrize("value", [-1e4, -1e9, torch.finfo(torch.float32).min])
+def test_a_capped_head_with_tokens_masked_by_a_finite_value(
+    shared: Calibrator, value: float
+) -> None:
+    """Such a value is no logit: taken for one, it shifts the whole row, or makes it NaN."""
+    family = FAMILIES["FAMILIES"]["Gemma 2"]
+    tokenizer = FAMILIES["tokenizer_in_kind"](family.tokenizer)
+    target = family.make(len(tokenizer), tokenizer, seed=3, final_logit_softcapping=4.0)
+    case = Case(target, tokenizer, shared)
+    ids = case.ids(PROMPTS[0])
+    scores = case.logits(ids)[None].log_softmax(-1)
+    processor = case.processor()
+    free = processor(torch.tensor([ids]), scores)[0]
+    masked = scores.clone()
+    masked[:, 7] = value
+    found = processor(torch.tensor([ids]), masked)[0]
+    others = torch.arange(len(free)) != 7
+    assert bool(torch.isfinite(found[others]).all())
+    close(found[others].log_softmax(-1), free[others].log_softmax(-1))
+
+
+def test_a_capped_head_keeps_the_dtype(shared: Calibrator) -> None:
+    family = FAMILIES["FAMILIES"]["Gemma 2"]
+    tokenizer = FAMILIES["tokenizer_in_kind"](family.tokenizer)
+    target = family.make(len(tokenizer), tokenizer, seed=3, final_logit_softcapping=4.0)
+    case = Case(target, tokenizer, shared)
+    ids = case.ids(PROMPTS[0])
+    scores = case.logits(ids)[None].to(torch.bfloat16)
+    assert case.processor()(torch.tensor([ids]), scores).dtype == torch.bfloat16
+
+
 def test_wrong_use_is_said_at_construction(gpt2: Case, byte_tokenizer: Any) -> None:
     calibrator, tokenizer = gpt2.calibrator, gpt2.tokenizer
     with pytest.raises(ConfigError, match=r"rule 'aligned' works on .*target=model"):

@@ -16,6 +16,8 @@ from fusion_detox.training.contrastive_batches import (
     check_sets,
     collate,
     encode_sets,
+    grades,
+    grades_digest,
     whole,
 )
 from fusion_detox.training.loss import IGNORED
@@ -170,3 +172,20 @@ def test_wording_without_a_token_of_its_own(byte_tokenizer):
     one = ParaphraseSet("Hello", ("",), ("x",), prompt="Well")
     with pytest.raises(DataError, match="'' has no token of its own"):
         encode_sets(byte_tokenizer, [one], bos_id=0, context_length=32)
+
+
+def test_other_scores_are_another_run():
+    """The key of a set leaves its provenance out, and the likelihood ratio learns from scores."""
+    rows = [ParaphraseSet("a", ("a b",), ("a c",), "", score) for score in SCORED]
+    assert len({one.key for one in rows}) == 1
+    assert len({grades_digest([one]) for one in rows}) == 3
+    assert [grades(one) for one in rows] == [(0.0, 1.0), (0.1, 0.6), (0.1, 0.9)]
+    half = {"scores": {"positives": [{"toxicity": 0.1}], "negatives": [{"similarity": 1.0}]}}
+    assert grades(ParaphraseSet("a", ("a b",), ("a c",), "", half)) == (0.0, 1.0)
+
+
+SCORED = [
+    {},
+    {"scores": {"positives": [{"toxicity": 0.1}], "negatives": [{"toxicity": 0.6}]}},
+    {"scores": {"positives": [{"toxicity": 0.1}], "negatives": [{"toxicity": 0.9}]}},
+]

@@ -18,6 +18,7 @@ from fusion_detox.training.contrastive_perplexity import (
     ContrastiveConfig,
     contrastive_perplexity_loss,
     kl_to_base,
+    likelihood_ratio_loss,
     mean_nll,
     objective_loss,
     positive_nll,
@@ -473,3 +474,28 @@ def test_separation_without_negatives():
 def test_drift_by_hand():
     found = Drift.of_sums(nats=20 * math.log(2), base_nats=16 * math.log(2), kl=3, tokens=6, size=8)
     assert found.to_dict() == {"bits_per_byte": 2.5, "base_bits_per_byte": 2.0, "kl": 0.5}
+
+
+def test_likelihood_ratio_by_hand_and_its_optimum():
+    """KL(softmax(-λ g) ‖ softmax(r)) of two anchors, written out; 0 where r = -λ g + constant."""
+    ratio = torch.tensor([0.5, -1.0, 2.0, 0.0, 1.0], dtype=torch.float64, requires_grad=True)
+    group = torch.tensor([4, 4, 4, 9, 9])
+    toxicity = torch.tensor([0.0, 1.0, 0.25, 1.0, 0.0], dtype=torch.float64)
+    found = likelihood_ratio_loss(ratio, group, toxicity, tilt=2.0, reduction="none")
+    expected = []
+    for rows in ([0, 1, 2], [3, 4]):
+        wanted = [math.exp(-2.0 * float(toxicity[i])) for i in rows]
+        own = [math.exp(float(ratio.detach()[i])) for i in rows]
+        wanted = [value / sum(wanted) for value in wanted]
+        own = [value / sum(own) for value in own]
+        expected.append(sum(w * math.log(w / o) for w, o in zip(wanted, own, strict=True)))
+    assert found.tolist() == pytest.approx(expected)
+    assert torch.autograd.gradcheck(
+        lambda r: likelihood_ratio_loss(r, group, toxicity, tilt=2.0), ratio
+    )
+    best = -2.0 * toxicity + torch.tensor([7.0, 7.0, 7.0, -3.0, -3.0])
+    assert float(likelihood_ratio_loss(best, group, toxicity, tilt=2.0)) == pytest.approx(0)
+    far = torch.tensor([-1e4, 1e4, 0.0, 0.0, 0.0], requires_grad=True)
+    loss = likelihood_ratio_loss(far, group, toxicity.float(), tilt=2.0)
+    loss.backward()
+    assert bool(torch.isfinite(far.grad).all())

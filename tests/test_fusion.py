@@ -154,6 +154,32 @@ def test_kl_budget_holds_at_every_step_and_is_used_up(
         assert float(spent[row]) == pytest.approx(wanted, rel=0.02, abs=1e-4)
 
 
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10_000), budget=st.floats(0.001, 1.0))
+def test_kl_budget_counts_what_is_removed(seed: int, budget: float) -> None:
+    """Removal alone costs KL; where that is too much, the tokens stay."""
+    scores, clean, reference, mapped = case(seed)
+    config = FusionConfig(outside="remove", plausibility=0.05, strength=3.0, kl_budget=budget)
+    fused = fuse(scores, clean, reference, mapped, config)
+    spent = kl_divergence(fused, torch.log_softmax(scores, -1))
+    assert float(spent.max()) <= budget * 1.001 + 1e-5
+    torch.testing.assert_close(fused.exp().sum(-1), torch.ones(3))
+
+
+@pytest.mark.parametrize("rule", ["mixture", "product"])
+def test_kl_budget_counts_tokens_that_the_target_finds_impossible(rule: str) -> None:
+    """At 120 nats below the best a probability is 0 in float32, and mixing gives it a real one."""
+    scores, clean, reference, mapped = case(3)
+    scores[:, 5] = scores.amax(-1) - 120.0
+    clean = torch.full_like(clean, 1e-6)
+    clean[:, 5] = 1.0
+    clean = clean / clean.sum(-1, keepdim=True)
+    config = FusionConfig(rule=rule, strength=0.9, plausibility=0.0, kl_budget=0.5)  # type: ignore[arg-type]
+    fused = fuse(scores, clean, reference, mapped, config)
+    spent = kl_divergence(fused.double(), torch.log_softmax(scores.double(), -1))
+    assert float(spent.max()) <= 0.5 * 1.01
+
+
 def test_log_ratio_ignores_what_both_find_impossible() -> None:
     tiny = torch.tensor([1e-12, 1e-3]), torch.tensor([1e-9, 1e-1])
     ratio = log_ratio(*tiny, FusionConfig(floor=1e-6, clip=math.inf))

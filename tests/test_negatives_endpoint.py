@@ -293,6 +293,9 @@ def test_wrong_use(monkeypatch):
     for url in ("localhost:8000", "ftp://x/v1", "http://", "http://x/v1?y=1"):
         with pytest.raises(ConfigError, match="is no address of an endpoint; give one such as"):
             EndpointWriter(url, "m")
+    with pytest.raises(ConfigError, match="holds a user name or password") as caught:
+        EndpointWriter("https://user:hidden@far/v1", "m")
+    assert "hidden" not in str(caught.value)
     with pytest.raises(ConfigError, match="would travel unencrypted to http://far/v1; use https"):
         EndpointWriter("http://far/v1", "m", key_variable="SOME_KEY")
     with pytest.raises(ConfigError, match="NO_SUCH_KEY holds no key; set it"):
