@@ -1,4 +1,4 @@
-"""Prepare what the shipped calibrator's contrastive stage learns from: hard negatives of its own.
+"""Prepare what a contrastive stage of the English calibrator learns from: negatives of its own.
 
     python calibration_ckpts/prepare_english_data.py --data DATA --out WORK
     python calibration_ckpts/prepare_english_pairs.py --data DATA --work WORK

@@ -1,14 +1,13 @@
 r"""Train the shipped English calibrator with ``fusion-detox train-calibrator``.
 
     python calibration_ckpts/prepare_english_data.py --data DATA --out WORK
-    python calibration_ckpts/train_english.py --data WORK --out WORK/english-16k-lm
-    python calibration_ckpts/prepare_english_pairs.py --data DATA --work WORK \
-        --calibrator WORK/english-16k-lm
-    python calibration_ckpts/train_english.py --data WORK --calibrator WORK/english-16k-lm \
-        --out calibration_ckpts/english-16k
+    python calibration_ckpts/train_english.py --data WORK --out calibration_ckpts/english-16k
 
-The first run is language modelling alone, the second the contrastive stage on what the first wrote.
-``--tokenizer TARGET`` trains the first with another vocabulary, for comparison.
+``--tokenizer TARGET`` trains the same recipe with another vocabulary, for comparison. A contrastive
+stage on top of it, of which ``benchmarks/LOG.md`` tells, and which is not shipped so far::
+
+    python calibration_ckpts/prepare_english_pairs.py --data DATA --work WORK
+    python calibration_ckpts/train_english.py --data WORK --calibrator english-16k --out SHARPER
 """
 
 from __future__ import annotations
