@@ -26,6 +26,13 @@ if TYPE_CHECKING:
 _ROWS = 8192
 
 
+_ELSEWHERE: dict[Embeddings, tuple[str, ...]] = {
+    "output": ("embed_out.weight", "lm_head.weight", "output.weight", "output_layer.weight"),
+    "input": ("embed_in.weight", "embed_tokens.weight", "wte.weight", "tok_embeddings.weight"),
+}
+"""Names in files that differ from the module's, as GPT-NeoX's output layer since transformers 5."""
+
+
 class EmbeddingTable(NamedTuple):
     """One embedding of a model, with the tokens that its rows stand for.
 
@@ -156,4 +163,6 @@ def _names(
             f"{source}: a model of type {settings.model_type!r} names no {kind} embeddings, so "
             "nothing can be aligned with them"
         )
+    for one in kinds:
+        names += _ELSEWHERE[one]
     return list(dict.fromkeys(names)), shape
