@@ -132,7 +132,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(tmp_path, sentences, how):
         server.bodies.clear()
 
         def slow(body, number):
-            time.sleep(0.02 if number < 4 else 0.4)
+            time.sleep(0.02 if number < 4 else 2.0)
             return paraphrase(body)
 
         server.reply, out = slow, tmp_path / "pairs.jsonl"

