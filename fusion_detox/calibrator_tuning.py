@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from fusion_detox.calibrator_files import read_record
 from fusion_detox.errors import DataFileError
+from fusion_detox.whole_file import write_whole
 
 
 def prompt_digest(prompt: str) -> str:
@@ -40,13 +40,11 @@ def write_tuning(folder: Path, values: Mapping[str, Any]) -> None:
         DataFileError: The folder cannot be written.
     """
     record = {**read_record(folder), "tuning": dict(values)}
-    path, temporary = folder / "training.json", folder / f".training.json.{os.getpid()}"
+    path = folder / "training.json"
     text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        write_whole(path, text.encode("utf-8"))
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise DataFileError(
             f"cannot write {path}: {error.strerror}; what was there before is kept"
         ) from error

@@ -42,14 +42,6 @@ class Fusion:
     shift: Callable[[Tensor | float, Callable[[Tensor], Tensor]], Tensor]
     config: FusionConfig
 
-    def fused(self) -> Tensor:
-        """``(batch, vocab)`` normalised log-probs in the dtype of the scores."""
-        return self._fused(*self._within_budget())
-
-    def fused_at(self, strength: Tensor | float) -> Tensor:
-        """The same at another strength, ``(batch, 1)``."""
-        return self._fused(strength, self.dropped)
-
     def strength(self) -> Tensor:
         """``(batch,)``: that of the settings, or less where ``kl_budget`` lowers it.
 
@@ -58,7 +50,9 @@ class Fusion:
         strength = torch.where(_broken(self.log_probs), 0.0, self._within_budget()[0])
         return strength.squeeze(-1).to(self.log_probs.dtype)
 
-    def _fused(self, strength: Tensor | float, dropped: Tensor | None) -> Tensor:
+    def fused(self) -> Tensor:
+        """``(batch, vocab)`` normalised log-probs in the dtype of the scores."""
+        strength, dropped = self._within_budget()
         log_probs, judged = self.log_probs, self.judged
         moved = _move(log_probs, self.shift(strength, _all_columns), judged, dropped)
         moved = torch.where(judged.any(-1, keepdim=True), moved, log_probs)

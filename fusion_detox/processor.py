@@ -100,7 +100,6 @@ class FusionLogitsProcessor(LogitsProcessor):
         if pad_token_id is None:
             pad_token_id = tokenizer.pad_token_id
         self._tokenizer = tokenizer
-        self._pad_token_id = pad_token_id
         tokens = TokenTable.from_tokenizer(tokenizer)
         with plain_mode(calibrator.clean.device):  # it is kept for processes without autocast
             self.vocabulary = VocabularyMap.build(calibrator, tokens, tokenizer)

@@ -303,7 +303,7 @@ def test_a_label_named_toxicity_beside_another_main_one(tokenizer):
 @pytest.fixture
 def hub(save, monkeypatch, tokenizer):
     """Lets hub ids be found in a folder, as if they had been downloaded."""
-    monkeypatch.setattr(classifier, "find_source", lambda source: str(folders[source]))
+    monkeypatch.setattr(classifier, "locate", lambda source, what: str(folders[source]))
     folders = {}
 
     def add(repository, labels):

@@ -16,11 +16,11 @@ from transformers import (
 )
 
 from fusion_detox.errors import ConfigError, ModelError, VocabularyError
-from fusion_detox.loading import check_device, load_tokenizer, quiet_transformers
+from fusion_detox.loading import check_device, load_tokenizer, locate, quiet_transformers
 from fusion_detox.loading_errors import describe, explained
 from fusion_detox.scoring.base import TOXICITY, Scorer, file_safe, score_batches
 from fusion_detox.scoring.labels import find_toxic, is_harmless, is_multi_label, type_name
-from fusion_detox.scoring.sources import find_source, identity
+from fusion_detox.scoring.sources import identity
 
 _USUAL_LENGTH = 512
 
@@ -123,7 +123,7 @@ class ClassifierScorer(Scorer):
             VocabularyError: The tokenizer belongs to another model.
             ConfigError: As for the class, or the device does not exist here.
         """
-        place, source = check_device(device), find_source(name_or_path)
+        place, source = check_device(device), locate(name_or_path, "model")
         model = _load_model(source, place, revision, local_files_only)
         tokenizer = load_tokenizer(source, local_files_only=local_files_only, revision=revision)
         known = {**identity(source, revision), **(about or {})}

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from fusion_detox.errors import ConfigError, MissingExtraError
-from fusion_detox.loading import check_device, quiet_transformers
+from fusion_detox.loading import check_device, locate, quiet_transformers
 from fusion_detox.loading_errors import explained
 from fusion_detox.scoring.base import check_texts
-from fusion_detox.scoring.sources import find_source, identity
+from fusion_detox.scoring.sources import identity
 
 MAX_TOKENS = 96
 """What the contextual scorer was trained with; a sentence or three."""
@@ -68,7 +68,7 @@ class Embedder:
             self._encode, self.width, self._about = _packaged(self.device, max_tokens)
         else:
             self._encode, self.width, self._about = _any_model(
-                find_source(model), self.device, max_tokens, local_files_only
+                locate(model, "model"), self.device, max_tokens, local_files_only
             )
 
     @torch.inference_mode()

@@ -3,36 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 
-from fusion_detox.errors import ModelNotFoundError
-
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _LICENCE = re.compile(r"^license:[ \t]*(\S.*)$", re.MULTILINE)
-
-
-def find_source(name_or_path: str | os.PathLike[str]) -> str:
-    """The folder's full path, or the hub id as it is.
-
-    Raises:
-        ModelNotFoundError: It is neither.
-    """
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
-        return str(path)
-    if path.exists():
-        raise ModelNotFoundError(f"{path} is a file; give the folder that holds the model.")
-    if not isinstance(name_or_path, str) or not _HUB_ID.fullmatch(name_or_path):
-        raise ModelNotFoundError(
-            f"No model at {path}: there is no such folder, and it does not look like a hub id "
-            f"('organisation/name')."
-        )
-    return name_or_path
 
 
 def identity(source: str, revision: str | None = None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fusion_detox.errors import TrainingError
+from fusion_detox.tokens import TokenTable
 from fusion_detox.training.corpus import Document
 from fusion_detox.training.loss import IGNORED
 
@@ -229,3 +230,9 @@ def start_id(tokenizer: PreTrainedTokenizerBase) -> int:
         if isinstance(found, int):
             return found
     raise TrainingError("the tokenizer has neither a BOS nor an EOS token to begin a text with")
+
+
+def byte_lengths(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Bytes of each token id, 0 for special ones."""
+    pieces = TokenTable.from_tokenizer(tokenizer).pieces
+    return [0 if piece is None else len(piece) for piece in pieces]

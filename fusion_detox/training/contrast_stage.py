@@ -5,21 +5,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import TrainingArguments
-
 from fusion_detox.errors import DataError
-from fusion_detox.training.contrast_trainer import ContrastiveTrainer
-from fusion_detox.training.contrastive_batches import AnchorDraws, collate, encode_sets
+from fusion_detox.training.blocks import byte_lengths
+from fusion_detox.training.contrast_trainer import ANCHOR_ARGUMENTS, contrastive_trainer
+from fusion_detox.training.contrastive_batches import AnchorDraws, encode_sets
 from fusion_detox.training.contrastive_measure import HeldOutAnchors
 from fusion_detox.training.contrastive_settings import ContrastiveConfig
 from fusion_detox.training.pairs import ParaphraseSet
-from fusion_detox.training.stage import run_trainer
-from fusion_detox.training.text_blocks import byte_lengths, steady_blocks
+from fusion_detox.training.stage import kept_arguments, run_trainer
+from fusion_detox.training.text_blocks import steady_blocks
 from fusion_detox.training.watch import Watch
 
 if TYPE_CHECKING:
@@ -107,29 +104,19 @@ class ContrastStage:
     def __call__(self, model: PreTrainedModel, folder: Path) -> list[dict[str, float | None]]:
         """Trains ``model`` in place and returns its curve; goes on from a checkpoint there."""
         config, run = self._config, self._run
-        arguments = TrainingArguments(
-            output_dir=str(folder),
-            max_steps=config.objective_steps,
-            per_device_train_batch_size=config.anchors // run.world_size,
-            learning_rate=config.objective_learning_rate,
-            lr_scheduler_type="linear",
-            warmup_steps=min(20, config.objective_steps // 2),
-            weight_decay=0.0,
-            adam_beta2=0.95,
-            max_grad_norm=config.max_gradient_norm,
-            use_cpu=config.device == "cpu" or not torch.cuda.is_available(),
-            logging_steps=10,
-            save_steps=config.save_every,
-            save_total_limit=2,
-            disable_tqdm=True,
-            report_to=[],
-            seed=config.seed,
-            data_seed=config.seed,
-            remove_unused_columns=False,
-            dataloader_drop_last=True,
-            dataloader_pin_memory=torch.cuda.is_available(),
-            ddp_find_unused_parameters=False,
-        )
+        arguments = {
+            **kept_arguments(folder, config),
+            **ANCHOR_ARGUMENTS,
+            "max_steps": config.objective_steps,
+            "per_device_train_batch_size": config.anchors // run.world_size,
+            "learning_rate": config.objective_learning_rate,
+            "lr_scheduler_type": "linear",
+            "warmup_steps": min(20, config.objective_steps // 2),
+            "weight_decay": 0.0,
+            "adam_beta2": 0.95,
+            "max_grad_norm": config.max_gradient_norm,
+            "logging_steps": 10,
+        }
         watch = Watch(
             self._objective,
             self.measure,
@@ -146,28 +133,16 @@ class ContrastStage:
             general=self._steady,
             seed=config.seed,
         )
-        trainer = ContrastiveTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=draws,
-            data_collator=functools.partial(collate, pad_id=self._bos_id),
-            callbacks=[watch],
+        trainer = contrastive_trainer(
+            model,
+            arguments,
+            draws,
+            watch,
+            objective=self._objective,
+            contrast=self._contrast,
+            precision=config.precision,
+            pad_id=self._bos_id,
+            base=self._reference,
         )
-        trainer.precision = config.precision
-        trainer.objective, trainer.contrast = self._objective, self._contrast
-        trainer.base = self._reference
-        # Else a model that takes any keyword counts as one that scales its loss by tokens.
-        trainer.model_accepts_loss_kwargs = False
         run_trainer(trainer, watch, folder)
         return watch.curve
-
-
-def split_sets(
-    sets: Sequence[ParaphraseSet], share: float
-) -> tuple[list[ParaphraseSet], list[ParaphraseSet]]:
-    """Sets to learn from and sets to measure on, by content; equal ones count once."""
-    border = round(share * 16**6)
-    unique = {one.key: one for one in sets}
-    held = [one for key, one in unique.items() if int(key[:6], 16) < border]
-    rest = [one for key, one in unique.items() if int(key[:6], 16) >= border]
-    return (rest, held) if rest else (list(unique.values()), [])

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainingArguments
 
+from fusion_detox.training.contrastive_batches import AnchorDraws, collate
 from fusion_detox.training.contrastive_perplexity import objective_loss
 from fusion_detox.training.contrastive_settings import ContrastiveConfig, ContrastiveObjective
 from fusion_detox.training.loss import IGNORED
 from fusion_detox.training.stage import StageTrainer
 from fusion_detox.training.token_losses import kl_to_base, mean_nll
+from fusion_detox.training.watch import Watch
+
+ANCHOR_ARGUMENTS = {
+    "dataloader_pin_memory": torch.cuda.is_available(),
+    "ddp_find_unused_parameters": False,
+}
+"""What every training on anchors tells ``TrainingArguments``."""
 
 
 class ContrastiveTrainer(StageTrainer):
@@ -70,3 +80,30 @@ class ContrastiveTrainer(StageTrainer):
             return found
         found = self.base.to(texts["input_ids"].device)(**texts).logits
         return found
+
+
+def contrastive_trainer(
+    model: Any,
+    arguments: dict[str, Any],
+    draws: AnchorDraws,
+    watch: Watch,
+    *,
+    objective: ContrastiveObjective,
+    contrast: ContrastiveConfig,
+    precision: str,
+    pad_id: int,
+    base: Any = None,
+) -> ContrastiveTrainer:
+    """A trainer of ``model`` on anchors; ``arguments`` are those of ``TrainingArguments``."""
+    trainer = ContrastiveTrainer(
+        model=model,
+        args=TrainingArguments(**arguments),
+        train_dataset=draws,
+        data_collator=functools.partial(collate, pad_id=pad_id),
+        callbacks=[watch],
+    )
+    trainer.precision, trainer.base = precision, base
+    trainer.objective, trainer.contrast = objective, contrast
+    # Else a model that takes any keyword counts as one that scales its loss by tokens.
+    trainer.model_accepts_loss_kwargs = False
+    return trainer

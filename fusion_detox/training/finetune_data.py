@@ -7,11 +7,10 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from fusion_detox.errors import DataError
-from fusion_detox.tokens import TokenTable
-from fusion_detox.training.blocks import Blocks, pack, start_id, tokenize
+from fusion_detox.training.blocks import Blocks, byte_lengths, pack, start_id, tokenize
 from fusion_detox.training.contrastive_batches import (
     AnchorDraws,
     EncodedSet,
@@ -23,20 +22,13 @@ from fusion_detox.training.contrastive_settings import ContrastiveConfig
 from fusion_detox.training.corpus import Columns, Document, read_documents
 from fusion_detox.training.finetune_settings import FinetuneConfig
 from fusion_detox.training.pairs import ParaphraseSet, read_pairs
+from fusion_detox.training.splitting import split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Sources = Sequence[str | Path]
 _MOST_ANCHORS, _MOST_BLOCKS = 300, 100
-
-
-class _Keyed(Protocol):
-    @property
-    def key(self) -> str: ...
-
-
-Item = TypeVar("Item", bound=_Keyed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +53,7 @@ class FinetuneData:
         sets = list({one.key: one for one in read_pairs(pairs)}.values())
         check_sets(sets)
         documents = read_documents(general, columns) if general else []
-        return cls(*_split(sets, held_out), *_split(documents, held_out))
+        return cls(*split(sets, held_out), *split(documents, held_out))
 
     def fingerprint(self, settings: dict[str, Any]) -> str:
         """A hash of all that decides a run's result."""
@@ -115,8 +107,7 @@ class EncodedData:
         self.general = self._blocks(tokenizer, data.general)
         self.held_general = self._blocks(tokenizer, data.held_general, _MOST_BLOCKS)
         # Only bits a byte of general text need them, and not every tokenizer can tell.
-        pieces = TokenTable.from_tokenizer(tokenizer).pieces if self.held_general else ()
-        self.byte_lengths = [0 if piece is None else len(piece) for piece in pieces]
+        self.byte_lengths = byte_lengths(tokenizer) if self.held_general else []
 
     def _blocks(
         self, tokenizer: PreTrainedTokenizerBase, documents: list[Document], most: int | None = None
@@ -148,10 +139,3 @@ class EncodedData:
             self.byte_lengths,
             autocast=self.config.precision != "float32",
         )
-
-
-def _split(items: list[Item], share: float) -> tuple[list[Item], list[Item]]:
-    border = round(share * 16**6)
-    held = [item for item in items if int(item.key[:6], 16) < border]
-    rest = [item for item in items if int(item.key[:6], 16) >= border]
-    return (rest, held) if rest else (items, [])

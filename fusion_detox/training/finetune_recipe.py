@@ -196,8 +196,9 @@ def _train(
     from peft import get_peft_model
     from transformers import set_seed
 
+    from fusion_detox.training.contrast_trainer import contrastive_trainer
     from fusion_detox.training.finetune_dpo import bos_before, dpo_trainer, preference_rows
-    from fusion_detox.training.finetune_trainer import ADAPTER_WEIGHTS, contrastive_trainer
+    from fusion_detox.training.finetune_trainer import ADAPTER_WEIGHTS, training_arguments
     from fusion_detox.training.stage import run_trainer
 
     config = encoded.config
@@ -227,14 +228,13 @@ def _train(
         model: Any = get_peft_model(start, adapter)
         trainer = contrastive_trainer(
             model,
+            training_arguments(folder, config, steps=steps, world_size=world_size),
             encoded.draws(steps),
-            folder,
-            config,
-            encoded.contrast,
             watch,
+            objective=config.objective,
+            contrast=encoded.contrast,
+            precision=config.precision,
             pad_id=encoded.bos_id,
-            steps=steps,
-            world_size=world_size,
         )
     run_trainer(trainer, watch, folder, ADAPTER_WEIGHTS)
     return trainer.accelerator.unwrap_model(trainer.model)

@@ -15,7 +15,7 @@ import torch
 from fusion_detox.calibrator import Calibrator
 from fusion_detox.config import FusionConfig
 from fusion_detox.errors import MissingExtraError, TrainingError
-from fusion_detox.training.blocks import start_id
+from fusion_detox.training.blocks import byte_lengths, start_id
 from fusion_detox.training.contrastive_batches import grades_digest
 from fusion_detox.training.contrastive_settings import ContrastiveConfig
 from fusion_detox.training.corpus import Columns, Condition, Document, file_hashes, read_documents
@@ -31,6 +31,7 @@ from fusion_detox.training.request import (
     reference_needed,
 )
 from fusion_detox.training.settings import TrainingConfig
+from fusion_detox.training.splitting import split
 from fusion_detox.training.truncation import base_and_layers
 from fusion_detox.versions import installed_versions
 
@@ -113,7 +114,7 @@ def train_calibrator(
     except ImportError as error:
         raise MissingExtraError("accelerate", "train") from error
     from fusion_detox.training import text_blocks
-    from fusion_detox.training.contrast_stage import ContrastStage, ContrastText, split_sets
+    from fusion_detox.training.contrast_stage import ContrastStage, ContrastText
     from fusion_detox.training.run import Run, claim
 
     config, columns = config or TrainingConfig(), columns or Columns()
@@ -163,7 +164,8 @@ def train_calibrator(
         "reference_data": read_documents(reference_data, columns) if reference_data else [],
     }
     check_texts(texts)
-    sets, held_sets = split_sets(read_pairs(pairs) if pairs else [], config.held_out)
+    unique = {one.key: one for one in (read_pairs(pairs) if pairs else [])}
+    sets, held_sets = split([*unique.values()], config.held_out)
     fingerprint = run.fingerprint(
         {**texts, "pairs": [*sets, *held_sets]},
         {**contrast.to_dict(), "grades": grades_digest(sets)} if contrastive else {},
@@ -172,7 +174,8 @@ def train_calibrator(
         if state.is_main_process:
             claim(work, fingerprint, overwrite)
     splits = {
-        label: text_blocks.split(documents, config.held_out) for label, documents in texts.items()
+        label: text_blocks.split_documents(documents, config.held_out)
+        for label, documents in texts.items()
     }
     if old is not None:
         model, reference, words = old.clean, reference_needed(old), old.tokenizer
@@ -180,7 +183,7 @@ def train_calibrator(
         with state.main_process_first():
             model, words = run.start(splits)
         reference = model
-    bos_id, lengths = start_id(words), text_blocks.byte_lengths(words)
+    bos_id, lengths = start_id(words), byte_lengths(words)
     held_out = {
         label: text_blocks.held_out(words, bos_id, held, config.context_length, lengths)
         for label, (_, held) in splits.items()

@@ -13,7 +13,7 @@ import random
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
 from transformers import (
@@ -28,6 +28,7 @@ from fusion_detox.errors import TrainingError
 from fusion_detox.loading import load_base, load_tokenizer
 from fusion_detox.training.blocks import Blocks
 from fusion_detox.training.settings import TrainingConfig
+from fusion_detox.training.splitting import Keyed
 from fusion_detox.training.stage import HeldOut, run_stage
 from fusion_detox.training.text_blocks import Splits, base_blocks, fork_streams
 from fusion_detox.training.tokenizer import train_tokenizer
@@ -40,14 +41,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 Curve = list[dict[str, float | None]]
 Train = Callable[["PreTrainedModel", Path], Curve]
-
-
-class Keyed(Protocol):
-    """What a hash of its content stands for."""
-
-    @property
-    def key(self) -> str:
-        """The hash."""
 
 
 @dataclasses.dataclass
@@ -241,9 +234,7 @@ def claim(work: Path, fingerprint: str, overwrite: bool) -> None:
             )
         shutil.rmtree(work)
     work.mkdir(parents=True)
-    temporary = marker.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"fingerprint": fingerprint}))
-    os.replace(temporary, marker)
+    write_whole(marker, json.dumps({"fingerprint": fingerprint}).encode())
 
 
 def _publish(saved: Any, folder: Path) -> None:

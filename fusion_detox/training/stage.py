@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -80,6 +80,33 @@ class HeldOut:
         return bits_per_byte(total, self.bytes)
 
 
+class Kept(Protocol):
+    """The settings of a training that decide where it runs and what is kept of it."""
+
+    @property
+    def device(self) -> str | None: ...  # noqa: D102
+    @property
+    def save_every(self) -> int: ...  # noqa: D102
+    @property
+    def seed(self) -> int: ...  # noqa: D102
+
+
+def kept_arguments(folder: Path, config: Kept) -> dict[str, Any]:
+    """What all trainings tell ``TrainingArguments``: where to run, what to keep and to show."""
+    return {
+        "output_dir": str(folder),
+        "use_cpu": config.device == "cpu" or not torch.cuda.is_available(),
+        "save_steps": config.save_every,
+        "save_total_limit": 2,
+        "disable_tqdm": True,
+        "report_to": [],
+        "seed": config.seed,
+        "data_seed": config.seed,
+        "remove_unused_columns": False,
+        "dataloader_drop_last": True,
+    }
+
+
 def run_stage(
     title: str,
     model: PreTrainedModel,
@@ -104,7 +131,7 @@ def run_stage(
         KeyboardInterrupt: After the checkpoint of an interrupted run has been written.
     """
     arguments = TrainingArguments(
-        output_dir=str(folder),
+        **kept_arguments(folder, config),
         max_steps=steps,
         per_device_train_batch_size=config.batch_size // world_size,
         learning_rate=learning_rate,
@@ -113,16 +140,7 @@ def run_stage(
         weight_decay=config.weight_decay,
         adam_beta2=0.95,
         max_grad_norm=config.max_gradient_norm,
-        use_cpu=config.device == "cpu" or not torch.cuda.is_available(),
         logging_steps=10,
-        save_steps=config.save_every,
-        save_total_limit=2,
-        disable_tqdm=True,
-        report_to=[],
-        seed=config.seed,
-        data_seed=config.seed,
-        remove_unused_columns=False,
-        dataloader_drop_last=True,
         average_tokens_across_devices=True,
     )
     watch = Watch(

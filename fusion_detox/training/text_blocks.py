@@ -7,7 +7,6 @@ import random
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-from fusion_detox.tokens import TokenTable
 from fusion_detox.training.blocks import (
     Blocks,
     Streams,
@@ -18,6 +17,7 @@ from fusion_detox.training.blocks import (
 )
 from fusion_detox.training.corpus import Document
 from fusion_detox.training.settings import TrainingConfig
+from fusion_detox.training.splitting import split
 from fusion_detox.training.stage import HeldOut
 
 if TYPE_CHECKING:
@@ -27,18 +27,12 @@ logger = logging.getLogger(__name__)
 Splits = dict[str, tuple[list[Document], list[Document]]]
 
 
-def split(documents: list[Document], share: float) -> tuple[list[Document], list[Document]]:
-    """Training and held-out documents, by content, so that a text is never on both sides."""
-    border = round(share * 16**6)
-    held = [d for d in documents if int(d.key[:6], 16) < border]
-    rest = [d for d in documents if int(d.key[:6], 16) >= border]
-    return (rest, held[:1500]) if rest else (documents, [])
-
-
-def byte_lengths(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Bytes of each token id, 0 for special ones."""
-    pieces = TokenTable.from_tokenizer(tokenizer).pieces
-    return [0 if piece is None else len(piece) for piece in pieces]
+def split_documents(
+    documents: list[Document], share: float
+) -> tuple[list[Document], list[Document]]:
+    """Training and held-out documents, of the latter as many as measuring needs."""
+    rest, held = split(documents, share)
+    return rest, held[:1500]
 
 
 def held_out(
