@@ -39,6 +39,11 @@ class FusionConfig:
             the noise of tokens that both find impossible does not count.
         kl_budget: Per step, the strength is lowered until the fused distribution is at most this
             many nats of KL divergence away from the target's; ``None`` sets no bound.
+        context_kl: Adapts the strength to the text so far: it is whole where the calibrator's
+            reference and clean model have differed by this many nats, KL(reference ‖ clean)
+            averaged over the last 16 tokens, and in proportion less where they agree more. Toxic
+            text is then steered hard while harmless text stays nearly as it was. ``None``: the same
+            strength everywhere.
         aligned_norm: What the aligned rules do to a vector that was carried over: ``"layer"`` is
             layer normalisation without weights, as in the paper, ``"target"`` the same times the
             root mean square of the target's own vectors, ``"none"`` nothing. ``"auto"`` is
@@ -53,6 +58,7 @@ class FusionConfig:
     threshold: float = 0.0
     floor: float = 1e-7
     kl_budget: float | None = None
+    context_kl: float | None = None
     aligned_norm: AlignedNorm = "auto"
 
     def __post_init__(self) -> None:
@@ -71,8 +77,9 @@ class FusionConfig:
         self._check("clip", 0.0, math.inf, open_below=True, finite=False)
         self._check("threshold", 0.0, math.inf)
         self._check("floor", 0.0, 1e-2)
-        if self.kl_budget is not None:
-            self._check("kl_budget", 0.0, math.inf, open_below=True)
+        for name in ("kl_budget", "context_kl"):
+            if getattr(self, name) is not None:
+                self._check(name, 0.0, math.inf, open_below=True)
 
     @property
     def contrasts(self) -> bool:

@@ -33,6 +33,7 @@ class Fusion:
         shift: By how much log-probs move at a strength, in nats and up to a constant a row; its
             second argument takes the columns that are wanted from a ``(batch, vocab)`` tensor.
         config: The rule and its settings.
+        most: The largest strength, ``(batch, 1)`` or the same for all rows.
     """
 
     scores: Tensor
@@ -41,9 +42,10 @@ class Fusion:
     dropped: Tensor | None
     shift: Callable[[Tensor | float, Callable[[Tensor], Tensor]], Tensor]
     config: FusionConfig
+    most: Tensor | float
 
     def strength(self) -> Tensor:
-        """``(batch,)``: that of the settings, or less where ``kl_budget`` lowers it.
+        """``(batch,)``: that of the settings, or less where a budget or the context lowers it.
 
         0 for rows with NaN, which come back as they were.
         """
@@ -69,7 +71,7 @@ class Fusion:
         config, judged, dropped = self.config, self.judged, self.dropped
         count = int(judged.sum(-1).max())
         if config.kl_budget is None or count == 0:
-            return config.strength, dropped
+            return self.most, dropped
         logs, index = self.log_probs.masked_fill(~judged, -math.inf).topk(count, dim=-1)
         there = torch.isfinite(logs)
         own = torch.logsumexp(logs, -1, keepdim=True).exp()
@@ -88,17 +90,22 @@ class Fusion:
             return (group * (mean - total + group.clamp_min(1e-30).log())).nan_to_num(nan=0.0)
 
         low = torch.zeros_like(own)
-        high = torch.full_like(own, config.strength)
+        high = most = torch.zeros_like(own) + self.most
         within = divergence(high) <= config.kl_budget
         for _ in range(14):
             middle = (low + high) / 2
             fits = divergence(middle) <= config.kl_budget
             low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
-        return torch.where(within, torch.full_like(low, config.strength), low), dropped
+        return torch.where(within, most, low), dropped
 
 
 def fuse(
-    scores: Tensor, clean: Tensor, reference: Tensor | None, mapped: Tensor, config: FusionConfig
+    scores: Tensor,
+    clean: Tensor,
+    reference: Tensor | None,
+    mapped: Tensor,
+    config: FusionConfig,
+    share: Tensor | None = None,
 ) -> Tensor:
     """Fuses the calibrator's distributions into the target's scores.
 
@@ -107,7 +114,8 @@ def fuse(
         clean: ``(batch, vocab)`` probabilities of the clean model in the target's vocabulary.
         reference: Likewise, of the reference; only the contrast rules read it.
         mapped: ``(vocab,)`` which tokens the calibrator can judge.
-        config: The rule and its settings.
+        config: The rule and its settings; its ``context_kl`` is not read.
+        share: ``(batch,)`` of the strength that each row gets, 0 to 1; all of it by default.
 
     Returns:
         ``(batch, vocab)`` normalised log-probs in the dtype of ``scores``; ``scores`` itself at
@@ -116,7 +124,7 @@ def fuse(
     """
     if config.strength == 0:
         return scores
-    return prepare(scores, clean, reference, mapped, config).fused()
+    return prepare(scores, clean, reference, mapped, config, share).fused()
 
 
 def strength_used(
@@ -132,17 +140,23 @@ def strength_used(
 
 
 def prepare(
-    scores: Tensor, clean: Tensor, reference: Tensor | None, mapped: Tensor, config: FusionConfig
+    scores: Tensor,
+    clean: Tensor,
+    reference: Tensor | None,
+    mapped: Tensor,
+    config: FusionConfig,
+    share: Tensor | None = None,
 ) -> Fusion:
     """A step by the rules that work on distributions; arguments as in :func:`fuse`."""
     log_probs, judged, dropped = _judge(scores, mapped, config)
+    most = _most(config, share)
     if config.contrasts:
         assert reference is not None
         difference = log_ratio(clean, reference, config).masked_fill(~judged, 0.0)
-        return Fusion(scores, log_probs, judged, dropped, _times(difference), config)
+        return Fusion(scores, log_probs, judged, dropped, _times(difference), config, most)
     if config.rule == "product":
         difference = torch.log(clean + config.floor) - log_probs
-        return Fusion(scores, log_probs, judged, dropped, _times(difference), config)
+        return Fusion(scores, log_probs, judged, dropped, _times(difference), config, most)
     inside = log_probs.masked_fill(~judged, -math.inf)
     inside = inside - torch.logsumexp(inside, dim=-1, keepdim=True)
     own = clean.masked_fill(~judged, 0.0)
@@ -152,11 +166,16 @@ def prepare(
         law = columns(inside)
         return torch.log((1 - strength) * law.exp() + strength * columns(own)) - law
 
-    return Fusion(scores, log_probs, judged, dropped, mix, config)
+    return Fusion(scores, log_probs, judged, dropped, mix, config, most)
 
 
 def prepare_aligned(
-    scores: Tensor, carried: Tensor, known: Tensor, cap: float | None, config: FusionConfig
+    scores: Tensor,
+    carried: Tensor,
+    known: Tensor,
+    cap: float | None,
+    config: FusionConfig,
+    share: Tensor | None = None,
 ) -> Fusion:
     """A step by the aligned rule: fusion of last hidden states, on logits (arXiv 2506.01266).
 
@@ -171,11 +190,13 @@ def prepare_aligned(
         known: ``(vocab,)`` which columns the head has.
         cap: The head's soft cap, if any.
         config: The settings.
+        share: As in :func:`fuse`.
     """
     log_probs, judged, dropped = _judge(scores, known, config)
+    most = _most(config, share)
     if cap is None:
         difference = carried - log_probs
-        return Fusion(scores, log_probs, judged, dropped, _times(difference), config)
+        return Fusion(scores, log_probs, judged, dropped, _times(difference), config, most)
     bounded = (scores.float() / cap).clamp(-_SATURATED, _SATURATED)
     raw = cap * torch.atanh(bounded)
     # What no cap explains (of a processor before this one) stays beside it.
@@ -185,7 +206,7 @@ def prepare_aligned(
         mixed = (1 - strength) * columns(raw) + strength * columns(carried)
         return cap * torch.tanh(mixed / cap) + (1 - strength) * columns(rest) - columns(log_probs)
 
-    return Fusion(scores, log_probs, judged, dropped, blend, config)
+    return Fusion(scores, log_probs, judged, dropped, blend, config, most)
 
 
 def _judge(
@@ -195,6 +216,10 @@ def _judge(
     log_probs = torch.log_softmax(scores.float(), dim=-1)
     judged = mapped & _plausible(log_probs, config.plausibility)
     return log_probs, judged, mapped & ~judged if config.outside == "remove" else None
+
+
+def _most(config: FusionConfig, share: Tensor | None) -> Tensor | float:
+    return config.strength if share is None else config.strength * share[:, None]
 
 
 def _times(difference: Tensor) -> Callable[[Tensor | float, Callable[[Tensor], Tensor]], Tensor]:

@@ -13,11 +13,12 @@ from transformers import LogitsProcessor
 
 from fusion_detox.calibrator import Calibrator
 from fusion_detox.config import FusionConfig
-from fusion_detox.context import TextContext
+from fusion_detox.context import Position, TextContext
 from fusion_detox.decoders import check_calibrator
-from fusion_detox.errors import ConfigError, VocabularyError
+from fusion_detox.errors import ConfigError
 from fusion_detox.fusion import Fusion, prepare
 from fusion_detox.processor_aligned import AlignedTarget
+from fusion_detox.processor_columns import TargetColumns, fit
 from fusion_detox.processor_covers import weigh_covers
 from fusion_detox.processor_paged import watch_paged_generation
 from fusion_detox.session import CalibratorSession, plain_mode
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from fusion_detox.alignment import Alignment
 
 logger = logging.getLogger(__name__)
-_PADDING = 2048
-"""Columns that a head may have beyond its tokenizer (phi-2 has 943)."""
 
 
 class FusionLogitsProcessor(LogitsProcessor):
@@ -108,13 +107,11 @@ class FusionLogitsProcessor(LogitsProcessor):
         self._device = None if device is None else torch.device(device)
         self._sessions: dict[tuple[torch.device, bool], CalibratorSession] = {}
         self._mapped = self.vocabulary.mapped
-        self._narrowest = int(self._mapped.nonzero().max()) + 1
-        self._tokens = len(tokens.pieces)
-        self._widest = _padded(self._tokens)
-        self._assistant = 0 if assistant_tokenizer is None else len(assistant_tokenizer)
+        assistant = 0 if assistant_tokenizer is None else len(assistant_tokenizer)
+        self._columns = TargetColumns(self._mapped, assistant)
         self._starts = tokens.reset_ids | {pad_token_id}
         self._before: list[tuple[int, ...]] = []
-        self._warned: set[str] = set()
+        self._warned = False
         watch_paged_generation()
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -146,7 +143,7 @@ class FusionLogitsProcessor(LogitsProcessor):
         Raises:
             VocabularyError: See ``__call__``.
         """
-        if self.config.strength == 0 or not self._is_of_target(scores):
+        if self.config.strength == 0 or not self._columns.hold(scores):
             return scores
         return self._prepare(rows, scores).fused()
 
@@ -159,12 +156,12 @@ class FusionLogitsProcessor(LogitsProcessor):
 
         Returns:
             What ``__call__`` returns, and ``(batch,)`` strengths in float32: those of the settings,
-            or less where ``kl_budget`` lowers them.
+            or less where ``context_kl`` or ``kl_budget`` lowers them.
 
         Raises:
             VocabularyError: See ``__call__``.
         """
-        if self.config.strength == 0 or not self._is_of_target(scores):
+        if self.config.strength == 0 or not self._columns.hold(scores):
             return scores, torch.zeros(len(scores), device=scores.device)
         step = self._prepare(self._rows(input_ids), scores)
         return step.fused(), step.strength()
@@ -228,6 +225,11 @@ class FusionLogitsProcessor(LogitsProcessor):
                 f"the {self.config.rule} rule needs a calibrator with a reference model, and this "
                 "one has none: choose rule='product' or rule='mixture'"
             )
+        if self.config.context_kl is not None and self.calibrator.reference is None:
+            raise ConfigError(
+                "context_kl compares the calibrator's two models, but this one has no reference: "
+                "leave it out"
+            )
         if not self.config.aligned:
             return
         if self._aligned is None:
@@ -239,8 +241,9 @@ class FusionLogitsProcessor(LogitsProcessor):
         self._aligned.check_rule(self.config)
 
     def _rows(self, input_ids: Tensor) -> list[list[int]]:
-        if input_ids.shape[-1] == 0 and not self._before:
-            self._warn_once(
+        if input_ids.shape[-1] == 0 and not self._before and not self._warned:
+            self._warned = True
+            logger.warning(
                 "input_ids are empty, as with inputs_embeds alone, whose text cannot be read: the "
                 "calibrator sees only what is written from here on. Give input_ids beside "
                 "inputs_embeds, or use processor.following(text)"
@@ -266,13 +269,23 @@ class FusionLogitsProcessor(LogitsProcessor):
         return texts
 
     def _prepare(self, rows: Sequence[Sequence[int]], scores: Tensor) -> Fusion:
+        positions = [self._context.read(ids) for ids in self._texts(rows)]
+        share = self._share(positions, scores)
         if not self.config.aligned:
-            return prepare(scores, *self._distributions(rows, scores), self.config)
+            return prepare(scores, *self._distributions(positions, scores), self.config, share)
         assert self._aligned is not None
         session = self._session(scores, both=self.config.contrasts)
         # A half-written word stands there as the tokens that it has so far.
-        paths = [self._context.read(ids).path for ids in self._texts(rows)]
-        return self._aligned.prepare(scores, session.hidden(paths), self.config)
+        hidden = session.hidden([position.path for position in positions])
+        return self._aligned.prepare(scores, hidden, self.config, share)
+
+    def _share(self, positions: list[Position], scores: Tensor) -> Tensor | None:
+        """``(batch,)`` of the strength that each text calls for, or ``None`` for all of it."""
+        whole = self.config.context_kl
+        if whole is None:
+            return None
+        recent = self._session(scores).recent_divergence([one.path for one in positions])
+        return torch.tensor([min(1.0, nats / whole) for nats in recent], device=scores.device)
 
     def _session(self, scores: Tensor, *, both: bool = True) -> CalibratorSession:
         """The session of a device; of the clean model alone where the rule reads no other."""
@@ -288,11 +301,10 @@ class FusionLogitsProcessor(LogitsProcessor):
         return session
 
     def _distributions(
-        self, rows: Sequence[Sequence[int]], scores: Tensor
+        self, positions: list[Position], scores: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Clean and reference probabilities and what is mapped, in the columns of ``scores``."""
         width = scores.shape[-1]
-        positions = [self._context.read(ids) for ids in self._texts(rows)]
         device = self._device or scores.device
         session = self._session(scores)
         wanted: dict[tuple[int, ...], int] = {}
@@ -306,42 +318,6 @@ class FusionLogitsProcessor(LogitsProcessor):
             projected = self.vocabulary.project(
                 log_probs.exp(), covers, weights, len(positions), mode=mode
             )
-        projected = self._fit(projected, width).to(scores.device)
-        mapped = self._fit(self._mapped.to(scores.device), width)
+        projected = fit(projected, width).to(scores.device)
+        mapped = fit(self._mapped.to(scores.device), width)
         return projected[0], projected[1] if len(projected) > 1 else None, mapped
-
-    def _is_of_target(self, scores: Tensor) -> bool:
-        """Whether scores can be of the target; those of another vocabulary pass."""
-        width = scores.shape[-1]
-        if self._narrowest <= width <= self._widest:
-            return True
-        if width <= _padded(self._assistant):  # some of its columns may be cut off
-            return False
-        if width > self._widest:
-            raise VocabularyError(
-                f"scores have {width} columns, but the tokenizer given has {self._tokens} tokens: "
-                "give the tokenizer of the model that generates; where they are drafts of an "
-                "assistant with a vocabulary of its own, give assistant_tokenizer too"
-            )
-        self._warn_once(
-            f"scores have {width} columns, but the target's tokenizer has {self._narrowest} "
-            "tokens: they belong to another model and are passed on unchanged. Where it is an "
-            "assistant with a vocabulary of its own, give assistant_tokenizer"
-        )
-        return False
-
-    @staticmethod
-    def _fit(tensor: Tensor, width: int) -> Tensor:
-        """Zeros for the rows of a padded head, or without the ids that a head does not have."""
-        missing = width - tensor.shape[-1]
-        return torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor
-
-    def _warn_once(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            logger.warning(message)
-
-
-def _padded(tokens: int) -> int:
-    """Widest head of a model with so many tokens."""
-    return tokens + max(_PADDING, tokens // 20) if tokens else 0

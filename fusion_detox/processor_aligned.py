@@ -15,6 +15,7 @@ from fusion_detox.alignment_files import find_alignment
 from fusion_detox.errors import AlignmentError, ConfigError
 from fusion_detox.fusion import Fusion, prepare, prepare_aligned
 from fusion_detox.head_inputs import output_layer
+from fusion_detox.processor_columns import fit
 from fusion_detox.session import plain_mode
 from fusion_detox.target_head import TargetHead
 from fusion_detox.tokens import TokenTable
@@ -91,13 +92,16 @@ class AlignedTarget:
                 f"{self._reference_width}: use rule='aligned'"
             )
 
-    def prepare(self, scores: Tensor, hidden: Tensor, config: FusionConfig) -> Fusion:
+    def prepare(
+        self, scores: Tensor, hidden: Tensor, config: FusionConfig, share: Tensor | None = None
+    ) -> Fusion:
         """One step.
 
         Args:
             scores: ``(batch, vocab)`` of the target.
             hidden: ``(distributions, batch, calibrator width)``.
             config: The settings.
+            share: ``(batch,)`` of the strength that each row gets; all of it by default.
         """
         width = scores.shape[-1]
         with plain_mode(hidden.device):
@@ -111,11 +115,13 @@ class AlignedTarget:
             if sure is not None and not bool(sure.all()):
                 known = known & sure[:, None]
                 self._warn(len(scores) - int(sure.sum()))
-            step = prepare_aligned(whole, _fit(logits[0], width), known, self.head.cap, config)
+            carried = fit(logits[0], width)
+            step = prepare_aligned(whole, carried, known, self.head.cap, config, share)
             return dataclasses.replace(step, scores=scores)  # of the caller's dtype
         laws = torch.softmax(self.head.bounded(logits), -1)
-        spelled = _fit(self._spelled.to(scores.device), width)
-        return prepare(scores, _fit(laws[0], width), _fit(laws[1], width), spelled, config)
+        spelled = fit(self._spelled.to(scores.device), width)
+        clean, reference = (fit(law, width) for law in laws)
+        return prepare(scores, clean, reference, spelled, config, share)
 
     def _warn(self, rows: int) -> None:
         if not self._warned:
@@ -137,9 +143,3 @@ class AlignedTarget:
             return carried
         carried = F.layer_norm(carried, carried.shape[-1:])
         return carried * self.head.root_mean_square if config.norm == "target" else carried
-
-
-def _fit(tensor: Tensor, width: int) -> Tensor:
-    """Zeros for columns that the head lacks, or without those that the scores lack."""
-    missing = width - tensor.shape[-1]
-    return F.pad(tensor, (0, missing)) if missing else tensor

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fusion_detox.decoders import Row, build_decoder
 from fusion_detox.errors import ConfigError
+from fusion_detox.session_divergence import RecentDivergence
 from fusion_detox.session_plan import Ids, Path, Planner, split_into_paths
 
 if TYPE_CHECKING:
@@ -88,6 +89,18 @@ class CalibratorSession:
         """
         return self._ask(prefixes, hidden=True)
 
+    def recent_divergence(self, prefixes: Sequence[Ids]) -> list[float]:
+        """By how much the two models have lately differed on each prefix.
+
+        Args:
+            prefixes: As in ``log_probs``; there must be a reference.
+
+        Returns:
+            ``KL(reference ‖ clean)`` of the next token in nats, averaged over the last 16 positions
+            of each prefix.
+        """
+        return self._recent(prefixes)
+
     def _ask(self, prefixes: Sequence[Ids], *, hidden: bool) -> Tensor:
         texts = [self._window(prefix) for prefix in prefixes]
         with self._lock, plain_mode(self._device):
@@ -114,6 +127,7 @@ class CalibratorSession:
 
     def _forget(self) -> None:
         self._memo, self._hidden_memo = _Memo(), _Memo()
+        self._recent = RecentDivergence(self.log_probs, self._calibrator.vocabulary_size)
         self._planner = Planner(self._max_rows)
         self._allocated = 0
 

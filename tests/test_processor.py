@@ -68,7 +68,8 @@ def test_same_vocabulary_uses_the_calibrator_as_it_is(
     assert processor.vocabulary.kind == "identity"
     ids = byte_tokenizer("You are a complete", return_tensors="pt")["input_ids"]
     scores = torch.randn(1, len(byte_tokenizer))
-    clean, reference, _ = processor._distributions(ids.tolist(), scores)
+    positions = [processor._context.read(tuple(row)) for row in ids.tolist()]
+    clean, reference, _ = processor._distributions(positions, scores)
     bos = torch.tensor([[calibrator.bos_id]])
     with torch.no_grad():
         logits = calibrator.clean(input_ids=torch.cat([bos, ids], 1)).logits[:, -1]

@@ -94,7 +94,7 @@ def change_on_texts(
         model: The target.
         processor: A logits processor. If it has a method ``with_strength(input_ids, scores)`` that
             returns the fused scores and the ``(batch,)`` strengths used, that is called; else the
-            strength is that of its ``config``, if it has one without a ``kl_budget``.
+            strength is that of its ``config``, if that has no ``kl_budget`` or ``context_kl``.
         texts: Token ids of the target, from :func:`text_ids`.
         batch_size: Texts at a time; fewer where their logits would take more than 1 GiB.
 
@@ -221,7 +221,7 @@ def _process(processor: Processor, ids: Tensor, scores: Tensor) -> tuple[Tensor,
         fused, strength = teller(ids, scores)
         return fused, strength.to(scores.device)
     config = getattr(processor, "config", None)
-    known = isinstance(config, FusionConfig) and config.kl_budget is None
+    known = isinstance(config, FusionConfig) and config.kl_budget is config.context_kl is None
     used = config.strength if known and config is not None else math.nan
     return processor(ids, scores), scores.new_full((len(scores),), used)
 

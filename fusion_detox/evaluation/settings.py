@@ -18,7 +18,7 @@ _FORM = (
     "base, wordfilter, default, or a rule with changes such as contrast:strength=2,threshold=0.3"
 )
 # The plain rules of the literature, without what our contrast adds to them.
-_PLAIN = {"plausibility": 0.0, "outside": "keep", "kl_budget": None}
+_PLAIN = {"plausibility": 0.0, "outside": "keep", "kl_budget": None, "context_kl": None}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,12 +38,16 @@ CONTRAST_GRID: dict[str, Values] = {
     "plausibility": (1e-2, 1e-3, 1e-4, 0.0),
     "outside": ("keep", "remove"),
     "kl_budget": (None, 0.25, 0.5, 1.0),
+    "context_kl": (None, 0.05, 0.1, 0.2),
 }
 PLAIN_GRID: dict[str, Values] = {
     "strength": (0.1, 0.2, 0.3, 0.4, 0.6, 0.8),
     "plausibility": (1e-2, 1e-3, 1e-4, 0.0),
 }
 _FINE = (0.75, 1.25)
+_STRONGER = (1.0, 1.5, 2.0)
+"""Strengths, relative to the best so far, with which each ``context_kl`` is tried: it lowers them
+in most of a text, and only with more strength does that pay."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,11 +291,25 @@ def _rounds(start: FusionConfig, grid: Mapping[str, Values]) -> list[tuple[str, 
 
 
 def _candidates(centre: FusionConfig, name: str, choices: Values) -> list[FusionConfig]:
+    most = float("inf") if centre.contrasts else 1.0
+
+    def times(factor: float) -> float:
+        return round(min(centre.strength * factor, most), 4)
+
     if choices is _FINE:
-        most = float("inf") if centre.contrasts else 1.0
-        fine = [round(min(centre.strength * factor, most), 4) for factor in _FINE]
-        return [centre.replace(strength=value) for value in fine]
-    return [centre, *(centre.replace(**{name: value}) for value in choices)]
+        return [centre.replace(strength=times(factor)) for factor in _FINE]
+    if name != "context_kl":
+        return [centre, *(centre.replace(**{name: value}) for value in choices)]
+    adaptive = [value for value in choices if value is not None]
+    return [
+        centre,
+        centre.replace(context_kl=None),
+        *(
+            centre.replace(context_kl=value, strength=times(factor))
+            for value in adaptive
+            for factor in _STRONGER
+        ),
+    ]
 
 
 def _label(config: FusionConfig) -> str:

@@ -12,7 +12,7 @@ from fusion_detox import Calibrator, FusionConfig, FusionLogitsProcessor
 from .definition import AsProcessor, Definition
 from .search import Search
 
-CONFIG = FusionConfig(strength=1.5, plausibility=1e-4, threshold=0.05)
+CONFIG = FusionConfig(strength=1.5, plausibility=1e-4, threshold=0.05, context_kl=0.07)
 # Both end inside of a word that the calibrator would begin otherwise.
 TEXTS = ["The weather was fine, you idio", "You are a complete idiot and nobody is so stupi"]
 VOCABULARIES = {

@@ -116,9 +116,21 @@ class Definition:
         probs = torch.stack(laws, 1)
         return self.map.project(probs.float(), covers, weights.float(), 1, mode=mode)[:, 0].double()
 
+    def strength(self, ids):
+        """That of the settings, or a share of it where both models have lately agreed."""
+        whole = self.config.context_kl
+        if whole is None:
+            return self.config.strength
+        path, _, _ = self.read(ids)
+        divergences = []
+        for length in range(max(0, len(path) - 15), len(path) + 1):
+            clean, reference = self.law(path[:length])
+            divergences.append(float((reference * (reference / clean).log()).sum()))
+        return self.config.strength * min(1.0, sum(divergences) / len(divergences) / whole)
+
     def __call__(self, ids, scores):
         """Fused log-probs of one row, ``(vocabulary,)``."""
-        config = self.config
+        config, strength = self.config, self.strength(ids)
         clean, reference = (law.tolist() for law in self.calibrated(ids))
         own = scores.double().log_softmax(-1).tolist()
         best = max(own)
@@ -132,15 +144,15 @@ class Definition:
             if config.rule == "contrast":
                 ratio = math.log((clean[i] + config.floor) / (reference[i] + config.floor))
                 ratio = math.copysign(max(0.0, abs(ratio) - config.threshold), ratio)
-                moved[i] = own[i] + config.strength * max(-config.clip, min(config.clip, ratio))
+                moved[i] = own[i] + strength * max(-config.clip, min(config.clip, ratio))
             elif config.rule == "product":
                 other = math.log(clean[i] + config.floor)
-                moved[i] = (1 - config.strength) * own[i] + config.strength * other
+                moved[i] = (1 - strength) * own[i] + strength * other
             else:
                 inside = math.exp(own[i]) / mass
                 # Where the calibrator gives none of them any probability, it has no say.
                 other = clean[i] / group if group else inside
-                mixed = (1 - config.strength) * inside + config.strength * other
+                mixed = (1 - strength) * inside + strength * other
                 moved[i] = math.log(mixed)
         total = math.fsum(map(math.exp, moved.values()))
         for i, value in moved.items():

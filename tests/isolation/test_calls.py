@@ -99,6 +99,8 @@ HISTORIES = st.lists(
         ("byte_tokenizer", "contrast"),
         ("other_tokenizer", "contrast"),
         ("other_tokenizer", "budget"),
+        ("other_tokenizer", "context"),
+        ("byte_tokenizer", "context"),
         ("sentencepiece_tokenizer", "product"),
         ("sentencepiece_tokenizer", "mixture"),
     ],

@@ -16,6 +16,7 @@ CONTRAST = FusionConfig(strength=1.5, plausibility=0.0, threshold=0.05)
 CONFIGS = {
     "contrast": CONTRAST,
     "budget": FusionConfig(strength=2.0, plausibility=0.01, kl_budget=0.1),
+    "context": FusionConfig(strength=1.5, plausibility=0.0, context_kl=0.07),
     "product": FusionConfig(rule="product", strength=0.5),
     "mixture": FusionConfig(rule="mixture", strength=0.7, outside="remove"),
 }

@@ -152,6 +152,8 @@ def describe_config(setting: Mapping[str, Any]) -> str:
         parts.append(f"strength {strength:g}")
     if number(config, "kl_budget") is not None:
         parts.append(f"KL budget {number(config, 'kl_budget'):g}")
+    if number(config, "context_kl") is not None:
+        parts.append(f"from {number(config, 'context_kl'):g} nats in the text")
     if parts:
         return line(", ".join(parts), 80)
     return line(as_json(dict(config)), 80) if config else ""
