@@ -57,6 +57,7 @@ class ChatServer(ThreadingHTTPServer):
 
     def __init__(self, reply=lambda body, number: paraphrase(body)):
         self.reply, self.bodies, self.headers, self.times = reply, [], [], []
+        self.drip = 0  # bytes at a time, every 50 ms; 0 for all at once
         self.lock = threading.Lock()
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
@@ -100,7 +101,10 @@ class _Handler(BaseHTTPRequestHandler):
             for name, value in headers.items():
                 self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(content)
+            for start in range(0, len(content), step := server.drip or len(content)):
+                self.wfile.write(content[start : start + step])
+                self.wfile.flush()
+                time.sleep(0.05 if server.drip else 0)
         except OSError:  # who asked has gone
             self.close_connection = True
 

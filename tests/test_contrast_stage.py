@@ -91,6 +91,7 @@ def test_the_clean_model_learns_to_hold_toxic_wordings_back(made):
     before, after = (record["held_out_sets"][when] for when in ("before", "after"))
     assert after["ratio_auc_within"] >= before["ratio_auc_within"]
     assert after["ratio_auc_within"] > 0.9
+    assert record["name"] == made.name
     assert record["objective"] == "likelihood-ratio"
     assert record["paraphrase_sets"] > 60
     assert "pairs" in record["data_files"]

@@ -158,6 +158,31 @@ def test_time_outs():
     assert failure == "no answer after 1 attempts: no connection or no answer: timed out"
 
 
+def test_an_answer_that_drips_in_is_not_waited_for():
+    with ChatServer() as server:
+        server.drip = 1
+        began = time.monotonic()
+        found, _ = ask(server, REQUESTS[:1], timeout=0.3, retries=0)
+        assert time.monotonic() - began < 3
+    assert "the answer was still not whole after 0.3 s" in found[REQUESTS[0].key].failure
+    with ChatServer() as server:
+        server.drip = 100
+        found, _ = ask(server, REQUESTS[:1])
+    assert found[REQUESTS[0].key].text
+
+
+def test_no_proxy_stands_between_a_machine_and_itself(monkeypatch):
+    monkeypatch.setenv("SOME_KEY", "sk-very-secret")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with ChatServer() as proxy, ChatServer() as server:
+        monkeypatch.setenv("http_proxy", proxy.url.removesuffix("/v1"))
+        found, error = ask(server, REQUESTS[:1], key_variable="SOME_KEY")
+        assert error is None
+        assert found[REQUESTS[0].key].text
+        assert not proxy.headers
+
+
 @pytest.mark.parametrize("form", ["0.4", "date"])
 def test_retry_after_is_waited_for_by_all(form):
     def reply(body, number):

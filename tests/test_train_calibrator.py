@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
 from fusion_detox import Calibrator
 from fusion_detox.errors import DataError, FusionDetoxError, TrainingError
@@ -94,6 +95,21 @@ def losses(folder: Path) -> dict[str, list[float]]:
     return {stage: [e["loss"] for e in curve if "loss" in e] for stage, curve in curves.items()}
 
 
+def test_several_gpus_in_one_process_are_refused(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``Trainer`` would run ``DataParallel``, with a batch for each."""
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda _: 2))
+    with pytest.raises(TrainingError, match=r"sees 2 GPUs.*torchrun --nproc-per-node 2"):
+        train_calibrator(
+            tmp_path / "toy",
+            general=[corpus],
+            clean_where=["toxic=false"],
+            config=TrainingConfig(**SMALL),
+            show_progress=False,
+        )
+
+
 def test_result_loads_and_tells_how_it_was_made(trained: Path, corpus: Path) -> None:
     calibrator = Calibrator.from_pretrained(trained)
     assert calibrator.context_length == 16
@@ -101,6 +117,7 @@ def test_result_loads_and_tells_how_it_was_made(trained: Path, corpus: Path) -> 
     record = json.loads((trained / "training.json").read_text())
     assert record["data_files"]["general"][0]["name"] == corpus.name
     assert len(record["data_files"]["general"][0]["sha256"]) == 64
+    assert record["name"] == trained.name
     assert record["seed"] == TrainingConfig().seed
     assert set(record["curves"]) == {"base", "reference", "clean"}
     for held_out in ("general", "clean"):

@@ -141,10 +141,10 @@ def train_calibrator(
         )
 
     state = PartialState(cpu=config.device == "cpu")
-    for name in ("batch_size", "anchors") if contrastive else ("batch_size",):
-        if getattr(config, name) % state.num_processes:
+    for counted in ("batch_size", "anchors") if contrastive else ("batch_size",):
+        if getattr(config, counted) % state.num_processes:
             raise TrainingError(
-                f"{name} {getattr(config, name)} cannot be spread evenly over "
+                f"{counted} {getattr(config, counted)} cannot be spread evenly over "
                 f"{state.num_processes} processes"
             )
     run = Run(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
+from fusion_detox.errors import TrainingError
 from fusion_detox.training.blocks import Blocks
 from fusion_detox.training.checkpoints import newest_checkpoint, step_of
 from fusion_detox.training.loss import IGNORED, bits_per_byte, summed_cross_entropy
@@ -179,7 +180,16 @@ def run_trainer(
 
     Raises:
         KeyboardInterrupt: After the checkpoint of an interrupted run has been written.
+        TrainingError: One process sees several GPUs, over which ``Trainer`` would split batches by
+            rows, whatever belongs together.
     """
+    gpus = trainer.args.n_gpu
+    if gpus > 1:
+        raise TrainingError(
+            f"one process sees {gpus} GPUs: start one for each with torchrun --nproc-per-node "
+            f"{gpus} -m fusion_detox …, or show it a single one with "
+            "CUDA_VISIBLE_DEVICES=0"
+        )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     checkpoint = newest_checkpoint(folder, weights)

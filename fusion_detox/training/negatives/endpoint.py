@@ -84,7 +84,9 @@ class EndpointWriter:
         self._variable = key_variable
         self.parallel, self.retries = parallel, retries
         self.first_wait, self.timeout = first_wait, timeout
-        self._opener = urllib.request.build_opener(_NoRedirect)
+        # A proxy has no business between this machine and itself, least of all with the key.
+        direct = [urllib.request.ProxyHandler({})] if self._local else []
+        self._opener = urllib.request.build_opener(_NoRedirect, *direct)
         self._not_before = 0.0
 
     def record(self) -> dict[str, Any]:
@@ -163,7 +165,7 @@ class EndpointWriter:
         asked = urllib.request.Request(self.url, json.dumps(body).encode("ascii"), headers)
         try:
             with self._opener.open(asked, timeout=self.timeout) as response:
-                content = response.read(_LARGEST_ANSWER)
+                content = self._read(response)
         except urllib.error.HTTPError as error:
             with error:
                 raise self._refused(error) from None
@@ -176,6 +178,16 @@ class EndpointWriter:
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             said = f"{type(error).__name__}: {error}"
             raise _PassingError(self._hide(f"an answer that cannot be read ({said})")) from None
+
+    def _read(self, response: http.client.HTTPResponse) -> bytes:
+        """The body; the socket's own time-out would begin anew with every byte that drips in."""
+        began, parts, left = time.monotonic(), list[bytes](), _LARGEST_ANSWER
+        while left > 0 and (part := response.read1(min(left, 1 << 16))):
+            parts.append(part)
+            left -= len(part)
+            if time.monotonic() - began > self.timeout:
+                raise TimeoutError(f"the answer was still not whole after {self.timeout:g} s")
+        return b"".join(parts)
 
     def _refused(self, error: urllib.error.HTTPError) -> Exception:
         """What an HTTP error means: for this try, for this request, or for the run."""
