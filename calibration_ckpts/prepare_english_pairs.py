@@ -4,10 +4,10 @@
     python calibration_ckpts/prepare_english_pairs.py --data DATA --work WORK
 
 Beginnings of toxic and of harmless training texts are each continued eight times by the reference
-of a calibrator without such a stage, and two judges grade the continuations: the TF-IDF filter of
-``prepare_english_data`` and a small network on sentence embeddings, both trained here on the half
-of the human labels that no scorer of the package has seen. ``WORK/pairs.jsonl`` holds the
-beginnings that were continued both ways, each with its continuations and their grades.
+of a calibrator without such a stage, and two judges (``english_judges``) grade the continuations.
+``WORK/pairs.jsonl`` holds the beginnings of which the grades differ, each with its continuations
+and grades. "Negatives" are those in the upper half of a beginning's range of grades; the likelihood
+ratio, for which they are meant, reads the grades only.
 
 Nothing here reads the measure-only files, and no text of the development or test split is used.
 """
@@ -24,7 +24,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,10 +31,9 @@ sys.path[:0] = [str(ROOT / "calibration_ckpts"), str(ROOT / "benchmarks")]
 import make_dev_prompts  # noqa: E402
 import prepare_english_data as english  # noqa: E402
 import train_scorers  # noqa: E402
+from english_judges import Judges  # noqa: E402
 
 from fusion_detox import Calibrator  # noqa: E402
-from fusion_detox.scoring.contextual import head  # noqa: E402
-from fusion_detox.scoring.embedding import Embedder  # noqa: E402
 
 log = logging.getLogger("prepare_english_pairs")
 CAPS = {
@@ -46,6 +44,7 @@ CAPS = {
     False: {"web_posts": 700, "general": 400, "safenlp_toxiGen": 300, "davidson2017": 200},
 }  # fmt: skip
 SAMPLES, NEW_TOKENS, BATCH = 8, 20, 24
+LEAST_TEXTS, LEAST_RANGE = 4, 0.1
 
 
 def beginnings(work: Path) -> list[list[dict[str, Any]]]:
@@ -94,69 +93,30 @@ def continued(name: str, batches: list[list[dict[str, Any]]]) -> Iterator[dict[s
             log.info("continued %d of %d batches", number + 1, len(batches))
 
 
-class Judges:
-    """The mean of two judges' probabilities that a text is toxic."""
-
-    def __init__(self, data: Path, work: Path) -> None:
-        human = [r for r in english.labelled(data) if english.bucket("half" + r["text"]) < 50]
-        rows = [row for row in human if english.bucket(row["text"]) >= 4]
-        encyclopedia = [row["text"] for row in english.rows(data / "general.jsonl.gz")]
-        pieces = [piece for text in encyclopedia[::4] for piece in english.chunks(text)[:2]]
-        self.filter = english.Filter()
-        self.filter.fit(
-            [row["text"] for row in rows] + pieces,
-            [int(row["toxic"]) for row in rows] + [0] * len(pieces),
-        )
-        clean = train_scorers.read(work / "clean.jsonl")
-        general = [row["text"] for row in clean if row["source"] == "general"]
-        plain = train_scorers.harmless(general, random.Random(99)) + train_scorers.naming()
-        texts = [row["text"] for row in rows] + plain
-        labels = [int(row["toxic"]) for row in rows] + [0] * len(plain)
-        half = random.Random(3).sample(range(len(texts)), len(texts) // 2)
-        texts += train_scorers.shuffled([texts[at] for at in half], random.Random(3))
-        outputs = torch.tensor(labels + [labels[at] for at in half]).float()
-        self.embed = Embedder()
-        inputs = self.embed(texts)
-        torch.manual_seed(4)
-        self.network = head(inputs.shape[1])
-        optimizer = torch.optim.AdamW(self.network.parameters(), lr=1e-3, weight_decay=0.05)
-        for _ in range(8):
-            self.network.train()
-            for part in torch.randperm(len(inputs)).split(256):
-                logits = self.network(inputs[part]).squeeze(1)
-                loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, outputs[part])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-        self.network.eval()
-
-    @torch.inference_mode()
-    def __call__(self, texts: list[str]) -> np.ndarray:
-        shown = [text if text.strip() else "." for text in texts]
-        network = torch.sigmoid(self.network(self.embed(shown)).squeeze(1)).numpy()
-        return (network + self.filter.score(shown)) / 2
-
-
-def as_set(row: dict[str, Any], grades: list[float], judged: str) -> dict[str, Any] | None:
-    """A row of the library's own format, or nothing where all continuations are of one kind."""
-    sides: dict[bool, dict[str, tuple[str, float]]] = {False: {}, True: {}}
+def as_set(row: dict[str, Any], grades: list[float], writer: str) -> dict[str, Any] | None:
+    """A row of the library's own format, or nothing where the grades hardly differ."""
+    distinct: dict[str, tuple[str, float]] = {}
     for text, grade in zip(row["continuations"], grades, strict=True):
-        if len(text.split()) >= 2:
-            sides[grade >= 0.5].setdefault(" ".join(text.split()), (text, round(grade, 3)))
-    positives, negatives = (list(sides[kind].values()) for kind in (False, True))
-    if not positives or not negatives:
+        if text.split():
+            distinct.setdefault(" ".join(text.split()), (text, round(grade, 3)))
+    if len(distinct) < LEAST_TEXTS:
         return None
+    low, *_, high = sorted(grade for _, grade in distinct.values())
+    if high - low < LEAST_RANGE:
+        return None
+    sides = {
+        "positives": [one for one in distinct.values() if one[1] < (low + high) / 2],
+        "negatives": [one for one in distinct.values() if one[1] >= (low + high) / 2],
+    }
     return {
         "anchor": row["prompt"],
         "prompt": row["prompt"],
-        "positives": [text for text, _ in positives],
-        "negatives": [text for text, _ in negatives],
+        **{name: [text for text, _ in side] for name, side in sides.items()},
         "provenance": {
-            "writer": judged,
+            "writer": writer,
             "source": row["source"],
             "scores": {
-                "positives": [{"toxicity": grade} for _, grade in positives],
-                "negatives": [{"toxicity": grade} for _, grade in negatives],
+                name: [{"toxicity": grade} for _, grade in side] for name, side in sides.items()
             },
         },
     }
@@ -189,7 +149,7 @@ def main() -> None:
             one = as_set(row, own, args.calibrator)
             if one is not None:
                 found.append(one)
-    log.info("%d beginnings, %d continued both ways", len(rows), len(found))
+    log.info("%d beginnings, %d with grades that differ", len(rows), len(found))
     english.write(args.work / "pairs.jsonl", found)
 
 

@@ -3,11 +3,14 @@ r"""Train the shipped English calibrator with ``fusion-detox train-calibrator``.
     python calibration_ckpts/prepare_english_data.py --data DATA --out WORK
     python calibration_ckpts/train_english.py --data WORK --out calibration_ckpts/english-16k
 
-``--tokenizer TARGET`` trains the same recipe with another vocabulary, for comparison. A contrastive
-stage on top of it, of which ``benchmarks/LOG.md`` tells, and which is not shipped so far::
+``--tokenizer TARGET`` trains the same recipe with another vocabulary, for comparison. The shipped
+calibrator has a contrastive stage on top of that::
 
     python calibration_ckpts/prepare_english_pairs.py --data DATA --work WORK
-    python calibration_ckpts/train_english.py --data WORK --calibrator english-16k --out SHARPER
+    python calibration_ckpts/train_english.py --data WORK --calibrator LM --out ENGLISH
+
+where LM is what the first command wrote. Its settings are then chosen on development prompts, see
+``benchmarks/LOG.md``.
 """
 
 from __future__ import annotations
@@ -47,14 +50,55 @@ RECIPE = {
 CONTRAST = {
     "precision": "bfloat16",
     "objective": "likelihood-ratio",
-    "objective-steps": 800,
+    "objective-steps": 900,
     "anchors": 10,
     "positives": 8,
     "negatives": 8,
+    "tilt": 12,
     "held-out": 0.05,
-    "domain-column": "domain",
-    "clean-where": "toxic=false",
+    "evaluate-every": 100,
+    "save-every": 100,
 }
+STEADY_POSTS = 0.17
+"""Share of the clean posts on which the contrastive stage is to change nothing."""
+
+
+def write_corpus(data: Path, most_posts: int) -> Path:
+    """What language modelling learns from."""
+    with (data / "general.jsonl").open(encoding="utf-8") as lines:
+        rows = [row for row in map(json.loads, lines) if row["toxic"] is not None]
+    posts = [r for r in rows if r["source"] == "web_posts" and not r["toxic"]]
+    kept = [r for r in rows if r["source"] != "web_posts" or r["toxic"]]
+    rng = random.Random(11)
+    kept += rng.sample(posts, min(most_posts, len(posts)))
+    rng.shuffle(kept)
+    corpus = data / "calibrator.jsonl"
+    with corpus.open("w", encoding="utf-8") as out:
+        for row in kept:
+            domain = DOMAINS.get(row["source"], "short")
+            line = {"text": row["text"], "toxic": row["toxic"], "domain": domain}
+            out.write(json.dumps(line, ensure_ascii=False) + "\n")
+    return corpus
+
+
+def write_steady(data: Path) -> Path:
+    """Clean text on which the contrastive stage keeps the model as it is.
+
+    Dialogues, encyclopedia and some posts, but none of the short labelled texts, which look like
+    the beginnings on which it is to act.
+    """
+    rng, texts = random.Random(12), []
+    with (data / "clean.jsonl").open(encoding="utf-8") as lines:
+        for row in map(json.loads, lines):
+            posts = row["source"] == "web_posts"
+            if row["source"] == "general" or (posts and rng.random() < STEADY_POSTS):
+                texts.append(row["text"])
+    rng.shuffle(texts)
+    steady = data / "steady.jsonl"
+    with steady.open("w", encoding="utf-8") as out:
+        for text in texts:
+            out.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+    return steady
 
 
 def main() -> int:
@@ -66,19 +110,6 @@ def main() -> int:
     parser.add_argument("--posts", type=int, default=45_000, help="clean posts to use")
     args, more = parser.parse_known_args()
 
-    with (args.data / "general.jsonl").open(encoding="utf-8") as lines:
-        rows = [row for row in map(json.loads, lines) if row["toxic"] is not None]
-    posts = [r for r in rows if r["source"] == "web_posts" and not r["toxic"]]
-    kept = [r for r in rows if r["source"] != "web_posts" or r["toxic"]]
-    rng = random.Random(11)
-    kept += rng.sample(posts, min(args.posts, len(posts)))
-    rng.shuffle(kept)
-    corpus = args.data / "calibrator.jsonl"
-    with corpus.open("w", encoding="utf-8") as out:
-        for row in kept:
-            domain = DOMAINS.get(row["source"], "short")
-            line = {"text": row["text"], "toxic": row["toxic"], "domain": domain}
-            out.write(json.dumps(line, ensure_ascii=False) + "\n")
     notes = args.data / "notes.json"
     filter_facts = json.loads((args.data / "filter.json").read_text())
     notes.write_text(
@@ -97,10 +128,10 @@ def main() -> int:
     command = ["train-calibrator", str(args.out), *(f"--{k}={v}" for k, v in options.items())]
     if args.calibrator:
         notes.write_text(json.dumps({"pairs": PAIRS}))
-        pairs = args.data / "pairs.jsonl"
-        command += [f"--calibrator={args.calibrator}", f"--pairs={pairs}", f"--clean={corpus}"]
+        command += [f"--calibrator={args.calibrator}", f"--pairs={args.data / 'pairs.jsonl'}"]
+        command.append(f"--clean={write_steady(args.data)}")
     else:
-        command.append(f"--general={corpus}")
+        command.append(f"--general={write_corpus(args.data, args.posts)}")
     if args.tokenizer:
         command.append(f"--tokenizer={args.tokenizer}")
     command += [f"--notes={notes}", *more]

@@ -1,0 +1,83 @@
+"""Two judges of whether a text is toxic, for what the English calibrator learns from.
+
+A TF-IDF filter, which knows words, and a small network on sentence embeddings, which also reads
+what is only implied. Both are trained here on the half of the human labels that no scorer of the
+package has seen; the network is of the same kind as the package's contextual scorer, on other
+texts.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import prepare_english_data as english
+import train_scorers
+
+from fusion_detox.scoring.contextual import head
+from fusion_detox.scoring.embedding import Embedder
+
+NETWORK_SHARE = 0.8
+"""Weight of the network's grade: language modelling alone has taught most words by now."""
+DIMENSIONS, EPOCHS = 384, 8
+
+
+class Judges:
+    """A weighted mean of two judges' probabilities that a text is toxic.
+
+    Args:
+        data: Folder of the data sets.
+        work: Output of ``prepare_english_data``; the trained network is kept there.
+    """
+
+    def __init__(self, data: Path, work: Path) -> None:
+        human = [r for r in english.labelled(data) if english.bucket("half" + r["text"]) < 50]
+        rows = [row for row in human if english.bucket(row["text"]) >= 4]
+        encyclopedia = [row["text"] for row in english.rows(data / "general.jsonl.gz")]
+        pieces = [piece for text in encyclopedia[::4] for piece in english.chunks(text)[:2]]
+        self.filter = english.Filter()
+        self.filter.fit(
+            [row["text"] for row in rows] + pieces,
+            [int(row["toxic"]) for row in rows] + [0] * len(pieces),
+        )
+        self.embed, self.network = Embedder(), head(DIMENSIONS)
+        kept = work / "judge.safetensors"
+        if not kept.exists():  # ten minutes, most of them for embeddings
+            self._train(rows, train_scorers.read(work / "clean.jsonl"))
+            save_file(self.network.state_dict(), kept)
+        self.network.load_state_dict(load_file(kept))
+        self.network.eval()
+
+    def _train(self, rows: list[dict], clean: list[dict]) -> None:
+        general = [row["text"] for row in clean if row["source"] == "general"]
+        plain = train_scorers.harmless(general, random.Random(99)) + train_scorers.naming()
+        texts = [row["text"] for row in rows] + plain
+        labels = [int(row["toxic"]) for row in rows] + [0] * len(plain)
+        half = random.Random(3).sample(range(len(texts)), len(texts) // 2)
+        texts += train_scorers.shuffled([texts[at] for at in half], random.Random(3))
+        outputs = torch.tensor(labels + [labels[at] for at in half]).float()
+        inputs = self.embed(texts)
+        torch.manual_seed(4)
+        self.network = head(DIMENSIONS)
+        optimizer = torch.optim.AdamW(self.network.parameters(), lr=1e-3, weight_decay=0.05)
+        for _ in range(EPOCHS):
+            self.network.train()
+            for part in torch.randperm(len(inputs)).split(256):
+                logits = self.network(inputs[part]).squeeze(1)
+                loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, outputs[part])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+
+    @torch.inference_mode()
+    def __call__(self, texts: list[str]) -> np.ndarray:
+        """``(texts,)`` grades, 0 to 1."""
+        shown = [text if text.strip() else "." for text in texts]
+        network = torch.sigmoid(self.network(self.embed(shown)).squeeze(1)).numpy()
+        return NETWORK_SHARE * network + (1 - NETWORK_SHARE) * self.filter.score(shown)
