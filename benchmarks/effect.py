@@ -26,7 +26,8 @@ RESULTS = Path(__file__).parent / "results"
 SWEEP = [
     "default",
     "wordfilter",
-    *(f"default:strength={strength}" for strength in (0.5, 1.0, 2.0, 3.0)),
+    *(f"default:strength={strength:g}" for strength in (1, 2, 5)),
+    "default:strength=1.5,context_kl=none",
     *(f"mixture:strength={strength}" for strength in (0.2, 0.4)),
 ]
 RUNS = {
