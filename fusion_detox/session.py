@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fusion_detox.decoders import Row, build_decoder
 from fusion_detox.errors import ConfigError
+from fusion_detox.heap import Heap
 from fusion_detox.session_divergence import RecentDivergence
 from fusion_detox.session_plan import Ids, Path, Planner, split_into_paths
 
@@ -60,6 +61,7 @@ class CalibratorSession:
         self._lock = threading.Lock()
         with plain_mode(self._device):
             self._decoder = build_decoder(calibrator, self._device)
+        self._heap = Heap()
         self._forget()
 
     def log_probs(self, prefixes: Sequence[Ids]) -> Tensor:
@@ -117,6 +119,7 @@ class CalibratorSession:
             for start in range(0, len(paths), self._max_rows):
                 found.update(self._run(paths[start : start + self._max_rows], memo))
             memo.trim(max(_MEMO_ENTRIES, 8 * len(found)), _MEMO_BYTES)
+            self._heap.watch()
             return self._gather([found[text] for text in texts])
 
     def reset(self) -> None:

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1] / "fusion_detox"
 # Each layer imports from those above it and from its own, never from those below.
 LAYERS = (
-    ("errors", "lazy", "differences", "json_lines", "refusals", "versions", "whole_file"),
+    ("errors", "lazy", "differences", "heap", "json_lines", "refusals", "versions", "whole_file"),
     ("config",),
     ("loading", "tokens", "head_inputs", "data_files"),
     ("vocabulary", "calibrator", "card", "shipped"),
