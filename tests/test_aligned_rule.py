@@ -326,6 +326,22 @@ def test_kl_budget_holds_and_is_used_up(case: Case, budget: float) -> None:
     close(fused[0], case.hooked(ids, strength=float(strength)))
 
 
+def test_context_kl_shares_the_strength_out(case: Case) -> None:
+    ids = case.ids(PROMPTS[0])
+    scores = case.logits(ids)[None]
+    processor = case.processor(EXACT.replace(context_kl=1e-6))
+    fused, whole = processor.with_strength(torch.tensor([ids]), scores)
+    close(fused[0], case.hooked(ids, strength=EXACT.strength))
+    assert float(whole) == pytest.approx(EXACT.strength)
+    context = case.processor()._context.read(tuple(ids)).path
+    (recent,) = processor._session(scores).recent_divergence([context])
+    fused, half = processor.with_settings(context_kl=2 * recent).with_strength(
+        torch.tensor([ids]), scores
+    )
+    assert float(half) == pytest.approx(EXACT.strength / 2, rel=1e-5)
+    close(fused[0], case.hooked(ids, strength=float(half)))
+
+
 def test_settings_share_one_cache(gpt2: Case) -> None:
     ids = torch.tensor([gpt2.ids(PROMPTS[0])])
     scores = gpt2.logits(ids[0].tolist())[None]
