@@ -10,7 +10,7 @@ import argparse
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fusion_detox import FusionConfig, FusionLogitsProcessor
+from fusion_detox import FusionLogitsProcessor
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--model", default="microsoft/Phi-3-mini-4k-instruct", help="hub id or folder")
@@ -23,8 +23,7 @@ tokenizer = AutoTokenizer.from_pretrained(args.model)
 model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
 # An instruct model seldom needs fusion at full strength. A budget in nats a token bounds how far
 # any step may go from the target's own distribution.
-config = FusionConfig(strength=1.5, kl_budget=0.2)
-processor = FusionLogitsProcessor(args.calibrator, tokenizer, config)
+processor = FusionLogitsProcessor(args.calibrator, tokenizer).with_settings(kl_budget=0.2)
 
 inputs = tokenizer.apply_chat_template(
     [{"role": "user", "content": args.prompt}],

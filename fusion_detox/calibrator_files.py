@@ -182,11 +182,16 @@ def read_model(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Pre
 
 
 def check_rule(config: FusionConfig, has_reference: bool) -> None:
-    """Refuse the contrast rules where there is nothing to contrast with."""
+    """Refuse what compares two models where there is only one."""
     if config.contrasts and not has_reference:
         raise ConfigError(
             f"the rule {config.rule!r} needs a reference model, and this calibrator has none. Use "
             "FusionConfig(rule='product') or rule='mixture', or give a reference."
+        )
+    if config.context_kl is not None and not has_reference:
+        raise ConfigError(
+            "context_kl compares the calibrator's two models, but this one has no reference: "
+            "leave it out"
         )
 
 

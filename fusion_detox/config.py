@@ -42,8 +42,8 @@ class FusionConfig:
         context_kl: Adapts the strength to the text so far: it is whole where the calibrator's
             reference and clean model have differed by this many nats, KL(reference ‖ clean)
             averaged over the last 16 tokens, and in proportion less where they agree more. Toxic
-            text is then steered hard while harmless text stays nearly as it was. ``None``: the same
-            strength everywhere.
+            text is then steered hard while harmless text stays nearly as it was. It needs a
+            calibrator with a reference, whatever the rule. ``None``: the same strength everywhere.
         aligned_norm: What the aligned rules do to a vector that was carried over: ``"layer"`` is
             layer normalisation without weights, as in the paper, ``"target"`` the same times the
             root mean square of the target's own vectors, ``"none"`` nothing. ``"auto"`` is

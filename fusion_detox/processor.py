@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from fusion_detox.calibrator import Calibrator
+from fusion_detox.calibrator_files import check_rule
 from fusion_detox.config import FusionConfig
 from fusion_detox.context import Position, TextContext
 from fusion_detox.decoders import check_calibrator
@@ -61,8 +62,8 @@ class FusionLogitsProcessor(LogitsProcessor):
     Raises:
         AlignmentError: An aligned rule has no alignment, or one of other models.
         CalibratorError: The calibrator cannot be used.
-        ConfigError: A contrast rule is asked of a calibrator without a reference, or an aligned
-            one without a target.
+        ConfigError: A contrast rule or ``context_kl`` is asked of a calibrator without a reference,
+            or an aligned rule without a target.
         ModelError: The calibrator's models cannot be run with a cache that can be taken back, or
             the target's hidden states cannot be fused.
         VocabularyError: The two vocabularies cannot be mapped onto each other.
@@ -111,7 +112,7 @@ class FusionLogitsProcessor(LogitsProcessor):
         self._columns = TargetColumns(self._mapped, assistant)
         self._starts = tokens.reset_ids | {pad_token_id}
         self._before: list[tuple[int, ...]] = []
-        self._warned = False
+        self._warned: set[str] = set()  # copies share it
         watch_paged_generation()
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -220,16 +221,7 @@ class FusionLogitsProcessor(LogitsProcessor):
             session.reset()
 
     def _check_rule(self) -> None:
-        if self.config.contrasts and self.calibrator.reference is None:
-            raise ConfigError(
-                f"the {self.config.rule} rule needs a calibrator with a reference model, and this "
-                "one has none: choose rule='product' or rule='mixture'"
-            )
-        if self.config.context_kl is not None and self.calibrator.reference is None:
-            raise ConfigError(
-                "context_kl compares the calibrator's two models, but this one has no reference: "
-                "leave it out"
-            )
+        check_rule(self.config, self.calibrator.reference is not None)
         if not self.config.aligned:
             return
         if self._aligned is None:
@@ -242,7 +234,7 @@ class FusionLogitsProcessor(LogitsProcessor):
 
     def _rows(self, input_ids: Tensor) -> list[list[int]]:
         if input_ids.shape[-1] == 0 and not self._before and not self._warned:
-            self._warned = True
+            self._warned.add("no ids")
             logger.warning(
                 "input_ids are empty, as with inputs_embeds alone, whose text cannot be read: the "
                 "calibrator sees only what is written from here on. Give input_ids beside "
@@ -274,9 +266,11 @@ class FusionLogitsProcessor(LogitsProcessor):
         if not self.config.aligned:
             return prepare(scores, *self._distributions(positions, scores), self.config, share)
         assert self._aligned is not None
-        session = self._session(scores, both=self.config.contrasts)
+        both = self.config.contrasts
+        session = self._session(scores, both=both or share is not None)
         # A half-written word stands there as the tokens that it has so far.
         hidden = session.hidden([position.path for position in positions])
+        hidden = hidden if both else hidden[:1]
         return self._aligned.prepare(scores, hidden, self.config, share)
 
     def _share(self, positions: list[Position], scores: Tensor) -> Tensor | None:
@@ -285,7 +279,8 @@ class FusionLogitsProcessor(LogitsProcessor):
         if whole is None:
             return None
         recent = self._session(scores).recent_divergence([one.path for one in positions])
-        return torch.tensor([min(1.0, nats / whole) for nats in recent], device=scores.device)
+        shares = [min(1.0, nats / whole) for nats in recent]
+        return torch.tensor(shares, dtype=torch.float32, device=scores.device)
 
     def _session(self, scores: Tensor, *, both: bool = True) -> CalibratorSession:
         """The session of a device; of the clean model alone where the rule reads no other."""

@@ -101,7 +101,7 @@ class CalibratorSession:
             ``KL(reference ‖ clean)`` of the next token in nats, averaged over the last 16 positions
             of each prefix.
         """
-        return self._recent(prefixes)
+        return self._recent(prefixes, self.log_probs)
 
     def _ask(self, prefixes: Sequence[Ids], *, hidden: bool) -> Tensor:
         texts = [self._window(prefix) for prefix in prefixes]
@@ -130,7 +130,8 @@ class CalibratorSession:
 
     def _forget(self) -> None:
         self._memo, self._hidden_memo = _Memo(), _Memo()
-        self._recent = RecentDivergence(self.log_probs, self._calibrator.vocabulary_size)
+        calibrator = self._calibrator
+        self._recent = RecentDivergence(calibrator.context_length, calibrator.vocabulary_size)
         self._planner = Planner(self._max_rows)
         self._allocated = 0
 

@@ -455,7 +455,7 @@ def test_wrong_use_is_said_at_construction(gpt2: Case, byte_tokenizer: Any) -> N
     with pytest.raises(AlignmentError, match=r"there is no alignment .*`fusion-detox align"):
         FusionLogitsProcessor(calibrator, tokenizer, EXACT, target=gpt2.target)
     alone = Calibrator(calibrator.clean, None, byte_tokenizer, context_length=100)
-    with pytest.raises(ConfigError, match="aligned_contrast rule needs a calibrator with a ref"):
+    with pytest.raises(ConfigError, match="'aligned_contrast' needs a reference model"):
         FusionLogitsProcessor(
             alone,
             tokenizer,

@@ -9,6 +9,8 @@ def test_a_context_is_tried_with_more_strength_too():
     assert [(one.context_kl, one.strength) for one in tried] == [
         (0.3, 1.5),
         (None, 1.5),
+        (None, 1.0),
+        (None, 0.75),
         (0.1, 1.5),
         (0.1, 2.25),
         (0.1, 3.0),

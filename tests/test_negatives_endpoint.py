@@ -165,6 +165,12 @@ def test_an_answer_that_drips_in_is_not_waited_for():
         found, _ = ask(server, REQUESTS[:1], timeout=0.3, retries=0)
         assert time.monotonic() - began < 3
     assert "the answer was still not whole after 0.3 s" in found[REQUESTS[0].key].failure
+    with ChatServer(lambda *_: (500, {"error": {"message": "so sorry " * 20}})) as server:
+        server.drip = 1
+        began = time.monotonic()
+        found, _ = ask(server, REQUESTS[:1], timeout=0.3, retries=0)
+        assert time.monotonic() - began < 3
+    assert "HTTP 500" in found[REQUESTS[0].key].failure
     with ChatServer() as server:
         server.drip = 100
         found, _ = ask(server, REQUESTS[:1])

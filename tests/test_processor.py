@@ -304,7 +304,7 @@ def test_wrong_use_raises_at_construction(
     calibrator: Calibrator, byte_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     alone = Calibrator(calibrator.clean, None, byte_tokenizer, context_length=32)
-    with pytest.raises(ConfigError, match="needs a calibrator with a reference model"):
+    with pytest.raises(ConfigError, match="needs a reference model"):
         FusionLogitsProcessor(alone, byte_tokenizer, FusionConfig())
     FusionLogitsProcessor(alone, byte_tokenizer, FusionConfig(rule="mixture", strength=0.5))
     with pytest.raises(ConfigError, match="must be a Calibrator or the name of one, not int"):

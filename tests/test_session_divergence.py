@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
+import weakref
 from collections.abc import Sequence
 
 import pytest
@@ -76,22 +78,59 @@ def test_one_more_token_costs_one_more_position() -> None:
         asked.extend(prefixes)
         return torch.randn(2, len(prefixes), 7).log_softmax(-1)
 
-    recent, ids = RecentDivergence(log_probs, 7), text(1, 40)
-    recent([ids[:30], ids[:30]])
+    recent, ids = RecentDivergence(32, 7), text(1, 40)
+    recent([ids[:30], ids[:30]], log_probs)
     assert asked == [ids[:end] for end in range(15, 31)]
     asked.clear()
-    recent([ids[:31]])
+    recent([ids[:31]], log_probs)
     assert asked == [ids[:31]]
     asked.clear()
-    recent([ids[:33], ids[:31]])  # a few at a time, as with a vocabulary of its own
+    recent([ids[:33], ids[:31]], log_probs)  # a few at a time, as with a vocabulary of its own
     assert asked == [ids[:32], ids[:33]]
 
 
+def nothing(prefixes: Sequence[Ids]) -> torch.Tensor:
+    return torch.zeros(2, len(prefixes), 7)
+
+
 def test_what_it_remembers_is_bounded() -> None:
-    recent = RecentDivergence(lambda texts: torch.zeros(2, len(texts), 7), 7)
+    recent = RecentDivergence(32, 7)
     for number in range(9000):
-        recent([(number,)])
+        recent([(number,)], nothing)
     assert len(recent._memo) <= 4096
+
+
+def test_what_it_remembers_of_long_texts_is_no_more() -> None:
+    """Only what the calibrator's window can hold, and how long the text is."""
+    recent, ids = RecentDivergence(32, 7), text(2, 3000)
+    for end in range(2900, 3001):
+        recent([ids[:end]], nothing)
+    assert all(len(end) == 32 + 16 for _, end in recent._memo)
+
+
+def test_a_large_prefill_is_asked_for_in_few_parts() -> None:
+    sizes: list[int] = []
+
+    def log_probs(prefixes: Sequence[Ids]) -> torch.Tensor:
+        sizes.append(len(prefixes))
+        return torch.zeros(2, len(prefixes), 7)
+
+    recent = RecentDivergence(32, 1_000_000)  # 8 MB a prefix
+    recent([text(seed, 20) for seed in range(10)], log_probs)
+    assert sizes == [40, 40, 40, 40]
+
+
+def test_a_session_that_is_dropped_is_gone_at_once(calibrator: Calibrator) -> None:
+    """Its caches may fill a GPU, which does not wait for the cycle collector."""
+    session = CalibratorSession(calibrator, device=torch.device("cpu"))
+    session.recent_divergence([text(1, 5)])
+    gone = weakref.ref(session)
+    gc.disable()
+    try:
+        del session
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_threads_do_not_disturb_each_other(session: CalibratorSession) -> None:
@@ -160,6 +199,8 @@ def test_without_a_reference_there_is_nothing_to_compare(
     config = FusionConfig(rule="product", strength=0.5, context_kl=0.1)
     with pytest.raises(ConfigError, match="context_kl compares the calibrator's two models"):
         FusionLogitsProcessor(alone, byte_tokenizer, config)
+    with pytest.raises(ConfigError, match="context_kl compares"):  # nor as what it recommends
+        Calibrator(calibrator.clean, None, byte_tokenizer, config=config, context_length=32)
 
 
 @pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf"), "much", True])

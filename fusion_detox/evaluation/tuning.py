@@ -300,14 +300,14 @@ def _candidates(centre: FusionConfig, name: str, choices: Values) -> list[Fusion
         return [centre.replace(strength=times(factor)) for factor in _FINE]
     if name != "context_kl":
         return [centre, *(centre.replace(**{name: value}) for value in choices)]
-    adaptive = [value for value in choices if value is not None]
+    # Without one, the strength that is good with one is too much.
+    usual = [1 / factor for factor in _STRONGER] if centre.context_kl is not None else [1.0]
     return [
         centre,
-        centre.replace(context_kl=None),
         *(
             centre.replace(context_kl=value, strength=times(factor))
-            for value in adaptive
-            for factor in _STRONGER
+            for value in choices
+            for factor in (usual if value is None else _STRONGER)
         ),
     ]
 

@@ -187,8 +187,7 @@ def run_trainer(
     if gpus > 1:
         raise TrainingError(
             f"one process sees {gpus} GPUs: start one for each with torchrun --nproc-per-node "
-            f"{gpus} -m fusion_detox …, or show it a single one with "
-            "CUDA_VISIBLE_DEVICES=0"
+            f"{gpus} -m fusion_detox …, or show it a single one with CUDA_VISIBLE_DEVICES=0"
         )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)

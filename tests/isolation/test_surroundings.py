@@ -152,23 +152,26 @@ def test_autocast_of_the_caller_does_not_matter(pristine, request, vocabulary):
 
 
 @pytest.mark.parametrize(
-    ("vocabulary", "dtype"),
+    ("vocabulary", "dtype", "config"),
     [
-        ("byte_tokenizer", torch.float64),
-        ("byte_tokenizer", torch.bfloat16),
-        ("other_tokenizer", torch.float64),
-        ("other_tokenizer", torch.bfloat16),
+        ("byte_tokenizer", torch.float64, "contrast"),
+        ("byte_tokenizer", torch.bfloat16, "contrast"),
+        ("other_tokenizer", torch.float64, "contrast"),
+        ("other_tokenizer", torch.bfloat16, "contrast"),
+        ("byte_tokenizer", torch.bfloat16, "context"),
+        ("other_tokenizer", torch.float64, "context"),
     ],
 )
-def test_the_default_dtype_does_not_matter(pristine, request, vocabulary, dtype):
+def test_the_default_dtype_does_not_matter(pristine, request, vocabulary, dtype, config):
     """Loading a model sets it for the whole process, so another thread may meet any."""
     tokenizer = request.getfixturevalue(vocabulary)
-    world = World(pristine(vocabulary), tokenizer)
+    world = World(pristine(vocabulary, config), tokenizer)
     row = world.texts[0]
     wanted, scores = world.wanted(row), scores_for([row], world.size)
     torch.set_default_dtype(dtype)
     try:
-        built = FusionLogitsProcessor(world.pristine.calibrator, tokenizer, CONTRAST)
+        settings = world.pristine.config
+        built = FusionLogitsProcessor(world.pristine.calibrator, tokenizer, settings)
         found = built(torch.tensor([row]), scores)
     finally:
         torch.set_default_dtype(torch.float32)

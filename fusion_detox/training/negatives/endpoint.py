@@ -163,12 +163,13 @@ class EndpointWriter:
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
         asked = urllib.request.Request(self.url, json.dumps(body).encode("ascii"), headers)
+        until = time.monotonic() + self.timeout
         try:
             with self._opener.open(asked, timeout=self.timeout) as response:
-                content = self._read(response)
+                content = self._read(response, _LARGEST_ANSWER, until)
         except urllib.error.HTTPError as error:
             with error:
-                raise self._refused(error) from None
+                raise self._refused(error, until) from None
         except (OSError, http.client.HTTPException) as error:
             cause = getattr(error, "reason", error)
             said = str(cause) or type(cause).__name__
@@ -179,22 +180,22 @@ class EndpointWriter:
             said = f"{type(error).__name__}: {error}"
             raise _PassingError(self._hide(f"an answer that cannot be read ({said})")) from None
 
-    def _read(self, response: http.client.HTTPResponse) -> bytes:
+    def _read(self, response: Any, size: int, until: float) -> bytes:
         """The body; the socket's own time-out would begin anew with every byte that drips in."""
-        began, parts, left = time.monotonic(), list[bytes](), _LARGEST_ANSWER
-        while left > 0 and (part := response.read1(min(left, 1 << 16))):
+        parts = list[bytes]()
+        while size > 0 and (part := response.read1(min(size, 1 << 16))):
             parts.append(part)
-            left -= len(part)
-            if time.monotonic() - began > self.timeout:
+            size -= len(part)
+            if time.monotonic() > until:
                 raise TimeoutError(f"the answer was still not whole after {self.timeout:g} s")
         return b"".join(parts)
 
-    def _refused(self, error: urllib.error.HTTPError) -> Exception:
+    def _refused(self, error: urllib.error.HTTPError, until: float) -> Exception:
         """What an HTTP error means: for this try, for this request, or for the run."""
         status = error.code
         content = b""
         with contextlib.suppress(OSError, http.client.HTTPException):
-            content = error.read(1 << 16)
+            content = self._read(error, 1 << 16, until)
         said = self._hide(f"HTTP {status}: {explanation(content) or error.reason}")
         if status in (408, 409, 425, 429) or status >= 500:
             return _PassingError(said, retry_after(error.headers.get("Retry-After")))
