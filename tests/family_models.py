@@ -119,15 +119,24 @@ def _sentencepiece(specials: list[str], size: int, dummy_prefix: bool) -> Tokeni
 
 def _unigram(specials: list[str], size: int) -> Tokenizer:
     """SentencePiece Unigram with NFKC and no byte fallback, as T5 has it."""
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.normalizer = normalizers.NFKC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=size, special_tokens=specials, unk_token="<unk>", show_progress=False
-    )
-    tokenizer.train_from_iterator(PLAIN, trainer)
-    return tokenizer
+    parts = {
+        "normalizer": normalizers.NFKC(),
+        "pre_tokenizer": pre_tokenizers.Metaspace(),
+        "decoder": decoders.Metaspace(),
+    }
+    pieces = Tokenizer(models.BPE(unk_token="<unk>"))
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=specials, show_progress=False)
+    for name, part in parts.items():
+        setattr(pieces, name, part)
+    pieces.train_from_iterator(PLAIN, trainer)
+    # Its own trainer gives another vocabulary each time, and so now and then a model that repeats
+    # one token whatever is done to it.
+    ranked = sorted(pieces.get_vocab().items(), key=lambda item: item[1])
+    vocabulary = [(piece, -0.1 * rank) for piece, rank in ranked]
+    found = Tokenizer(models.Unigram(vocabulary, unk_id=specials.index("<unk>")))
+    for name, part in parts.items():
+        setattr(found, name, part)
+    return found
 
 
 def _wrap(tokenizer: Tokenizer, before: str, after: str = "", **roles: Any) -> Any:
