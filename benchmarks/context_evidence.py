@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 from pathlib import Path
 from typing import Any
@@ -22,16 +21,13 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
+from train_scorers import read
 
 from fusion_detox import Calibrator
+from fusion_detox.whole_file import write_whole
 
 POSITIONS = (1, 4, 16, 32, 1000)
 MEASURES = ("KL(reference || clean)", "KL(clean || reference)")
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
 
 
 class Reader:
@@ -141,9 +137,7 @@ def main() -> None:
             for name in args.calibrators
         },
     }
-    unfinished = args.out.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(unfinished, args.out)
+    write_whole(args.out, (json.dumps(result, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

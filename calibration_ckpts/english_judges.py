@@ -46,15 +46,16 @@ class Judges:
             [row["text"] for row in rows] + pieces,
             [int(row["toxic"]) for row in rows] + [0] * len(pieces),
         )
-        self.embed, self.network = Embedder(), head(DIMENSIONS)
+        self.embed = Embedder()
         kept = work / "judge.safetensors"
         if not kept.exists():  # ten minutes, most of them for embeddings
-            self._train(rows, train_scorers.read(work / "clean.jsonl"))
-            save_file(self.network.state_dict(), kept)
+            trained = self._train(rows, train_scorers.read(work / "clean.jsonl"))
+            save_file(trained.state_dict(), kept)
+        self.network = head(DIMENSIONS)
         self.network.load_state_dict(load_file(kept))
         self.network.eval()
 
-    def _train(self, rows: list[dict], clean: list[dict]) -> None:
+    def _train(self, rows: list[dict], clean: list[dict]) -> torch.nn.Module:
         general = [row["text"] for row in clean if row["source"] == "general"]
         plain = train_scorers.harmless(general, random.Random(99)) + train_scorers.naming()
         texts = [row["text"] for row in rows] + plain
@@ -64,16 +65,16 @@ class Judges:
         outputs = torch.tensor(labels + [labels[at] for at in half]).float()
         inputs = self.embed(texts)
         torch.manual_seed(4)
-        self.network = head(DIMENSIONS)
-        optimizer = torch.optim.AdamW(self.network.parameters(), lr=1e-3, weight_decay=0.05)
+        network = head(DIMENSIONS)
+        optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.05)
         for _ in range(EPOCHS):
-            self.network.train()
             for part in torch.randperm(len(inputs)).split(256):
-                logits = self.network(inputs[part]).squeeze(1)
+                logits = network(inputs[part]).squeeze(1)
                 loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, outputs[part])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
+        return network
 
     @torch.inference_mode()
     def __call__(self, texts: list[str]) -> np.ndarray:

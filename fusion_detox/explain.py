@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fusion_detox.errors import DataError
+from fusion_detox.fusion import kl_divergence
 
 if TYPE_CHECKING:
     from transformers import LogitsProcessor, PreTrainedModel
@@ -81,8 +82,7 @@ def explain_steps(
     before = torch.log_softmax(target_logits.float(), dim=-1)
     after = torch.log_softmax(fused_log_probs.float(), dim=-1)
     moved = after.exp() - before.exp()
-    # A token without probability adds nothing, where the formula alone gives 0 * -inf.
-    kl = torch.where(after.exp() > 0, after.exp() * (after - before), 0.0).sum(dim=-1)
+    kl = kl_divergence(after, before)
     top = min(top, moved.shape[-1])
     down = (-moved).topk(top, dim=-1).indices.tolist()
     up = moved.topk(top, dim=-1).indices.tolist()

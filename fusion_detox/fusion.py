@@ -33,7 +33,7 @@ class Fusion:
         shift: By how much log-probs move at a strength, in nats and up to a constant a row; its
             second argument takes the columns that are wanted from a ``(batch, vocab)`` tensor.
         config: The rule and its settings.
-        most: The largest strength, ``(batch, 1)`` or the same for all rows.
+        share: ``(batch,)`` of the strength that each row gets, 0 to 1; ``None`` for all of it.
     """
 
     scores: Tensor
@@ -42,7 +42,7 @@ class Fusion:
     dropped: Tensor | None
     shift: Callable[[Tensor | float, Callable[[Tensor], Tensor]], Tensor]
     config: FusionConfig
-    most: Tensor | float
+    share: Tensor | None = None
 
     def strength(self) -> Tensor:
         """``(batch,)``: that of the settings, or less where a budget or the context lowers it.
@@ -69,9 +69,12 @@ class Fusion:
         alone exceed the budget, they stay.
         """
         config, judged, dropped = self.config, self.judged, self.dropped
+        most: Tensor | float = config.strength
+        if self.share is not None:
+            most = config.strength * self.share[:, None]
         count = int(judged.sum(-1).max())
         if config.kl_budget is None or count == 0:
-            return self.most, dropped
+            return most, dropped
         logs, index = self.log_probs.masked_fill(~judged, -math.inf).topk(count, dim=-1)
         there = torch.isfinite(logs)
         own = torch.logsumexp(logs, -1, keepdim=True).exp()
@@ -90,7 +93,7 @@ class Fusion:
             return (group * (mean - total + group.clamp_min(1e-30).log())).nan_to_num(nan=0.0)
 
         low = torch.zeros_like(own)
-        high = most = torch.zeros_like(own) + self.most
+        high = most = torch.zeros_like(own) + most
         within = divergence(high) <= config.kl_budget
         for _ in range(14):
             middle = (low + high) / 2
@@ -149,14 +152,13 @@ def prepare(
 ) -> Fusion:
     """A step by the rules that work on distributions; arguments as in :func:`fuse`."""
     log_probs, judged, dropped = _judge(scores, mapped, config)
-    most = _most(config, share)
     if config.contrasts:
         assert reference is not None
         difference = log_ratio(clean, reference, config).masked_fill(~judged, 0.0)
-        return Fusion(scores, log_probs, judged, dropped, _times(difference), config, most)
+        return Fusion(scores, log_probs, judged, dropped, _times(difference), config, share)
     if config.rule == "product":
         difference = torch.log(clean + config.floor) - log_probs
-        return Fusion(scores, log_probs, judged, dropped, _times(difference), config, most)
+        return Fusion(scores, log_probs, judged, dropped, _times(difference), config, share)
     inside = log_probs.masked_fill(~judged, -math.inf)
     inside = inside - torch.logsumexp(inside, dim=-1, keepdim=True)
     own = clean.masked_fill(~judged, 0.0)
@@ -166,7 +168,7 @@ def prepare(
         law = columns(inside)
         return torch.log((1 - strength) * law.exp() + strength * columns(own)) - law
 
-    return Fusion(scores, log_probs, judged, dropped, mix, config, most)
+    return Fusion(scores, log_probs, judged, dropped, mix, config, share)
 
 
 def prepare_aligned(
@@ -193,10 +195,9 @@ def prepare_aligned(
         share: As in :func:`fuse`.
     """
     log_probs, judged, dropped = _judge(scores, known, config)
-    most = _most(config, share)
     if cap is None:
         difference = carried - log_probs
-        return Fusion(scores, log_probs, judged, dropped, _times(difference), config, most)
+        return Fusion(scores, log_probs, judged, dropped, _times(difference), config, share)
     bounded = (scores.float() / cap).clamp(-_SATURATED, _SATURATED)
     raw = cap * torch.atanh(bounded)
     # What no cap explains (of a processor before this one) stays beside it.
@@ -206,7 +207,7 @@ def prepare_aligned(
         mixed = (1 - strength) * columns(raw) + strength * columns(carried)
         return cap * torch.tanh(mixed / cap) + (1 - strength) * columns(rest) - columns(log_probs)
 
-    return Fusion(scores, log_probs, judged, dropped, blend, config, most)
+    return Fusion(scores, log_probs, judged, dropped, blend, config, share)
 
 
 def _judge(
@@ -216,10 +217,6 @@ def _judge(
     log_probs = torch.log_softmax(scores.float(), dim=-1)
     judged = mapped & _plausible(log_probs, config.plausibility)
     return log_probs, judged, mapped & ~judged if config.outside == "remove" else None
-
-
-def _most(config: FusionConfig, share: Tensor | None) -> Tensor | float:
-    return config.strength if share is None else config.strength * share[:, None]
 
 
 def _times(difference: Tensor) -> Callable[[Tensor | float, Callable[[Tensor], Tensor]], Tensor]:
@@ -254,10 +251,10 @@ def log_ratio(clean: Tensor, reference: Tensor, config: FusionConfig) -> Tensor:
     return ratio.clamp(-config.clip, config.clip)
 
 
-def kl_divergence(fused: Tensor, target: Tensor) -> Tensor:
-    """``KL(fused || target)`` in nats, ``(batch,)``, of two tensors of log-probs."""
-    probs = fused.exp()
-    return torch.where(probs > 0, probs * (fused - target), 0.0).sum(-1)
+def kl_divergence(law: Tensor, base: Tensor) -> Tensor:
+    """``KL(law ‖ base)`` in nats, ``(batch,)``, of two ``(batch, vocab)`` tensors of log-probs."""
+    probs = law.exp()
+    return torch.where(probs > 0, probs * (law - base), 0.0).sum(-1)
 
 
 def _plausible(log_probs: Tensor, fraction: float) -> Tensor:

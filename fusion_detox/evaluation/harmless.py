@@ -221,8 +221,9 @@ def _process(processor: Processor, ids: Tensor, scores: Tensor) -> tuple[Tensor,
         fused, strength = teller(ids, scores)
         return fused, strength.to(scores.device)
     config = getattr(processor, "config", None)
-    known = isinstance(config, FusionConfig) and config.kl_budget is config.context_kl is None
-    used = config.strength if known and config is not None else math.nan
+    used = math.nan
+    if isinstance(config, FusionConfig) and config.kl_budget is None and config.context_kl is None:
+        used = config.strength
     return processor(ids, scores), scores.new_full((len(scores),), used)
 
 
