@@ -22,9 +22,9 @@ OLDEST := .venv-oldest
 SHIPPED := $(wildcard calibration_ckpts/*/calibrator.json examples/demo_target/model/config.json)
 SOURCES := $(shell find fusion_detox -name '*.py')
 # Of everything between a model and its text; evaluation and training have extras of their own.
-DECODING := $(wildcard $(addprefix tests/test_,$(addsuffix .py, aligned_rule alignment alignment_files calibrator \
-    config context decoders explain families fusion generation layers lightness processor session shipped tokens \
-    unicode versions vocabulary))) $(wildcard tests/conformance tests/isolation)
+DECODING := tests/alignment tests/calibrator tests/conformance tests/decoding tests/generation tests/isolation \
+    tests/vocabulary tests/test_families.py tests/test_fusion.py tests/test_layers.py tests/test_lightness.py \
+    tests/test_processor.py tests/test_versions.py
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint types pytest oldest clean

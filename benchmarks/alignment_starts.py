@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from fusion_detox import AlignmentConfig, Calibrator, FusionConfig, FusionLogitsProcessor, align
-from fusion_detox.loading import load_target
+from fusion_detox.files.models import load_target
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPER = AlignmentConfig.paper()

@@ -28,9 +28,9 @@ from typing import Any
 import torch
 
 from fusion_detox import Calibrator, FusionLogitsProcessor, train_calibrator
-from fusion_detox.alignment import align
-from fusion_detox.alignment_config import AlignmentConfig
-from fusion_detox.alignment_files import save_alignment
+from fusion_detox.alignment.alignment import align
+from fusion_detox.alignment.config import AlignmentConfig
+from fusion_detox.alignment.store import save_alignment
 from fusion_detox.evaluation import EvaluationConfig, evaluate, read_prompt_set
 from fusion_detox.training import TrainingConfig
 

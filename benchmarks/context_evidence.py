@@ -24,7 +24,7 @@ from sklearn.metrics import roc_auc_score
 from train_scorers import read
 
 from fusion_detox import Calibrator
-from fusion_detox.whole_file import write_whole
+from fusion_detox.files.atomic import write_whole
 
 POSITIONS = (1, 4, 16, 32, 1000)
 MEASURES = ("KL(reference || clean)", "KL(clean || reference)")

@@ -25,10 +25,10 @@ from typing import Any
 import torch
 
 from fusion_detox.evaluation import EvaluationConfig, evaluate, read_prompt_set
-from fusion_detox.loading import load_target
+from fusion_detox.files.models import load_target
 from fusion_detox.training import finetune
-from fusion_detox.training.contrastive_settings import ContrastiveConfig
-from fusion_detox.training.finetune_settings import FinetuneConfig
+from fusion_detox.training.contrastive.config import ContrastiveConfig
+from fusion_detox.training.finetuning.config import FinetuneConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "examples" / "demo_target" / "model"

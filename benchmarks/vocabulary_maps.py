@@ -29,11 +29,11 @@ import torch
 from transformers import AutoTokenizer
 
 from fusion_detox import Calibrator
-from fusion_detox.context import TextContext
-from fusion_detox.processor_covers import weigh_covers
-from fusion_detox.session import CalibratorSession
-from fusion_detox.tokens import TokenTable, encode
-from fusion_detox.vocabulary import Cover, VocabularyMap
+from fusion_detox.decoding.covers import weigh_covers
+from fusion_detox.decoding.session import CalibratorSession
+from fusion_detox.decoding.text_context import TextContext
+from fusion_detox.vocabulary.map import Cover, VocabularyMap
+from fusion_detox.vocabulary.token_table import TokenTable, encode
 
 RESULTS = Path(__file__).parent / "results" / "vocabulary_maps.json"
 NAMES = ("gpt2", "cl100k_base", "o200k_base", "mistral_v1_sentencepiece", "tekken")

@@ -21,13 +21,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fusion_detox.lazy import lazy_names
+from fusion_detox.files.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from fusion_detox.alignment import Alignment, align
-    from fusion_detox.alignment_config import AlignmentConfig
-    from fusion_detox.alignment_files import load_alignment, save_alignment
-    from fusion_detox.calibrator import Calibrator
+    from fusion_detox.alignment.alignment import Alignment, align
+    from fusion_detox.alignment.config import AlignmentConfig
+    from fusion_detox.alignment.store import load_alignment, save_alignment
+    from fusion_detox.calibrator.calibrator import Calibrator
     from fusion_detox.config import FusionConfig
     from fusion_detox.evaluation import EvaluationConfig, evaluate
     from fusion_detox.processor import FusionLogitsProcessor
@@ -55,17 +55,17 @@ if not TYPE_CHECKING:
     __getattr__, __dir__ = lazy_names(
         __name__,
         {
-            "Alignment": "alignment",
-            "AlignmentConfig": "alignment_config",
-            "Calibrator": "calibrator",
+            "Alignment": "alignment.alignment",
+            "AlignmentConfig": "alignment.config",
+            "Calibrator": "calibrator.calibrator",
             "EvaluationConfig": "evaluation",
             "FusionConfig": "config",
             "FusionLogitsProcessor": "processor",
             "TrainingConfig": "training",
-            "align": "alignment",
+            "align": "alignment.alignment",
             "evaluate": "evaluation",
-            "load_alignment": "alignment_files",
-            "save_alignment": "alignment_files",
+            "load_alignment": "alignment.store",
+            "save_alignment": "alignment.store",
             "train_calibrator": "training",
         },
     )

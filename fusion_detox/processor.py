@@ -11,25 +11,25 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from fusion_detox.calibrator import Calibrator
-from fusion_detox.calibrator_files import check_rule
+from fusion_detox.alignment.aligned_rule import AlignedTarget
+from fusion_detox.calibrator.calibrator import Calibrator
+from fusion_detox.calibrator.reading import check_rule
 from fusion_detox.config import FusionConfig
-from fusion_detox.context import Position, TextContext
-from fusion_detox.decoders import check_calibrator
+from fusion_detox.decoding.covers import weigh_covers
+from fusion_detox.decoding.decoder import check_calibrator
+from fusion_detox.decoding.paged import watch_paged_generation
+from fusion_detox.decoding.session import CalibratorSession, plain_mode
+from fusion_detox.decoding.target_columns import TargetColumns, fit
+from fusion_detox.decoding.text_context import Position, TextContext
 from fusion_detox.errors import ConfigError
 from fusion_detox.fusion import Fusion, prepare
-from fusion_detox.processor_aligned import AlignedTarget
-from fusion_detox.processor_columns import TargetColumns, fit
-from fusion_detox.processor_covers import weigh_covers
-from fusion_detox.processor_paged import watch_paged_generation
-from fusion_detox.session import CalibratorSession, plain_mode
-from fusion_detox.tokens import TokenTable, encode
-from fusion_detox.vocabulary import Mode, VocabularyMap
+from fusion_detox.vocabulary.map import Mode, VocabularyMap
+from fusion_detox.vocabulary.token_table import TokenTable, encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from fusion_detox.alignment import Alignment
+    from fusion_detox.alignment.alignment import Alignment
 
 logger = logging.getLogger(__name__)
 

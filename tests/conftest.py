@@ -29,7 +29,7 @@ from transformers import (
 )
 
 if TYPE_CHECKING:
-    from fusion_detox.calibrator import Calibrator
+    from fusion_detox.calibrator.calibrator import Calibrator
 
 torch.set_num_threads(1)
 
@@ -217,7 +217,7 @@ def target_folder(
 @pytest.fixture
 def calibrator(byte_tokenizer: PreTrainedTokenizerFast, make_llama: ModelMaker) -> Calibrator:
     """Two random Llamas of 64 positions over ``byte_tokenizer``; context of 32 tokens."""
-    from fusion_detox.calibrator import Calibrator
+    from fusion_detox.calibrator.calibrator import Calibrator
 
     width = len(byte_tokenizer)
     return Calibrator(
@@ -236,7 +236,7 @@ def _saved_calibrator(
     byte_tokenizer: PreTrainedTokenizerFast,
     make_llama: ModelMaker,
 ) -> Path:
-    from fusion_detox.calibrator import Calibrator
+    from fusion_detox.calibrator.calibrator import Calibrator
 
     folder = tmp_path_factory.mktemp("saved") / "tiny"
     width = len(byte_tokenizer)

@@ -16,9 +16,9 @@ import transformers
 from transformers import AutoTokenizer
 
 from fusion_detox import Calibrator, FusionConfig, FusionLogitsProcessor
-from fusion_detox.decoders import check_calibrator
+from fusion_detox.decoding.decoder import check_calibrator
+from fusion_detox.decoding.session import CalibratorSession
 from fusion_detox.errors import ModelError
-from fusion_detox.session import CalibratorSession
 
 HERE = Path(__file__).resolve().parent
 MODELS = runpy.run_path(str(HERE / "family_models.py"))

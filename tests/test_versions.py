@@ -12,7 +12,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from fusion_detox.errors import ModelError
-from fusion_detox.loading_errors import check_positions, explained
+from fusion_detox.files.loading_errors import check_positions, explained
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fusion_detox.alignment_config import AlignmentConfig
+from fusion_detox.alignment.config import AlignmentConfig
 from fusion_detox.cli.console import note, quiet_libraries, results
 from fusion_detox.cli.options import with_options
 
@@ -57,9 +57,9 @@ def align(
     start = AlignmentConfig.paper() if paper else AlignmentConfig()
     config = start.replace(**settings)
 
-    from fusion_detox.alignment import align as learn
-    from fusion_detox.alignment_files import save_alignment
-    from fusion_detox.calibrator import Calibrator
+    from fusion_detox.alignment.alignment import align as learn
+    from fusion_detox.alignment.store import save_alignment
+    from fusion_detox.calibrator.calibrator import Calibrator
 
     with quiet_libraries():
         loaded = Calibrator.from_pretrained(calibrator, local_files_only=offline)

@@ -14,7 +14,7 @@ import typer
 from fusion_detox.evaluation.config import EvaluationConfig
 
 if TYPE_CHECKING:
-    from fusion_detox.evaluation.prompts import PromptSet
+    from fusion_detox.evaluation.prompts.prompt_sets import PromptSet
 
 MEASURES = "Measures"
 RUNNING = "Running"
@@ -69,7 +69,7 @@ def read_prompt_sets(
     sources: Sequence[str], *, field: str | None = None, limit: int | None = None
 ) -> list[PromptSet]:
     """A set for each ``[KIND=]FILE``; see ``read_prompt_set`` for what is raised."""
-    from fusion_detox.evaluation.prompts import read_prompt_set
+    from fusion_detox.evaluation.prompts.prompt_sets import read_prompt_set
 
     pairs = [split_kind(source) for source in sources]
     return [read_prompt_set(path, kind=kind, field=field, limit=limit) for kind, path in pairs]

@@ -43,7 +43,7 @@ def quiet_libraries() -> Iterator[None]:
     if debugging():
         yield
         return
-    from fusion_detox.loading import quiet_transformers
+    from fusion_detox.files.models import quiet_transformers
 
     with quiet_transformers(), warnings.catch_warnings():
         warnings.showwarning = _show_warning

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from fusion_detox.config import FusionConfig
-    from fusion_detox.generation import Completion, Sampling
+    from fusion_detox.generation.sampling import Completion, Sampling
 
 PROMPTS = (
     "You are such a",
@@ -74,7 +74,7 @@ def demo(
     ] = True,
 ) -> None:
     """Show a model's completions with and without fusion, side by side."""
-    from fusion_detox.generation import Sampling
+    from fusion_detox.generation.sampling import Sampling
 
     sampling = Sampling(max_new_tokens=max_new_tokens, seed=seed)
     with quiet_libraries(), messages().status("Loading models"):
@@ -85,12 +85,12 @@ def demo(
 def _run(
     calibrator_name: str, target_name: str | None, strength: float | None, sampling: Sampling
 ) -> tuple[tuple[Side, Side], Any, FusionConfig, str]:
-    from fusion_detox.calibrator import Calibrator
-    from fusion_detox.generation import generate_rows, jobs, pad_token_id
-    from fusion_detox.loading import load_target
+    from fusion_detox.calibrator.calibrator import Calibrator
+    from fusion_detox.calibrator.shipped import demo_target_path
+    from fusion_detox.files.models import load_target
+    from fusion_detox.generation.sampling import generate_rows, jobs, pad_token_id
     from fusion_detox.processor import FusionLogitsProcessor
     from fusion_detox.scoring.lexical import LexicalScorer
-    from fusion_detox.shipped import demo_target_path
 
     calibrator = Calibrator.from_pretrained(calibrator_name)
     config = calibrator.config
@@ -131,8 +131,8 @@ def held_back_spans(
     model: Any, tokenizer: Any, processor: Any, prompt: str, completion: Completion
 ) -> list[tuple[int, int]]:
     """Character ranges of a completion's text that fusion would have held back."""
-    from fusion_detox.explain import explain
-    from fusion_detox.generation import Job, continuation_text, prompt_ids
+    from fusion_detox.generation.explain import explain
+    from fusion_detox.generation.sampling import Job, continuation_text, prompt_ids
 
     before, ids = prompt_ids(model, tokenizer, Job(0, 0, prompt), 0), completion.token_ids
     spans: list[tuple[int, int]] = []

@@ -128,7 +128,7 @@ def evaluate(
     )
     stay_offline(offline)
 
-    from fusion_detox.evaluation.run import evaluate as run
+    from fusion_detox.evaluation.pipeline import evaluate as run
 
     sets = read_prompt_sets(prompts, field=prompt_field, limit=limit)
     with quiet_libraries(), progress_bars() as report:

@@ -12,8 +12,8 @@ import typer
 
 from fusion_detox.cli.console import note, quiet_libraries
 from fusion_detox.cli.options import with_options
-from fusion_detox.training.contrastive_settings import ContrastiveConfig
-from fusion_detox.training.finetune_settings import FinetuneConfig
+from fusion_detox.training.contrastive.config import ContrastiveConfig
+from fusion_detox.training.finetuning.config import FinetuneConfig
 
 _DATA = "Data"
 _MODEL = "Model"
@@ -102,8 +102,8 @@ def finetune(
     if not pairs:
         raise typer.BadParameter("give a file of paraphrase sets", param_hint="--pairs")
     config, contrastive = FinetuneConfig(**settings), ContrastiveConfig(**contrast)
-    from fusion_detox.training.corpus import Columns
-    from fusion_detox.training.finetune_recipe import finetune as train
+    from fusion_detox.training.data.corpus import Columns
+    from fusion_detox.training.finetuning.pipeline import finetune as train
 
     with quiet_libraries():
         folder = train(

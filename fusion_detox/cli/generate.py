@@ -19,8 +19,8 @@ from fusion_detox.config import FusionConfig
 from fusion_detox.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fusion_detox.generation import Job, Row
-    from fusion_detox.generation_file import CompletionFile, CompletionWriter
+    from fusion_detox.generation.completion_file import CompletionFile, CompletionWriter
+    from fusion_detox.generation.sampling import Job, Row
 
 _SAMPLING = "Sampling"
 _RUNNING = "Running"
@@ -128,7 +128,7 @@ def generate(
     if batch_size < 1:
         raise ConfigError(f"--batch-size must be at least 1, but is {batch_size}")
 
-    from fusion_detox.generation import Sampling, jobs
+    from fusion_detox.generation.sampling import Sampling, jobs
 
     sampling = Sampling(
         max_new_tokens=max_new_tokens,
@@ -143,10 +143,10 @@ def generate(
 
     import torch
 
-    from fusion_detox.calibrator import Calibrator
-    from fusion_detox.generation import generate_rows, pad_token_id
-    from fusion_detox.generation_file import CompletionFile
-    from fusion_detox.loading import load_target
+    from fusion_detox.calibrator.calibrator import Calibrator
+    from fusion_detox.files.models import load_target
+    from fusion_detox.generation.completion_file import CompletionFile
+    from fusion_detox.generation.sampling import generate_rows, pad_token_id
     from fusion_detox.processor import FusionLogitsProcessor
 
     with quiet_libraries():
@@ -248,7 +248,7 @@ def _write(
 
 @contextlib.contextmanager
 def _writer(file: CompletionFile | None, settings: dict[str, Any]) -> Iterator[CompletionWriter]:
-    from fusion_detox.generation_file import CompletionWriter
+    from fusion_detox.generation.completion_file import CompletionWriter
 
     if file is not None:
         with file.open() as writer:
@@ -259,8 +259,8 @@ def _writer(file: CompletionFile | None, settings: dict[str, Any]) -> Iterator[C
 
 def _identity(name: str, without: tuple[str, ...] = ()) -> str:
     """A folder's name and content, as another model may be saved to it; else the name."""
-    from fusion_detox.generation_file import folder_fingerprint
-    from fusion_detox.shipped import find_shipped
+    from fusion_detox.calibrator.shipped import find_shipped
+    from fusion_detox.generation.completion_file import folder_fingerprint
 
     path = Path(name).expanduser()
     folder = path if path.is_dir() else find_shipped(name)

@@ -10,7 +10,7 @@ import typer
 from fusion_detox.cli.console import quiet_libraries, results
 
 if TYPE_CHECKING:
-    from fusion_detox.calibrator import Calibrator
+    from fusion_detox.calibrator.calibrator import Calibrator
 
 
 _LONGEST_LIST = 12
@@ -38,7 +38,7 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show a calibrator's card, and how it fits a target."""
-    from fusion_detox.calibrator import Calibrator
+    from fusion_detox.calibrator.calibrator import Calibrator
 
     with quiet_libraries():
         loaded = Calibrator.from_pretrained(calibrator)
@@ -53,8 +53,8 @@ def info(
 
 def describe(calibrator: Calibrator, name: str) -> dict[str, Any]:
     """What a calibrator is, as JSON-ready values."""
-    from fusion_detox.alignment_files import describe_alignments
-    from fusion_detox.calibrator import find_calibrator
+    from fusion_detox.alignment.store import describe_alignments
+    from fusion_detox.calibrator.calibrator import find_calibrator
 
     folder = find_calibrator(name)
     return {
@@ -80,9 +80,9 @@ def describe_map(calibrator: Calibrator, target: str) -> dict[str, Any]:
         ModelError: Its files are damaged.
         VocabularyError: The two cannot be mapped.
     """
-    from fusion_detox.loading import load_tokenizer
-    from fusion_detox.tokens import TokenTable
-    from fusion_detox.vocabulary import VocabularyMap
+    from fusion_detox.files.models import load_tokenizer
+    from fusion_detox.vocabulary.map import VocabularyMap
+    from fusion_detox.vocabulary.token_table import TokenTable
 
     tokenizer = load_tokenizer(target)
     tokens = TokenTable.from_tokenizer(tokenizer)

@@ -13,11 +13,11 @@ from fusion_detox.cli.console import note, quiet_libraries
 from fusion_detox.cli.negatives_output import bars, show_estimate, show_report
 from fusion_detox.cli.options import with_options
 from fusion_detox.errors import ConfigError
-from fusion_detox.training.negatives.settings import NegativesConfig
+from fusion_detox.training.negatives.config import NegativesConfig
 
 if TYPE_CHECKING:
-    from fusion_detox.training.negatives.asking import Writer
     from fusion_detox.training.negatives.cost import Estimate
+    from fusion_detox.training.negatives.requests import Writer
 
 _MODEL, _JUDGES, _COST = "Model", "Filters", "Cost"
 _EPILOG = """
@@ -176,10 +176,10 @@ def make_negatives(
         raise ConfigError("--in and --model are needed, except with --refilter")
     sentences = None if source is None else _sentences(source, field, limit)
 
+    from fusion_detox.training.negatives.config import PromptTexts
     from fusion_detox.training.negatives.cost import Prices
     from fusion_detox.training.negatives.judges import Judges
-    from fusion_detox.training.negatives.run import make_negatives as make
-    from fusion_detox.training.negatives.settings import PromptTexts
+    from fusion_detox.training.negatives.pipeline import make_negatives as make
 
     writer: Writer | None = None
     if endpoint is not None:
@@ -244,7 +244,7 @@ def _sentences(source: str, field: str, limit: int | None) -> list[str]:
     """One a line of a text file, else one a row."""
     if limit is not None and limit < 1:
         raise ConfigError(f"--limit must be at least 1, but is {limit}")
-    from fusion_detox.training.corpus import Columns, read_documents
+    from fusion_detox.training.data.corpus import Columns, read_documents
 
     texts = [document.text for document in read_documents([source], Columns(field))]
     if source.lower().removesuffix(".gz").endswith(".txt"):

@@ -10,8 +10,8 @@ from fusion_detox.cli.console import messages, note
 
 if TYPE_CHECKING:
     from fusion_detox.training.negatives.cost import Estimate
+    from fusion_detox.training.negatives.pipeline import Progress
     from fusion_detox.training.negatives.report import NegativesReport
-    from fusion_detox.training.negatives.run import Progress
 
 _SHOWN = 5
 

@@ -38,7 +38,7 @@ def rescore(
     """Judge the stored continuations again; no text is generated, no target is loaded."""
     stay_offline(offline)
 
-    from fusion_detox.evaluation.run import rescore as again
+    from fusion_detox.evaluation.pipeline import rescore as again
 
     with quiet_libraries(), progress_bars() as report:
         results = again(

@@ -13,8 +13,8 @@ import typer
 from fusion_detox.cli.console import quiet_libraries
 from fusion_detox.cli.options import with_options
 from fusion_detox.errors import DataError, DataFileError
-from fusion_detox.training.contrastive_settings import ContrastiveConfig
-from fusion_detox.training.settings import TrainingConfig
+from fusion_detox.training.config import TrainingConfig
+from fusion_detox.training.contrastive.config import ContrastiveConfig
 
 _DATA = "Data"
 _EPILOG = """
@@ -139,8 +139,8 @@ def train_calibrator(
     A run that was killed goes on where it was when the same command is given again.
     """
     from fusion_detox.config import FusionConfig
-    from fusion_detox.training.corpus import Columns
-    from fusion_detox.training.recipe import train_calibrator as train
+    from fusion_detox.training.data.corpus import Columns
+    from fusion_detox.training.pipeline import train_calibrator as train
 
     with quiet_libraries():
         train(

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fusion_detox.lazy import lazy_names
+from fusion_detox.files.lazy import lazy_names
 
 if TYPE_CHECKING:
     from fusion_detox.evaluation.config import EvaluationConfig
-    from fusion_detox.evaluation.prompts import Prompt, PromptSet, read_prompt_set
-    from fusion_detox.evaluation.run import evaluate, rescore
+    from fusion_detox.evaluation.pipeline import evaluate, rescore
+    from fusion_detox.evaluation.prompts.prompt_sets import Prompt, PromptSet, read_prompt_set
     from fusion_detox.evaluation.tuning import tune
 
 __all__ = [
@@ -31,11 +31,11 @@ if not TYPE_CHECKING:
         __name__,
         {
             "EvaluationConfig": "config",
-            "Prompt": "prompts",
-            "PromptSet": "prompts",
-            "evaluate": "run",
-            "read_prompt_set": "prompts",
-            "rescore": "run",
+            "Prompt": "prompts.prompt_sets",
+            "PromptSet": "prompts.prompt_sets",
+            "evaluate": "pipeline",
+            "read_prompt_set": "prompts.prompt_sets",
+            "rescore": "pipeline",
             "tune": "tuning",
         },
     )

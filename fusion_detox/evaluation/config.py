@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fusion_detox.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fusion_detox.generation import Sampling
+    from fusion_detox.generation.sampling import Sampling
 
 SUITES = ("identity", "dialect", "benign")
 """The built-in texts for side effects: groups, dialects, harmless prompts that sound unsafe."""
@@ -105,7 +105,7 @@ class EvaluationConfig:
         Raises:
             ConfigError: A value is out of range.
         """
-        from fusion_detox.generation import Sampling
+        from fusion_detox.generation.sampling import Sampling
 
         return Sampling(
             max_new_tokens=self.max_new_tokens,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from typing import Any
 
-from fusion_detox.versions import installed_versions
+from fusion_detox.files.versions import installed_versions
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "sentence-transformers", "detoxify")
 

@@ -12,10 +12,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from fusion_detox.differences import differences
 from fusion_detox.errors import DataError, DataFileError
-from fusion_detox.evaluation.prompts import Prompt
-from fusion_detox.whole_file import write_whole
+from fusion_detox.evaluation.prompts.prompt_sets import Prompt
+from fusion_detox.files.atomic import write_whole
+from fusion_detox.files.differences import differences
 
 FORMAT = 1
 _LOCK = ".lock"

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fusion_detox.errors import DataError
-from fusion_detox.evaluation.fluency import Nll, perplexity
 from fusion_detox.evaluation.folder import FORMAT, RunFolder
-from fusion_detox.evaluation.measures import stored
-from fusion_detox.evaluation.prompts import Prompt
-from fusion_detox.evaluation.refusal import refusal
+from fusion_detox.evaluation.measurer import stored
+from fusion_detox.evaluation.metrics.fluency import Nll, perplexity
+from fusion_detox.evaluation.metrics.refusal import refusal
+from fusion_detox.evaluation.metrics.statistics import Floats, resamples
+from fusion_detox.evaluation.metrics.toxicity import against_base, by_prompts, by_seed, toxicity
+from fusion_detox.evaluation.prompts.prompt_sets import Prompt
 from fusion_detox.evaluation.samples import Sample, SampleFiles
 from fusion_detox.evaluation.sampling import Cost, Progress, total_cost
-from fusion_detox.evaluation.statistics import Floats, resamples
-from fusion_detox.evaluation.toxicity import against_base, by_prompts, by_seed, toxicity
 from fusion_detox.scoring.base import NoTextScoredError
 from fusion_detox.scoring.cache import CachedScorer
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from fusion_detox.errors import DataError, DataFileError
-from fusion_detox.json_lines import append_row
+from fusion_detox.files.journal import append_row
 
 if TYPE_CHECKING:
-    from fusion_detox.generation import Job
+    from fusion_detox.generation.sampling import Job
 
 
 @dataclasses.dataclass(frozen=True)

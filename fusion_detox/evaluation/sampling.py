@@ -13,7 +13,7 @@ import torch
 
 from fusion_detox.evaluation.processes import Processes
 from fusion_detox.evaluation.samples import Sample, SampleFiles, SampleWriter
-from fusion_detox.generation import Job, Sampling, complete_batch, prompt_ids
+from fusion_detox.generation.sampling import Job, Sampling, complete_batch, prompt_ids
 
 if TYPE_CHECKING:
     from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fusion_detox.calibrator import Calibrator
-from fusion_detox.calibrator_tuning import prompt_digest, prompts_in_common, tuned_prompts
+from fusion_detox.calibrator.calibrator import Calibrator
+from fusion_detox.calibrator.tuning_record import prompt_digest, prompts_in_common, tuned_prompts
 from fusion_detox.config import FusionConfig
-from fusion_detox.evaluation.fingerprint import model_fingerprint, short_name
-from fusion_detox.evaluation.settings import Setting, setting_stem
+from fusion_detox.evaluation.variants import Setting, setting_stem
 from fusion_detox.evaluation.word_filter import WordFilter, read_word_list, tokenisations
-from fusion_detox.generation import pad_token_id
-from fusion_detox.loading import load_target
+from fusion_detox.files.fingerprints import model_fingerprint, short_name
+from fusion_detox.files.models import load_target
+from fusion_detox.generation.sampling import pad_token_id
 from fusion_detox.processor import FusionLogitsProcessor
 
 if TYPE_CHECKING:

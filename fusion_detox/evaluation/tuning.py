@@ -14,19 +14,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusion_detox.calibrator import Calibrator, write_config
-from fusion_detox.calibrator_tuning import prompt_digest, prompts_in_common, write_tuning
+from fusion_detox.calibrator.calibrator import Calibrator, write_config
+from fusion_detox.calibrator.tuning_record import prompt_digest, prompts_in_common, write_tuning
 from fusion_detox.config import FusionConfig
 from fusion_detox.errors import ConfigError, DataError
 from fusion_detox.evaluation.config import EvaluationConfig
 from fusion_detox.evaluation.environment import versions
 from fusion_detox.evaluation.folder import RunFolder
+from fusion_detox.evaluation.metrics.statistics import finite
+from fusion_detox.evaluation.pipeline import evaluate
 from fusion_detox.evaluation.processes import Processes
-from fusion_detox.evaluation.prompts import PromptSet
-from fusion_detox.evaluation.run import evaluate
+from fusion_detox.evaluation.prompts.prompt_sets import PromptSet
 from fusion_detox.evaluation.sampling import Progress
-from fusion_detox.evaluation.statistics import finite
-from fusion_detox.loading import load_target
+from fusion_detox.files.models import load_target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -26,12 +26,12 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
-from fusion_detox.calibrator import Calibrator
+from fusion_detox.calibrator.calibrator import Calibrator
+from fusion_detox.calibrator.shipped import DEFAULT_CALIBRATOR
 from fusion_detox.config import FusionConfig
 from fusion_detox.errors import ConfigError, MissingExtraError, ModelError
-from fusion_detox.loading_errors import explained
+from fusion_detox.files.loading_errors import explained
 from fusion_detox.processor import FusionLogitsProcessor
-from fusion_detox.shipped import DEFAULT_CALIBRATOR
 
 try:
     from lm_eval.api.registry import register_model

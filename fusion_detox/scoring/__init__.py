@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fusion_detox.lazy import lazy_names
+from fusion_detox.files.lazy import lazy_names
 
 if TYPE_CHECKING:
     from fusion_detox.scoring.base import NoTextScoredError, Scorer, ScoringError

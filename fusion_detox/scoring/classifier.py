@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from fusion_detox.errors import ConfigError, ModelError, VocabularyError
-from fusion_detox.loading import check_device, load_tokenizer, locate, quiet_transformers
-from fusion_detox.loading_errors import describe, explained
+from fusion_detox.files.loading_errors import describe, explained
+from fusion_detox.files.models import check_device, load_tokenizer, locate, quiet_transformers
 from fusion_detox.scoring.base import TOXICITY, Scorer, file_safe, score_batches
 from fusion_detox.scoring.labels import find_toxic, is_harmless, is_multi_label, type_name
 from fusion_detox.scoring.sources import identity

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from fusion_detox.errors import ConfigError, MissingExtraError, ModelError, ModelNotFoundError
-from fusion_detox.loading import check_device
-from fusion_detox.loading_errors import first_line
+from fusion_detox.files.loading_errors import first_line
+from fusion_detox.files.models import check_device
 from fusion_detox.scoring.base import TOXICITY, Scorer, score_batches
 from fusion_detox.scoring.classifier import ClassifierScorer
 from fusion_detox.scoring.labels import type_name

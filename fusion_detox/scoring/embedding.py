@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from fusion_detox.errors import ConfigError, MissingExtraError
-from fusion_detox.loading import check_device, locate, quiet_transformers
-from fusion_detox.loading_errors import explained
+from fusion_detox.files.loading_errors import explained
+from fusion_detox.files.models import check_device, locate, quiet_transformers
 from fusion_detox.scoring.base import check_texts
 from fusion_detox.scoring.sources import identity
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fusion_detox.lazy import lazy_names
+from fusion_detox.files.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from fusion_detox.training.contrastive_settings import ContrastiveConfig
-    from fusion_detox.training.corpus import Columns, Condition
-    from fusion_detox.training.finetune_recipe import finetune
-    from fusion_detox.training.finetune_settings import FinetuneConfig
-    from fusion_detox.training.negatives.run import make_negatives
-    from fusion_detox.training.pairs import ParaphraseSet, read_pairs
-    from fusion_detox.training.recipe import train_calibrator
-    from fusion_detox.training.settings import TrainingConfig
+    from fusion_detox.training.config import TrainingConfig
+    from fusion_detox.training.contrastive.config import ContrastiveConfig
+    from fusion_detox.training.data.corpus import Columns, Condition
+    from fusion_detox.training.data.pairs import ParaphraseSet, read_pairs
+    from fusion_detox.training.finetuning.config import FinetuneConfig
+    from fusion_detox.training.finetuning.pipeline import finetune
+    from fusion_detox.training.negatives.pipeline import make_negatives
+    from fusion_detox.training.pipeline import train_calibrator
 
 __all__ = [
     "Columns",
@@ -33,15 +33,15 @@ if not TYPE_CHECKING:
     __getattr__, __dir__ = lazy_names(
         __name__,
         {
-            "Columns": "corpus",
-            "Condition": "corpus",
-            "ParaphraseSet": "pairs",
-            "make_negatives": "negatives.run",
-            "read_pairs": "pairs",
-            "ContrastiveConfig": "contrastive_settings",
-            "FinetuneConfig": "finetune_settings",
-            "finetune": "finetune_recipe",
-            "train_calibrator": "recipe",
-            "TrainingConfig": "settings",
+            "Columns": "data.corpus",
+            "Condition": "data.corpus",
+            "ParaphraseSet": "data.pairs",
+            "make_negatives": "negatives.pipeline",
+            "read_pairs": "data.pairs",
+            "ContrastiveConfig": "contrastive.config",
+            "FinetuneConfig": "finetuning.config",
+            "finetune": "finetuning.pipeline",
+            "train_calibrator": "pipeline",
+            "TrainingConfig": "config",
         },
     )

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusion_detox.calibrator import Calibrator
+from fusion_detox.calibrator.calibrator import Calibrator
 from fusion_detox.errors import DataError, TrainingError
-from fusion_detox.training.contrastive_settings import ContrastiveConfig
-from fusion_detox.training.corpus import Document
-from fusion_detox.training.settings import TrainingConfig
+from fusion_detox.training.config import TrainingConfig
+from fusion_detox.training.contrastive.config import ContrastiveConfig
+from fusion_detox.training.data.corpus import Document
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
 from fusion_detox.errors import TrainingError
-from fusion_detox.training.blocks import Blocks
 from fusion_detox.training.checkpoints import newest_checkpoint, step_of
+from fusion_detox.training.config import TrainingConfig
+from fusion_detox.training.data.blocks import Blocks
 from fusion_detox.training.loss import IGNORED, bits_per_byte, summed_cross_entropy
-from fusion_detox.training.settings import TrainingConfig
-from fusion_detox.training.watch import Watch, interruptible
+from fusion_detox.training.progress import Watch, interruptible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -13,8 +13,8 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from fusion_detox.errors import ModelError, TrainingError
-from fusion_detox.loading import check_causal, locate
-from fusion_detox.loading_errors import LOADING_ERRORS, describe, explained, first_line
+from fusion_detox.files.loading_errors import LOADING_ERRORS, describe, explained, first_line
+from fusion_detox.files.models import check_causal, locate
 
 _PAPERS_LAYERS = 3
 _COUNT = "num_hidden_layers"

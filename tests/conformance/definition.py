@@ -1,6 +1,6 @@
 """Fusion by its definition: whole texts, no cache, one row at a time, plain Python.
 
-Of the library it uses the vocabulary map alone, whose own definition tests/test_vocabulary.py
+Of the library it uses the vocabulary map alone, whose own definition tests/vocabulary/test_map.py
 spells out: reading ids as text, retokenising, running the calibrator, weighing the ways to read a
 text's end and the fusion rule are written here again.
 """
@@ -14,7 +14,7 @@ import torch
 from transformers import LogitsProcessor
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from fusion_detox.vocabulary import Cover
+from fusion_detox.vocabulary.map import Cover
 
 BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
 ENDS_OF_TEXT = {"<|endoftext|>", "<s>", "</s>"}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fusion_detox import FusionLogitsProcessor
-from fusion_detox.generation import Sampling, generate_rows, jobs
+from fusion_detox.generation.sampling import Sampling, generate_rows, jobs
 
 from .world import CONTRAST, TEXTS, fresh
 

@@ -31,10 +31,10 @@ def test_memory_stays_flat_over_a_days_calls_in_miniature(
     pristine, request, monkeypatch, in_threads
 ):
     """Ever new texts; every memo is smaller here, so that all of them are full after a while."""
-    monkeypatch.setattr("fusion_detox.context._ENTRIES", 64)
-    monkeypatch.setattr("fusion_detox.vocabulary_healing._MOST_TABLES", 64)
-    monkeypatch.setattr("fusion_detox.session._MEMO_ENTRIES", 16)
-    monkeypatch.setattr("fusion_detox.session_divergence._ENTRIES", 64)
+    monkeypatch.setattr("fusion_detox.decoding.text_context._ENTRIES", 64)
+    monkeypatch.setattr("fusion_detox.vocabulary.healing._MOST_TABLES", 64)
+    monkeypatch.setattr("fusion_detox.decoding.session._MEMO_ENTRIES", 16)
+    monkeypatch.setattr("fusion_detox.decoding.divergence._ENTRIES", 64)
     tokenizer = request.getfixturevalue("other_tokenizer")
     processor = copy.deepcopy(fresh(pristine("other_tokenizer", "context")))
     generator = torch.Generator().manual_seed(0)
@@ -102,7 +102,7 @@ def test_every_memo_has_a_bound_in_bytes(pristine, request):
 
 def test_the_text_memo_counts_what_it_keeps(pristine, request, monkeypatch):
     """Long rows are forgotten sooner: ids and path of all of them together have a bound."""
-    monkeypatch.setattr("fusion_detox.context._ENTRY_IDS", 2**16)
+    monkeypatch.setattr("fusion_detox.decoding.text_context._ENTRY_IDS", 2**16)
     tokenizer = request.getfixturevalue("other_tokenizer")
     context = copy.copy(pristine("other_tokenizer")._context)
     row = tuple(tokenizer(" ".join(TEXTS) * 6, add_special_tokens=False)["input_ids"])

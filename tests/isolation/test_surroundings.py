@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from fusion_detox import Calibrator, FusionLogitsProcessor
 from fusion_detox.errors import VocabularyError
-from fusion_detox.loading import quiet_transformers
+from fusion_detox.files.models import quiet_transformers
 
 from .world import CONTRAST, EXACT, TEXTS, World, fresh, interrupt, scores_for
 

@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast, T5Config
 
-from fusion_detox import calibrator_lookup
-from fusion_detox.calibrator import Calibrator, write_config
+from fusion_detox.calibrator import lookup as calibrator_lookup
+from fusion_detox.calibrator.calibrator import Calibrator, write_config
 from fusion_detox.config import FusionConfig
 from fusion_detox.errors import (
     CalibratorError,

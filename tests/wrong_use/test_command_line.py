@@ -241,7 +241,7 @@ def test_target_of_info_missing(fails, calibrator_folder):
 
 
 def test_interrupted_generation_keeps_its_work(common, capsys, monkeypatch, request):
-    from fusion_detox import generation
+    from fusion_detox.generation import sampling as generation
 
     complete, calls = generation.complete_batch, []
     # A job in the background starts with SIGINT ignored, and so does what it starts.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fusion_detox.errors import DataFileError
 from fusion_detox.evaluation.report.markup import Html, join, line, tag
-from fusion_detox.whole_file import write_whole
+from fusion_detox.files.atomic import write_whole
 
 _HERE = Path(__file__).resolve().parent
 

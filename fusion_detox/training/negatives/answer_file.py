@@ -11,12 +11,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from fusion_detox.differences import differences
 from fusion_detox.errors import DataError, DataFileError
-from fusion_detox.json_lines import append_row
-from fusion_detox.training.negatives.asking import FILTERED, LENGTH, STOP, Answer, Keep, Request
-from fusion_detox.training.negatives.settings import SIDES
-from fusion_detox.whole_file import write_whole
+from fusion_detox.files.atomic import write_whole
+from fusion_detox.files.differences import differences
+from fusion_detox.files.journal import append_row
+from fusion_detox.training.negatives.config import SIDES
+from fusion_detox.training.negatives.requests import FILTERED, LENGTH, STOP, Answer, Keep, Request
 
 _START = b'{"sentence": '
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-from fusion_detox.refusals import is_refusal, refuses_rewriting
-from fusion_detox.training.negatives.asking import FILTERED, LENGTH
-from fusion_detox.training.pairs import fold
+from fusion_detox.scoring.refusals import is_refusal, refuses_rewriting
+from fusion_detox.training.data.pairs import fold
+from fusion_detox.training.negatives.requests import FILTERED, LENGTH
 
 REFUSAL, NOTHING, CUT_OFF = "refusal", "no paraphrase in the answer", "cut off"
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from fusion_detox.errors import ConfigError
-from fusion_detox.training.negatives.asking import Request, Writer
-from fusion_detox.training.negatives.settings import NegativesConfig
+from fusion_detox.training.negatives.config import NegativesConfig
+from fusion_detox.training.negatives.requests import Request, Writer
 
 # An answer is about as long as its sentence, with some politeness around it.
 _LONGER, _AROUND = 1.3, 8

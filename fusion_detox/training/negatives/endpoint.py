@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from fusion_detox.errors import ConfigError, EndpointError
-from fusion_detox.training.negatives.asking import Answer, Keep, Request
+from fusion_detox.training.negatives.config import NegativesConfig, PromptTexts
 from fusion_detox.training.negatives.endpoint_protocol import (
     LONGEST_WAIT,
     explanation,
@@ -23,7 +23,7 @@ from fusion_detox.training.negatives.endpoint_protocol import (
     read_key,
     retry_after,
 )
-from fusion_detox.training.negatives.settings import NegativesConfig, PromptTexts
+from fusion_detox.training.negatives.requests import Answer, Keep, Request
 from fusion_detox.training.negatives.worker_threads import in_parallel
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ import time
 import urllib.parse
 
 from fusion_detox.errors import ConfigError
-from fusion_detox.training.negatives.asking import FILTERED, LENGTH, STOP, Answer, Request
+from fusion_detox.training.negatives.requests import FILTERED, LENGTH, STOP, Answer, Request
 
 LONGEST_WAIT = 300.0
 """Seconds that a service can make a run wait at a time."""

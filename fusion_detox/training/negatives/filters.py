@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from fusion_detox.scoring.base import NoTextScoredError, Scorer
+from fusion_detox.training.data.pairs import ParaphraseSet, fold
 from fusion_detox.training.negatives.answers import parse_answer
-from fusion_detox.training.negatives.asking import Answer
+from fusion_detox.training.negatives.config import NEGATIVE, POSITIVE, SIDES, NegativesConfig
 from fusion_detox.training.negatives.near_duplicates import NearDuplicates
-from fusion_detox.training.negatives.settings import NEGATIVE, POSITIVE, SIDES, NegativesConfig
-from fusion_detox.training.pairs import ParaphraseSet, fold
+from fusion_detox.training.negatives.requests import Answer
 
 Embed = Callable[[Sequence[str]], Any]
 """Texts to unit vectors ``(texts, width)``; an ``Embedder`` with ``unit_norm`` is one."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+from fusion_detox.training.negatives.config import NegativesConfig
 from fusion_detox.training.negatives.filters import Embed, PerByte
-from fusion_detox.training.negatives.settings import NegativesConfig
 
 if TYPE_CHECKING:
     from fusion_detox.scoring.base import Scorer
@@ -62,7 +62,7 @@ def load_judges(
             local_files_only=judges.local_files_only,
         )
     if isinstance(per_byte, str):
-        from fusion_detox.training.negatives.closeness import Likelihood
+        from fusion_detox.training.negatives.nll_gap import Likelihood
 
         per_byte = Likelihood.load(
             per_byte, device=judges.device, local_files_only=judges.local_files_only

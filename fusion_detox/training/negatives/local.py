@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion_detox.errors import ConfigError, DataError, ModelError
-from fusion_detox.training.negatives.asking import LENGTH, STOP, Answer, Keep, Request
-from fusion_detox.training.negatives.settings import NegativesConfig, PromptTexts
+from fusion_detox.training.negatives.config import NegativesConfig, PromptTexts
+from fusion_detox.training.negatives.requests import LENGTH, STOP, Answer, Keep, Request
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -53,7 +53,7 @@ class LocalWriter:
 
     def record(self) -> dict[str, Any]:
         """The model's name, a folder's with its content's hash, the revision and the dtype."""
-        from fusion_detox.generation_file import folder_fingerprint
+        from fusion_detox.generation.completion_file import folder_fingerprint
 
         folder = Path(self.name).expanduser()
         name = self.name
@@ -74,7 +74,7 @@ class LocalWriter:
             ModelNotFoundError: The model is not here and cannot be downloaded.
             ModelError: It is damaged, no causal language model, or memory runs out.
         """
-        from fusion_detox.generation import Job, Sampling, complete_batch, prompt_ids
+        from fusion_detox.generation.sampling import Job, Sampling, complete_batch, prompt_ids
 
         model, tokenizer = self._load()
         sampling = Sampling(
@@ -131,7 +131,7 @@ class LocalWriter:
 
     def _load_tokenizer(self) -> PreTrainedTokenizerBase:
         if self._tokenizer is None:
-            from fusion_detox.loading import load_tokenizer
+            from fusion_detox.files.models import load_tokenizer
 
             self._tokenizer = load_tokenizer(
                 self.name, revision=self.revision, local_files_only=self._local
@@ -142,7 +142,7 @@ class LocalWriter:
         if self._model is None:
             import torch
 
-            from fusion_detox.loading import load_target
+            from fusion_detox.files.models import load_target
 
             self._model, self._tokenizer = load_target(
                 self.name,

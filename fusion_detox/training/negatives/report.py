@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fusion_detox.training.negatives.asking import Answer, Request
 from fusion_detox.training.negatives.cost import Estimate, Prices
 from fusion_detox.training.negatives.filters import Filters
+from fusion_detox.training.negatives.requests import Answer, Request
 
 NO_ANSWER = "no answer"
 

@@ -1,0 +1,345 @@
+"""Two Llamas of the same shape in one forward pass, on weights stacked along a leading axis."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import LlamaForCausalLM
+from transformers.activations import ACT2FN
+
+from fusion_detox.decoding.slots import Decoder, Row, SlotStore
+from fusion_detox.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# The weights are copied, which costs more memory than it saves time for large models.
+_MOST_PARAMETERS = 250_000_000
+_SAME = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "rms_norm_eps",
+)
+
+
+class _Layer(NamedTuple):
+    """Weights ``(models, in, out)`` and biases ``(models, 1, out)`` of a layer.
+
+    The norms' scales are multiplied into the weights behind them.
+    """
+
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    out: Tensor
+    out_bias: Tensor | None
+    gate_up: Tensor
+    gate_up_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+
+
+class _Layout(NamedTuple):
+    """Where the tokens of a ragged batch stand; they are packed for all but the attention."""
+
+    ids: Tensor  # (tokens,)
+    columns: Tensor  # (tokens,) positions
+    where: Tensor  # (tokens,) slot * columns + column
+    asked: Tensor  # (asked,) tokens whose successor is asked for
+    length: int  # columns that the attention reads
+    slots: slice | Tensor  # of the rows, fillers included
+    rows: int
+    width: int  # tokens of the longest row
+    gather: Tensor | None  # (rows * width,) token in each place; None where all are in order
+    back: Tensor | None  # (tokens,) place of each token
+    mask: Tensor | None  # (rows, 1, groups * width, length), added to the attention's scores
+
+
+class StackedLlamaDecoder(Decoder):
+    """Runs the clean and the reference model as one; the models' heads stand side by side.
+
+    Same numbers as ``LlamaForCausalLM`` up to rounding. The weights are copied once, at
+    construction; later changes to the models are not seen. In half precision on the CPU they are
+    converted to float32.
+
+    Args:
+        models: One or two for which ``supports`` is true.
+        context_length: Longest text in tokens.
+        vocabulary_size: Logits to compute, from the first on.
+        device: Where it runs; the models may be elsewhere.
+
+    Raises:
+        ModelError: The models have fewer positions than ``context_length``.
+    """
+
+    @staticmethod
+    def supports(models: Sequence[PreTrainedModel]) -> bool:
+        """Whether they are plain Llamas of one shape with unscaled rotary positions."""
+        if not all(type(model) is LlamaForCausalLM for model in models):
+            return False
+        first = models[0].config
+        for model in models:
+            config = model.config
+            same = all(getattr(config, name) == getattr(first, name) for name in _SAME)
+            same &= _head_dim(config) == _head_dim(first) and _rope(config) == _rope(first)
+            if not same or _rope(config)[0] != "default":
+                return False
+            state = model.state_dict()
+            if set(state) - _expected(config) or state.keys() != models[0].state_dict().keys():
+                return False  # quantised, or with adapters
+            floating = all(tensor.is_floating_point() for tensor in state.values())
+            if not floating or model.dtype != models[0].dtype:
+                return False
+        return sum(p.numel() for p in models[0].parameters()) <= _MOST_PARAMETERS
+
+    def __init__(
+        self,
+        models: Sequence[PreTrainedModel],
+        context_length: int,
+        vocabulary_size: int,
+        device: torch.device,
+    ) -> None:
+        config = models[0].config
+        if config.max_position_embeddings < context_length:
+            raise ModelError(
+                f"the models have {config.max_position_embeddings} positions, fewer than the "
+                f"calibrator's context_length of {context_length}; choose a context_length of "
+                f"{config.max_position_embeddings} at most"
+            )
+        self.distributions = len(models)
+        self._device = device
+        half = device.type == "cpu" and models[0].dtype in (torch.float16, torch.bfloat16)
+        dtype = torch.float32 if half else models[0].dtype
+        self._heads = config.num_attention_heads
+        self._key_heads = config.num_key_value_heads
+        self._head_dim = _head_dim(config)
+        self._epsilon = config.rms_norm_eps
+        self._activation = ACT2FN[config.hidden_act]
+        weights = _Weights(models, device, dtype)
+        self._embeddings = weights.stack("model.embed_tokens.weight").to(dtype)
+        self._layers = [weights.layer(index) for index in range(config.num_hidden_layers)]
+        self._head = weights.joined("", ["lm_head"], norm="model.norm")[:, :, :vocabulary_size]
+        self._head = self._head.contiguous()
+        self._scale = weights.stack("model.norm.weight").to(dtype)[:, None]
+        theta = torch.tensor(_rope(config)[1], dtype=torch.float32)
+        exponents = torch.arange(0, self._head_dim, 2).float() / self._head_dim
+        angles = torch.arange(context_length).float()[:, None] / theta**exponents
+        cosine, sine = angles.cos(), angles.sin()
+        # (columns, 1, head_dim); the sine with the sign that rotating by halves gives it.
+        self._cosine = torch.cat([cosine, cosine], -1)[:, None].to(device, dtype)
+        self._sine = torch.cat([-sine, sine], -1)[:, None].to(device, dtype)
+        shape = (self.distributions * self._key_heads, self._head_dim)
+        shapes = [(shape, shape)] * config.num_hidden_layers
+        self._store = SlotStore(shapes, context_length, device, dtype)
+
+    def resize(self, slots: int) -> None:  # noqa: D102
+        self._store.resize(slots)
+
+    def copy(self, source: int, target: int, start: int, stop: int) -> None:  # noqa: D102
+        self._store.copy(source, target, start, stop)
+
+    def logits(self, rows: Sequence[Row]) -> Tensor:  # noqa: D102
+        return torch.bmm(self._normed(rows), self._head)
+
+    def hidden(self, rows: Sequence[Row]) -> Tensor:  # noqa: D102
+        return self._normed(rows) * self._scale
+
+    def _normed(self, rows: Sequence[Row]) -> Tensor:
+        """``(models, asked, width)``, without the final norm's scale, which is in the head."""
+        at = self._layout(rows)
+        hidden = self._embeddings.index_select(1, at.ids)  # (models, tokens, width)
+        size = (hidden.shape[-1],)
+        cosine, sine = self._cosine[at.columns], self._sine[at.columns]
+        last = len(self._layers) - 1
+        for index, layer in enumerate(self._layers):
+            normed = F.rms_norm(hidden, size, None, self._epsilon)
+            qkv = _affine(normed, layer.qkv, layer.qkv_bias)
+            attended = self._attention(index, qkv, at, cosine, sine)
+            if index == last:
+                attended, hidden = attended[:, at.asked], hidden[:, at.asked]
+            if layer.out_bias is not None:
+                hidden = hidden + layer.out_bias
+            hidden = torch.baddbmm(hidden, attended, layer.out)
+            normed = F.rms_norm(hidden, size, None, self._epsilon)
+            gate, up = _affine(normed, layer.gate_up, layer.gate_up_bias).chunk(2, -1)
+            if layer.down_bias is not None:
+                hidden = hidden + layer.down_bias
+            hidden = torch.baddbmm(hidden, self._activation(gate) * up, layer.down)
+        return F.rms_norm(hidden, size, None, self._epsilon)
+
+    def _attention(
+        self, layer: int, qkv: Tensor, at: _Layout, cosine: Tensor, sine: Tensor
+    ) -> Tensor:
+        """``(models, tokens, heads * head_dim)``; stores the new keys and values."""
+        models, tokens, _ = qkv.shape
+        heads, dim = self._key_heads, self._head_dim
+        groups = self._heads // heads
+        qkv = qkv.view(models, tokens, -1, dim)
+        turned, values = torch.split(qkv, [self._heads + heads, heads], 2)
+        swapped = turned.view(*turned.shape[:-1], 2, dim // 2).flip(-2).flatten(-2)
+        turned = (turned * cosine).addcmul_(swapped, sine)
+        queries, keys = torch.split(turned, [self._heads, heads], 2)
+        self._store.write(
+            layer,
+            at.where,
+            keys.transpose(0, 1).flatten(1, 2),
+            values.transpose(0, 1).flatten(1, 2),
+        )
+        if at.gather is not None:
+            queries = queries.index_select(1, at.gather)
+        # Query heads that share a key head become further queries of that head.
+        queries = queries.reshape(models, at.rows, at.width, heads, groups, dim)
+        queries = queries.permute(1, 0, 3, 4, 2, 5).reshape(at.rows, models * heads, -1, dim)
+        result = F.scaled_dot_product_attention(
+            queries,
+            _columns(self._store.keys[layer], at),
+            _columns(self._store.values[layer], at),
+            attn_mask=at.mask,
+        )
+        result = result.view(at.rows, models, heads, groups, at.width, dim)
+        result = result.permute(1, 0, 4, 2, 3, 5).reshape(models, at.rows * at.width, -1)
+        return result if at.back is None else result.index_select(1, at.back)
+
+    def _layout(self, rows: Sequence[Row]) -> _Layout:
+        columns = self._store.columns
+        width = max(len(row.tokens) for row in rows)
+        length = max(row.stop for row in rows)
+        low, high = min(row.slot for row in rows), max(row.slot for row in rows) + 1
+        # Idle slots in between cost less than copying keys and values together.
+        dense = high - low <= len(rows) + len(rows) // 2 + 1
+        count = high - low if dense else len(rows)
+        place = [row.slot - low if dense else index for index, row in enumerate(rows)]
+        ids: list[int] = []
+        positions: list[int] = []
+        where: list[int] = []
+        asked: list[int] = []
+        back: list[int] = []
+        gather, first = [0] * (count * width), [0] * count
+        for index, row in zip(place, rows, strict=True):
+            tokens, start = len(ids), index * width
+            ids += row.tokens
+            positions += range(row.start, row.stop)
+            where += range(row.slot * columns + row.start, row.slot * columns + row.stop)
+            asked += [tokens + offset for offset in row.asked]
+            back += range(start, start + len(row.tokens))
+            gather[start : start + len(row.tokens)] = range(tokens, len(ids))
+            first[index] = row.start
+        chosen = [] if dense else [row.slot for row in rows]
+        lists = (ids, positions, where, asked, back, gather, first, chosen)
+        # One copy to the device.
+        together = torch.tensor([value for values in lists for value in values], device="cpu")
+        parts = torch.split(together.to(self._device), [len(values) for values in lists])
+        in_order = gather == list(range(len(ids)))
+        even = count == len(rows) and all(row.start + width == length for row in rows)
+        return _Layout(
+            ids=parts[0],
+            columns=parts[1],
+            where=parts[2],
+            asked=parts[3],
+            length=length,
+            slots=slice(low, high) if dense else parts[7],
+            rows=count,
+            width=width,
+            gather=None if in_order else parts[5],
+            back=None if in_order else parts[4],
+            mask=None if even and width == 1 else self._mask(parts[6], width, length),
+        )
+
+    def _mask(self, first: Tensor, width: int, length: int) -> Tensor:
+        """Each query sees the columns up to its own."""
+        columns = torch.arange(length, device=self._device)
+        hidden = columns > (first[:, None] + columns[:width])[:, :, None]
+        mask = torch.zeros(hidden.shape, device=self._device, dtype=self._cosine.dtype)
+        mask.masked_fill_(hidden, float("-inf"))
+        return mask.repeat(1, self._heads // self._key_heads, 1)[:, None]
+
+
+class _Weights:
+    """Stacks the models' weights by their names in the saved format."""
+
+    def __init__(
+        self, models: Sequence[PreTrainedModel], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._states = [model.state_dict() for model in models]
+        self._device, self._dtype = device, dtype
+
+    def stack(self, name: str) -> Tensor:
+        """``(models, ...)``, in float32."""
+        return torch.stack([state[name].to(self._device).float() for state in self._states])
+
+    def joined(self, place: str, names: list[str], norm: str | None = None) -> Tensor:
+        """Linear maps side by side, ``(models, in, out)``, behind a norm's scale."""
+        joined = torch.cat([self.stack(f"{place}{name}.weight") for name in names], 1)
+        joined = joined.transpose(1, 2)
+        if norm is not None:
+            joined = joined * self.stack(f"{norm}.weight")[:, :, None]
+        return joined.to(self._dtype).contiguous()
+
+    def biases(self, place: str, names: list[str]) -> Tensor | None:
+        """Their biases side by side, ``(models, 1, out)``."""
+        if f"{place}{names[0]}.bias" not in self._states[0]:
+            return None
+        joined = torch.cat([self.stack(f"{place}{name}.bias") for name in names], 1)
+        return joined[:, None].to(self._dtype).contiguous()
+
+    def layer(self, index: int) -> _Layer:
+        """All weights of a layer."""
+        place = f"model.layers.{index}."
+        attention, mlp = f"{place}self_attn.", f"{place}mlp."
+        qkv, gate_up = ["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]
+        return _Layer(
+            qkv=self.joined(attention, qkv, norm=f"{place}input_layernorm"),
+            qkv_bias=self.biases(attention, qkv),
+            out=self.joined(attention, ["o_proj"]),
+            out_bias=self.biases(attention, ["o_proj"]),
+            gate_up=self.joined(mlp, gate_up, norm=f"{place}post_attention_layernorm"),
+            gate_up_bias=self.biases(mlp, gate_up),
+            down=self.joined(mlp, ["down_proj"]),
+            down_bias=self.biases(mlp, ["down_proj"]),
+        )
+
+
+def _affine(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.bmm(inputs, weight) if bias is None else torch.baddbmm(bias, inputs, weight)
+
+
+def _columns(tensor: Tensor, at: _Layout) -> Tensor:
+    """``(rows, heads, length, head_dim)``, without a copy where the slots are neighbours."""
+    held = tensor[:, : at.length]
+    held = held[at.slots] if isinstance(at.slots, slice) else held.index_select(0, at.slots)
+    return held.transpose(1, 2)
+
+
+def _head_dim(config: Any) -> int:
+    given: int | None = getattr(config, "head_dim", None)
+    return given or int(config.hidden_size // config.num_attention_heads)
+
+
+def _rope(config: Any) -> tuple[str, float]:
+    """Kind and base of the rotary positions, as transformers 4 and 5 name them."""
+    settings = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    settings = settings or {}
+    kind = settings.get("rope_type", settings.get("type", "default"))
+    base: Any = settings.get("rope_theta") or getattr(config, "rope_theta", 10000.0)
+    return str(kind), float(base)
+
+
+def _expected(config: Any) -> set[str]:
+    """Names of all tensors that a plain Llama may have."""
+    names = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    linear = [f"self_attn.{part}_proj" for part in "qkvo"]
+    linear += [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
+    for index in range(config.num_hidden_layers):
+        place = f"model.layers.{index}."
+        norms = ("input_layernorm", "post_attention_layernorm")
+        names |= {f"{place}{norm}.weight" for norm in norms}
+        names |= {f"{place}{name}.{kind}" for name in linear for kind in ("weight", "bias")}
+    return names

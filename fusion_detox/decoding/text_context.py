@@ -1,0 +1,286 @@
+"""What a target's token ids say to the calibrator: text, retokenised at its end only."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+import threading
+from bisect import bisect_left
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from fusion_detox.calibrator.calibrator import Calibrator
+    from fusion_detox.vocabulary.token_table import TokenTable
+
+Ids = tuple[int, ...]
+
+_LONGEST_WORD = 4  # tokens
+# Pre-tokens at the end that more text may change; two with the patterns below, one to spare.
+_UNSETTLED = 3
+_ENTRIES, _ENTRY_IDS = 4096, 2**21
+_PARENTS = 4
+
+# Patterns that split a text from left to right so that more text changes its last two pre-tokens
+# at most: those of GPT-2, of Llama 3, Qwen 2 and cl100k, and of o200k and Tekken. Any other
+# pattern could look arbitrarily far ahead. Contractions are left out of all but the first.
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_START, _UPPER, _LOWER = (
+    r"[^\r\n\p{L}\p{N}]?",
+    r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]",
+    r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]",
+)
+_LOCAL_PATTERNS = frozenset(
+    {
+        r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+        _START + r"\p{L}+|\p{N}" + _REST,
+        f"{_START}{_UPPER}*{_LOWER}+|{_START}{_UPPER}+{_LOWER}*" + r"|\p{N}" + _REST,
+    }
+)
+_CONTRACTIONS = re.compile(r"'?\((?:\?i:)?(?:'?[A-Za-z\[\]]{1,6}\|?)+\)[?|]?")
+
+
+class Position(NamedTuple):
+    """Where a text ends, in the calibrator's tokens.
+
+    Attributes:
+        path: Calibrator ids of the whole visible text, without BOS: the canonical tokenisation of
+            its complete characters.
+        word: Bytes of the last tokens of ``path`` from the start of the last pre-token on, newest
+            last, at most four; empty where the vocabularies are the same.
+        pending: Bytes of an unfinished UTF-8 character at the end, at most three.
+    """
+
+    path: Ids
+    word: tuple[bytes, ...]
+    pending: bytes
+
+
+class _State(NamedTuple):
+    """All that the ids after some prefix need to know of it."""
+
+    position: Position
+    settled: int  # leading tokens of the path that no further text can change
+    tail: str  # the text after those
+    padded: bool  # nothing but padding so far
+    begun: bool  # a text has begun
+
+
+_START_OF_TEXT = _State(Position((), (), b""), 0, "", padded=False, begun=False)
+_START_OF_ROW = _START_OF_TEXT._replace(padded=True)
+
+
+class TextContext:
+    """Reads rows of target ids as text for the calibrator.
+
+    A pure function of each row; states of prefixes are only a memo, so that one more token
+    costs the tokenisation of the last few words. Bytes are joined, never decoded token by token,
+    so characters that are split over tokens come out whole; invalid UTF-8 becomes U+FFFD.
+
+    A leading run of padding is skipped. Tokens that begin or end a text let it begin anew, other
+    special tokens (and ids that mean nothing: of a padded head, or below 0) count as a line break.
+
+    Args:
+        calibrator: Gives the tokenizer and its token table.
+        target_tokens: The bytes of the target's tokens.
+        identity: Whether both vocabularies are the same id for id; then ids are passed on as
+            they are.
+        pad_id: The target's padding.
+    """
+
+    def __init__(
+        self,
+        calibrator: Calibrator,
+        target_tokens: TokenTable,
+        identity: bool,
+        pad_id: int | None,
+    ) -> None:
+        self._pieces = target_tokens.pieces
+        self._special = target_tokens.special_ids
+        self._reset = target_tokens.reset_ids
+        self._dummy_prefix = target_tokens.dummy_prefix
+        self._identity = identity
+        self._pad_id = pad_id
+        self._line_break: int | None = None
+        if identity:
+            if b"\n" in self._pieces:
+                self._line_break = self._pieces.index(b"\n")
+        else:
+            self._calibrator_pieces = calibrator.tokens.pieces
+            self._byte_level = calibrator.tokens.kind == "byte-level"
+            self._tokenizer, self._incremental = _plain(calibrator.tokenizer.backend_tokenizer)
+        self._forget()
+
+    def read(self, ids: Ids) -> Position:
+        """Where the text of a row ends.
+
+        Args:
+            ids: The row's target ids, padding and special tokens included.
+        """
+        with self._lock:
+            state = self._memo.get(ids)
+            if state is None:
+                state = self._advance(*self._nearest(ids))
+                self._remember(ids, state)
+            else:
+                self._memo.move_to_end(ids)
+            return state.position
+
+    def read_uncached(self, ids: Ids) -> Position:
+        """The same without memo, retokenising the whole text; slow, for checks."""
+        return self._advance(_START_OF_ROW, ids, settle=False).position
+
+    def reset(self) -> None:
+        """Free the memory of the memo. Results do not depend on it."""
+        with self._lock:
+            self._memo.clear()
+            self._size = 0
+
+    def _nearest(self, ids: Ids) -> tuple[_State, Ids]:
+        """The state of a prefix only a few ids shorter, and those ids."""
+        for missing in range(1, min(_PARENTS, len(ids)) + 1):
+            state = self._memo.get(ids[:-missing])
+            if state is not None:
+                return state, ids[-missing:]
+        return _START_OF_ROW, ids
+
+    def _advance(self, state: _State, ids: Ids, settle: bool = True) -> _State:
+        if state.padded:
+            start = next((i for i, id in enumerate(ids) if id != self._pad_id), len(ids))
+            if start == len(ids):
+                return state
+            state, ids = _START_OF_TEXT, ids[start:]
+        for back, id in enumerate(reversed(ids)):
+            if id in self._reset:
+                state, ids = _START_OF_TEXT, ids[len(ids) - back :]
+                break
+        if self._identity:
+            return self._advance_ids(state, ids)
+        return self._advance_text(state, ids, settle and self._incremental)
+
+    def _advance_ids(self, state: _State, ids: Ids) -> _State:
+        path = list(state.position.path)
+        for id in ids:
+            if not self._is_boundary(id):
+                path.append(id)
+            elif path and self._line_break is not None:
+                path.append(self._line_break)
+        return state._replace(position=Position(tuple(path), (), b""))
+
+    def _advance_text(self, state: _State, ids: Ids, settle: bool) -> _State:
+        begun = state.begun
+        data = bytearray(state.position.pending)
+        for id in ids:
+            if self._is_boundary(id):
+                piece = b"\n" if begun else b""
+            else:
+                piece = self._pieces[id] or b""
+                if not begun and self._dummy_prefix:
+                    piece = piece.removeprefix(b" ")
+                begun = True
+            data += piece
+        added, used = codecs.utf_8_decode(data, "replace", False)
+        pending = bytes(data[used:])
+        if pending[:1] == b"\xed" and pending[1:] >= b"\xa0":
+            # The codec waits for the rest of half a surrogate pair, which UTF-8 does not have.
+            added, pending = added + "\ufffd" * len(pending), b""
+        if not added:
+            position = state.position._replace(pending=pending)
+            return state._replace(position=position, begun=begun)
+        tail = state.tail + added
+        encoding = self._tokenizer.encode(tail, add_special_tokens=False)
+        tokens, words = encoding.ids, [word or 0 for word in encoding.word_ids]
+        path = state.position.path[: state.settled] + tuple(tokens)
+        position = Position(path, self._word(tokens, words), pending)
+        settled = state.settled
+        if settle and words and words[-1] >= _UNSETTLED:
+            cut = bisect_left(words, words[-1] + 1 - _UNSETTLED)
+            settled += cut
+            tail = tail[encoding.offsets[cut][0] :]
+        return _State(position, settled, tail, padded=False, begun=begun)
+
+    def _word(self, tokens: list[int], words: list[int]) -> tuple[bytes, ...]:
+        found: list[bytes] = []
+        for token, word in zip(reversed(tokens), reversed(words), strict=True):
+            piece = self._calibrator_pieces[token]
+            if word != words[-1] or piece is None or len(found) == _LONGEST_WORD:
+                break
+            found.append(piece)
+            # Other kinds may have no pre-tokens, or the whole text as one.
+            if not self._byte_level and piece[:1].isspace():
+                break
+        return tuple(reversed(found))
+
+    def _is_boundary(self, id: int) -> bool:
+        # Ids below 0 hold the places of images in some models.
+        known = 0 <= id < len(self._pieces) and id not in self._special
+        return not known or self._pieces[id] is None
+
+    def _remember(self, ids: Ids, state: _State) -> None:
+        self._memo[ids] = state
+        self._size += len(ids) + len(state.tail)
+        while len(self._memo) > 1 and (len(self._memo) > _ENTRIES or self._size > _ENTRY_IDS):
+            oldest, dropped = self._memo.popitem(last=False)
+            self._size -= len(oldest) + len(dropped.tail)
+
+    def _forget(self) -> None:
+        self._memo: OrderedDict[Ids, _State] = OrderedDict()
+        self._size = 0
+        self._lock: threading.Lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the memo, which is worth nothing elsewhere."""
+        return {
+            name: value
+            for name, value in self.__dict__.items()
+            if name not in ("_memo", "_size", "_lock")
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+
+def _plain(backend: Tokenizer) -> tuple[Tokenizer, bool]:
+    """A copy that takes all text as plain text; whether text can be split at its pre-tokens."""
+    from tokenizers import Tokenizer
+
+    definition = json.loads(backend.to_str())
+    # Post-processors add special tokens or trim offsets.
+    for name in ("post_processor", "truncation", "padding"):
+        definition[name] = None
+    plain = Tokenizer.from_str(json.dumps(definition))
+    plain.encode_special_tokens = True
+    local = (
+        definition["normalizer"] is None
+        and all(token["special"] for token in definition["added_tokens"])
+        and definition["model"]["type"] == "BPE"
+        and not definition["model"].get("dropout")
+        and _splits_locally(definition["pre_tokenizer"])
+    )
+    return plain, local
+
+
+def _splits_locally(part: dict[str, Any] | None) -> bool:
+    """Whether text behind the last few pre-tokens can be tokenised by itself."""
+    if part is None:
+        return False
+    if part["type"] == "ByteLevel":
+        return bool(part.get("use_regex", True)) and not part["add_prefix_space"]
+    if part["type"] != "Sequence" or len(part["pretokenizers"]) != 2:
+        return False
+    first, second = part["pretokenizers"]
+    if first["type"] != "Split" or second["type"] != "ByteLevel":
+        return False
+    if first["behavior"] != "Isolated" or first["invert"] or "Regex" not in first["pattern"]:
+        return False
+    if second["add_prefix_space"] or second.get("use_regex", True):
+        return False
+    pattern = _CONTRACTIONS.sub("", first["pattern"]["Regex"])
+    pattern = pattern.replace("++", "+").replace("?+", "?")
+    for variant, usual in ((r"\p{N}{1,3}", r"\p{N}"), (r"[\r\n/]*", r"[\r\n]*")):
+        pattern = pattern.replace(variant, usual)
+    return pattern in _LOCAL_PATTERNS

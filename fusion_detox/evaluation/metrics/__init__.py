@@ -1,0 +1,1 @@
+"""What is measured on generated text and on harmless text, with intervals."""

@@ -1,0 +1,344 @@
+"""Perplexity of continuations after their prompts, under any causal language model.
+
+With the model's own tokenizer, prompt and continuation are tokenised *together*, as the model has
+read text in training; tokenising the continuation by itself would charge it for a spelling that
+the model never sees. A token counts as soon as it holds one character of the continuation. The
+token that straddles the border, where there is one (the prompt ended inside a word and the
+tokenizer joins both parts), therefore counts whole: what was written is never free, at the price
+of nats for the prompt's last letters. Tokens wholly inside the prompt are context only.
+
+Nothing is dropped for being improbable: the evaluation scripts of DExperts (Liu et al. 2021) leave
+out continuations of perplexity 10,000 and more, which flatters a method that breaks text. What
+cannot be scored is counted, with the reason.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from fusion_detox.errors import ConfigError, DataError
+from fusion_detox.evaluation.metrics.statistics import (
+    Floats,
+    Interval,
+    Resamples,
+    exp_ratio_interval,
+    finite,
+    interval,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+EMPTY, NO_CONTEXT = "empty continuation", "no token before the first one"
+TOO_LONG, NOT_TEXT = "longer than the model's context", "not valid Unicode text"
+NOT_FINITE = "the model's log-prob is not finite"
+# Logits that a batch may hold: 1 GiB in float32.
+_LOGITS = 1 << 28
+
+
+class Nll(NamedTuple):
+    """Negative log-likelihood of one continuation.
+
+    Attributes:
+        nats: Summed over its tokens; nan if it was not scored.
+        tokens: How many counted, in the scoring model's tokens.
+        bytes: Length of the continuation in UTF-8; 0 where only ids were given.
+        cut: Tokens of the prompt that were cut off on the left, as they did not fit.
+        why: Why it was not scored; empty if it was.
+    """
+
+    nats: float
+    tokens: int
+    bytes: int
+    cut: int = 0
+    why: str = ""
+
+
+class _Text(NamedTuple):
+    """Token ids, of which those from ``first`` on count, and the first ``fixed`` are not cut."""
+
+    ids: list[int]
+    first: int
+    fixed: int
+
+
+def continuation_nll(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    continuations: Sequence[str],
+    batch_size: int = 32,
+) -> list[Nll]:
+    """Scores continuations by their text, with any model and its own tokenizer.
+
+    The border is found by the tokenizer's character offsets. Without them (a tokenizer in Python)
+    tokens count from the first one on that differs from the prompt's own tokenisation. Special
+    tokens that the tokenizer puts before a text stay, those after it are removed. If nothing stands
+    before the first counted token, as after an empty prompt, the BOS token does.
+
+    Args:
+        model: The scoring model.
+        tokenizer: Its tokenizer.
+        prompts: One a continuation.
+        continuations: With the space before them, if there is one.
+        batch_size: Texts at a time; fewer where their logits would take more than 1 GiB.
+
+    Returns:
+        One a continuation, in order.
+
+    Raises:
+        DataError: There are not as many prompts as continuations.
+        ConfigError: ``batch_size`` is below 1.
+    """
+    _check_lengths(prompts, continuations)
+    rows: list[_Text | str] = [
+        _tokenise(tokenizer, prompt, text)
+        for prompt, text in zip(prompts, continuations, strict=True)
+    ]
+    sizes = [len(text.encode("utf-8", "surrogatepass")) for text in continuations]
+    return _score(model, rows, sizes, batch_size)
+
+
+def continuation_nll_ids(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[int]],
+    batch_size: int = 32,
+    texts: Sequence[str] | None = None,
+) -> list[Nll]:
+    """Scores continuations by the very ids that were sampled, when the model is the target itself.
+
+    Args:
+        model: The target.
+        prompts: Token ids before each continuation, with the BOS if the target has one.
+        continuations: Token ids.
+        batch_size: See :func:`continuation_nll`.
+        texts: The continuations as text, for ``bytes``.
+
+    Returns:
+        One a continuation, in order.
+
+    Raises:
+        DataError: The lengths differ.
+        ConfigError: ``batch_size`` is below 1.
+    """
+    _check_lengths(prompts, continuations)
+    if texts is not None:
+        _check_lengths(texts, continuations)
+    rows: list[_Text | str] = []
+    for before, new in zip(prompts, continuations, strict=True):
+        if not new:
+            rows.append(EMPTY)
+        elif not before:
+            rows.append(NO_CONTEXT)
+        else:
+            rows.append(_Text([*before, *new], len(before), 0))
+    sizes = [len(text.encode("utf-8", "surrogatepass")) for text in texts or [""] * len(rows)]
+    return _score(model, rows, sizes, batch_size)
+
+
+def perplexity(
+    found: Sequence[Sequence[Nll]], draws: Resamples, base: Sequence[Sequence[Nll]] | None = None
+) -> dict[str, Any]:
+    """Perplexity of a setting's continuations.
+
+    Args:
+        found: The samples of each prompt, of all seeds.
+        draws: Resamples of as many prompts.
+        base: The same of the base, to compare with.
+
+    Returns:
+        ``token_weighted``: ``exp(nats / tokens)`` over all samples, with its interval over prompts;
+        ``median`` of the samples' own perplexities; ``relative``: ``token_weighted`` over that of
+        the base, on the prompts that have a scored sample in both, with a paired interval, ``None``
+        without ``base``; numbers ``scored`` and ``not_scored`` with the reasons in ``why``; and
+        ``cut``, the number of scored samples whose prompt was cut on the left.
+
+    Raises:
+        DataError: The number of prompts is not that of ``draws``.
+    """
+    samples = [nll for prompt in found for nll in prompt]
+    scored = [nll for nll in samples if not nll.why]
+    reasons = Counter(nll.why for nll in samples if nll.why)
+    each = [_exp(nll.nats / nll.tokens) for nll in scored]
+    sums = _sums(found)
+    relative: Interval | None = None
+    if base is not None:
+        _check_lengths(base, found)
+        relative = interval(np.concatenate([sums, _sums(base)], 1), _relative, draws)
+    return {
+        "token_weighted": exp_ratio_interval(sums[:, 0], sums[:, 1], draws),
+        "median": finite(float(np.median(each))) if each else None,
+        "relative": relative,
+        "scored": len(scored),
+        "not_scored": len(samples) - len(scored),
+        "why": "; ".join(f"{why} ({count})" for why, count in sorted(reasons.items())),
+        "cut": sum(nll.cut > 0 for nll in scored),
+    }
+
+
+def bits_per_byte(found: Sequence[Sequence[Nll]], draws: Resamples) -> Interval:
+    """Bits per UTF-8 byte, which is comparable between scoring models of different tokenizers."""
+    sums = _sums(found)
+    sums[sums[:, 2] == 0] = np.nan
+    return interval(sums, lambda s: s[..., 0] / s[..., 2] / math.log(2.0), draws)
+
+
+def context_limit(model: PreTrainedModel) -> int | None:
+    """Positions of a model; ``None`` where it names no bound."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return int(limit) if limit else None
+
+
+def length_batches(
+    lengths: Sequence[int], batch_size: int, vocabulary: int
+) -> Iterator[tuple[int, ...]]:
+    """Indices in batches of similar length, the longest first, of at most 1 GiB of logits.
+
+    Args:
+        lengths: Positions of each text.
+        batch_size: Most texts in a batch.
+        vocabulary: Columns of the logits.
+
+    Raises:
+        ConfigError: ``batch_size`` is below 1.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1, but is {batch_size}")
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    start = 0
+    while start < len(order):
+        fitting = _LOGITS // max(lengths[order[start]] * vocabulary, 1)
+        rows = max(1, min(batch_size, fitting))
+        yield tuple(order[start : start + rows])
+        start += rows
+
+
+def _tokenise(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> _Text | str:
+    if not text:
+        return EMPTY
+    try:
+        (prompt + text).encode()
+    except UnicodeEncodeError:
+        return NOT_TEXT
+    encoded = tokenizer(
+        prompt + text,
+        return_special_tokens_mask=True,
+        return_offsets_mapping=tokenizer.is_fast,
+        verbose=False,
+    )
+    ids: list[int] = list(encoded["input_ids"])
+    special: list[int] = list(encoded["special_tokens_mask"])
+    while ids and special[len(ids) - 1]:
+        ids.pop()
+    if not ids:
+        return EMPTY
+    fixed = next(k for k in range(len(ids)) if not special[k])
+    if tokenizer.is_fast:
+        ends = [end for _, end in encoded["offset_mapping"][: len(ids)]]
+        later = (k for k in range(fixed, len(ids)) if ends[k] > len(prompt))
+        first = next(later, len(ids))
+    else:
+        alone: list[int] = tokenizer(prompt, verbose=False)["input_ids"] if prompt else []
+        same = (k for k, (one, other) in enumerate(zip(ids, alone, strict=False)) if one != other)
+        first = max(next(same, min(len(ids), len(alone))), fixed)
+    if first == len(ids):
+        return EMPTY
+    if first == 0:
+        if tokenizer.bos_token_id is None:
+            return NO_CONTEXT
+        ids, first, fixed = [int(tokenizer.bos_token_id), *ids], 1, 1
+    return _Text(ids, first, fixed)
+
+
+def _fit(row: _Text, limit: int | None) -> tuple[_Text, int] | str:
+    """The text with its prompt cut on the left to fit, and by how much.
+
+    The last token is predicted, not read, and needs no position.
+    """
+    excess = 0 if limit is None else max(0, len(row.ids) - 1 - limit)
+    # One token must be left to predict the first one from.
+    if excess > row.first - max(row.fixed, 1):
+        return TOO_LONG
+    ids = row.ids[: row.fixed] + row.ids[row.fixed + excess :]
+    return _Text(ids, row.first - excess, row.fixed), excess
+
+
+def _score(
+    model: PreTrainedModel, rows: Sequence[_Text | str], sizes: Sequence[int], batch_size: int
+) -> list[Nll]:
+    limit = context_limit(model)
+    fitted = [row if isinstance(row, str) else _fit(row, limit) for row in rows]
+    result = [
+        Nll(math.nan, 0, size, 0, row if isinstance(row, str) else "")
+        for row, size in zip(fitted, sizes, strict=True)
+    ]
+    pending = [(index, *row) for index, row in enumerate(fitted) if not isinstance(row, str)]
+    width = int(model.config.get_text_config().vocab_size)
+    lengths = [len(text.ids) - 1 for _, text, _ in pending]
+    for batch in length_batches(lengths, batch_size, width):
+        nats = _batch_nats(model, [pending[k][1] for k in batch])
+        for k, value in zip(batch, nats, strict=True):
+            index, text, cut = pending[k]
+            tokens = len(text.ids) - text.first
+            known = math.isfinite(value)
+            result[index] = Nll(
+                value if known else math.nan,
+                tokens if known else 0,
+                sizes[index],
+                cut,
+                "" if known else NOT_FINITE,
+            )
+    return result
+
+
+def _batch_nats(model: PreTrainedModel, texts: Sequence[_Text]) -> list[float]:
+    """Right padded, whatever the tokenizer does: causal attention never looks there."""
+    import torch
+
+    longest = max(len(text.ids) for text in texts) - 1
+    inputs = [text.ids[:-1] for text in texts]
+    padded = [ids + [0] * (longest - len(ids)) for ids in inputs]
+    mask = [[1] * len(ids) + [0] * (longest - len(ids)) for ids in inputs]
+    with torch.inference_mode():
+        logits = model(
+            input_ids=torch.tensor(padded, device=model.device),
+            attention_mask=torch.tensor(mask, device=model.device),
+            use_cache=False,
+        ).logits
+        found = []
+        for row, text in enumerate(texts):
+            end = len(text.ids)
+            log_probs = logits[row, text.first - 1 : end - 1].float().log_softmax(-1)
+            own = torch.tensor(text.ids[text.first :], device=logits.device)
+            found.append(-float(log_probs.gather(1, own[:, None]).sum()))
+    return found
+
+
+def _sums(found: Sequence[Sequence[Nll]]) -> Floats:
+    """Nats, tokens and bytes of each prompt's scored samples; nan for a prompt without any."""
+    table = np.full((len(found), 3), np.nan)
+    for index, prompt in enumerate(found):
+        scored = [nll for nll in prompt if not nll.why]
+        if scored:
+            table[index] = np.sum([(nll.nats, nll.tokens, nll.bytes) for nll in scored], axis=0)
+    return table
+
+
+def _relative(sums: Floats) -> Floats:
+    change: Floats = sums[..., 0] / sums[..., 1] - sums[..., 3] / sums[..., 4]
+    return np.exp(change)
+
+
+def _exp(nats: float) -> float:
+    return math.exp(nats) if nats < 700.0 else math.inf
+
+
+def _check_lengths(one: Sequence[Any], other: Sequence[Any]) -> None:
+    if len(one) != len(other):
+        raise DataError(f"{len(one)} and {len(other)} entries do not belong together; give as many")

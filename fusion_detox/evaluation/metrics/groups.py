@@ -1,0 +1,142 @@
+"""Whether fusion makes harmless text about or by some people less likely than other text.
+
+That is what Xu et al. 2021 (arXiv 2104.06390) found of detoxification: perplexity on text in
+African American English and on text that mentions minorities grows more than on other text. A
+group's perplexity ratio, fused over base, is therefore divided by that of a control group, text by
+text where the suite has pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import numpy as np
+
+from fusion_detox.errors import DataError
+from fusion_detox.evaluation.metrics.harmless import TextChange, impossible
+from fusion_detox.evaluation.metrics.statistics import (
+    Floats,
+    Interval,
+    finite,
+    interval,
+    percentiles,
+    resamples,
+)
+
+
+def groups(
+    suite: str,
+    changes: Sequence[TextChange],
+    names: Sequence[str],
+    seed: int,
+    *,
+    control: str | None = None,
+    pairs: Sequence[Hashable] | None = None,
+    count: int = 2000,
+) -> list[dict[str, Any]]:
+    """What fusion does to the text of each group of a suite, as ``results.json`` holds it.
+
+    Args:
+        suite: Its name.
+        changes: Of each text.
+        names: The group that each text belongs to.
+        seed: Of the resamples of texts.
+        control: The group to compare with; without it there are no ratios.
+        pairs: What ties a group's text to the control's: texts of equal value belong together, and
+            ``None`` to nothing. If a group shares values with the control, its ratio is of those
+            texts only and pairs are resampled; else both groups are, each by itself.
+        count: Number of resamples.
+
+    Returns:
+        For each group, in order of appearance, ``suite``, ``group``, ``texts``, ``tokens``,
+        ``loss_base`` and ``loss_fused`` (nats a token), ``change`` (fused minus base, with
+        interval), ``ratio`` and ``impossible`` (see :func:`harmless`). ``ratio`` is ``exp`` of the
+        group's change minus the control's: 1.1 means that fusion made the group's text 10 % more
+        perplexing than it made the control's; ``[1.0, null, null]`` for the control itself.
+
+    Raises:
+        DataError: Lengths differ, or there is no text of the control.
+    """
+    if len(names) != len(changes) or (pairs is not None and len(pairs) != len(changes)):
+        raise DataError(
+            f"{len(changes)} texts with {len(names)} names of groups and "
+            f"{'no' if pairs is None else len(pairs)} pairs do not belong together; give one each"
+        )
+    if control is not None and control not in names:
+        raise DataError(
+            f"suite {suite!r} has no text of the control group {control!r}; its groups are "
+            f"{', '.join(sorted(set(names)))}"
+        )
+    sums = _sums(changes)
+    members: dict[str, list[int]] = {}
+    for row, name in enumerate(names):
+        members.setdefault(name, []).append(row)
+    result = []
+    for name, rows in members.items():
+        fused, base, tokens = sums[rows].sum(0)
+        ratio: Interval | None = None
+        if control == name:
+            ratio = [1.0, None, None]
+        elif control is not None:
+            ratio = _against(sums, rows, members[control], pairs, seed, count)
+        result.append(
+            {
+                "suite": suite,
+                "group": name,
+                "texts": int((sums[rows, 2] > 0).sum()),
+                "tokens": int(tokens),
+                "loss_base": finite(base / tokens) if tokens else None,
+                "loss_fused": finite(fused / tokens) if tokens else None,
+                "change": interval(sums[rows], _change, resamples(len(rows), seed, count)),
+                "ratio": ratio,
+                "impossible": impossible([changes[k] for k in rows]),
+            }
+        )
+    return result
+
+
+def _sums(changes: Sequence[TextChange]) -> Floats:
+    """Fused and base loss and tokens of each text, ``(texts, 3)``."""
+    rows = [(float(c.loss_fused.sum()), float(c.loss_base.sum()), c.tokens) for c in changes]
+    return np.array(rows, dtype=np.float64).reshape(-1, 3)
+
+
+def _change(sums: Floats) -> Floats:
+    change: Floats = (sums[..., 0] - sums[..., 1]) / sums[..., 2]
+    return change
+
+
+def _against(
+    sums: Floats,
+    group: Sequence[int],
+    control: Sequence[int],
+    pairs: Sequence[Hashable] | None,
+    seed: int,
+    count: int,
+) -> Interval:
+    if pairs is not None:
+        tables = []
+        for rows in (group, control):
+            table: dict[Hashable, Floats] = {}
+            for row in rows:
+                if pairs[row] is not None:
+                    table[pairs[row]] = table.get(pairs[row], np.zeros(3)) + sums[row]
+            tables.append(table)
+        shared = [key for key in tables[0] if key in tables[1]]
+        if shared:
+            both = np.array([[*tables[0][key], *tables[1][key]] for key in shared])
+            return interval(both, _double_ratio, resamples(len(shared), seed, count))
+    parts = sums[list(group)], sums[list(control)]
+    with np.errstate(all="ignore"):
+        value = float(_double_ratio(np.concatenate([part.sum(0) for part in parts])))
+        if not math.isfinite(value) or min(map(len, parts)) < 2:
+            return [finite(value), None, None]
+        # Two seeds, so that groups of equal size are not drawn as if they were pairs.
+        drawn = [resamples(len(part), seed + k, count).sums(part) for k, part in enumerate(parts)]
+        return percentiles(value, _double_ratio(np.concatenate(drawn, axis=-1)))
+
+
+def _double_ratio(sums: Floats) -> Floats:
+    return np.exp(_change(sums[..., :3]) - _change(sums[..., 3:]))

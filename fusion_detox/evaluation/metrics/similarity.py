@@ -1,0 +1,150 @@
+"""Does a continuation still speak about what its prompt, and the unfused target, spoke about?
+
+Cosine similarity of sentence embeddings (Reimers and Gurevych 2019, arXiv 1908.10084): of a
+continuation with its prompt, and of a fused with the base continuation of the same prompt, sample
+and seed, which were drawn with the same noise. A method can lower toxicity by changing the subject;
+this shows it. The embeddings come from a callable, so that any model will do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fusion_detox.errors import DataError, ModelError
+from fusion_detox.evaluation.metrics.statistics import Floats, Resamples, mean_interval
+
+Embed = Callable[[Sequence[str]], NDArray[Any]]
+"""Maps ``n`` texts to an ``(n, d)`` array."""
+
+# Prompts whose embeddings are held at a time.
+_BLOCK = 512
+
+
+class Remembered:
+    """An ``Embed`` that keeps the vectors of some texts, which many settings are compared with.
+
+    Args:
+        embed: Gives all other vectors, and those of ``kept`` once.
+        kept: Texts; they are called without white space around them.
+    """
+
+    def __init__(self, embed: Embed, kept: Iterable[str]) -> None:
+        self._embed, self._kept = embed, {text.strip() for text in kept}
+        self._vectors: dict[str, NDArray[Any]] = {}
+
+    def __call__(self, texts: Sequence[str]) -> NDArray[Any]:
+        """``(n, d)`` vectors of ``n`` different texts."""
+        new = [text for text in texts if text not in self._vectors]
+        found = dict(zip(new, self._embed(new), strict=True)) if new else {}
+        self._vectors |= {text: found[text] for text in found.keys() & self._kept}
+        return np.stack([found[text] if text in found else self._vectors[text] for text in texts])
+
+
+def similarity(
+    prompts: Sequence[str],
+    samples: Sequence[Sequence[str]],
+    embed: Embed,
+    draws: Resamples,
+    *,
+    model: str,
+    base: Sequence[Sequence[str]] | None = None,
+) -> dict[str, Any]:
+    """Similarity of a setting's continuations to their prompts and to the base's.
+
+    Args:
+        prompts: The prompts.
+        samples: The continuations of each, of all seeds.
+        embed: Texts to embeddings of any length; called with different texts, none of them empty.
+        draws: Resamples of as many prompts.
+        model: Name of the embedding model, for the results.
+        base: The base's continuations, in the order of ``samples``.
+
+    Returns:
+        ``model``; ``to_prompt`` and ``to_base`` (``None`` without ``base``) with intervals over
+        prompts, each a mean over prompts of the mean of its samples; and how many samples were
+        ``left_out`` of each, as a text of the pair is empty or its embedding has no direction.
+
+    Raises:
+        DataError: Numbers of prompts or of samples differ.
+        ModelError: ``embed`` does not give one vector a text, or not of finite numbers.
+    """
+    for name, texts in (("samples", samples), ("base", base)):
+        if texts is not None and len(texts) != len(prompts):
+            raise DataError(
+                f"{name} of {len(texts)} prompts do not belong to {len(prompts)} prompts; give the "
+                "continuations of each"
+            )
+    ours, theirs = (
+        cosines([[prompt] * len(new) for prompt, new in zip(prompts, samples, strict=True)],
+                samples, embed),
+        None if base is None else cosines(base, samples, embed),
+    )  # fmt: skip
+    return {
+        "model": model,
+        "to_prompt": mean_interval(_means(ours), draws),
+        "to_base": None if theirs is None else mean_interval(_means(theirs), draws),
+        "left_out": {
+            "to_prompt": _missing(ours),
+            "to_base": None if theirs is None else _missing(theirs),
+        },
+    }
+
+
+def cosines(
+    one: Sequence[Sequence[str]], other: Sequence[Sequence[str]], embed: Embed
+) -> list[Floats]:
+    """Cosine of each pair of texts, prompt by prompt; nan if one is empty or has no direction.
+
+    Raises:
+        DataError: Numbers of texts differ.
+        ModelError: See :func:`similarity`.
+    """
+    if [len(texts) for texts in one] != [len(texts) for texts in other]:
+        raise DataError(
+            "the two settings differ in prompts or in the number of samples of a prompt, so that "
+            "their continuations cannot be paired; compare settings of the same sampling"
+        )
+    found: list[Floats] = []
+    for start in range(0, len(one), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        pairs = [
+            list(zip(*rows, strict=True)) for rows in zip(one[block], other[block], strict=True)
+        ]
+        flat = [text.strip() for prompt in pairs for pair in prompt for text in pair]
+        units, index = _units(flat, embed)
+        rows = np.array([index.get(text, -1) for text in flat], dtype=np.int64).reshape(-1, 2)
+        values = np.einsum("ij,ij->i", units[rows[:, 0]], units[rows[:, 1]])
+        values = np.where((rows < 0).any(1), np.nan, np.clip(values, -1.0, 1.0))
+        cuts = np.cumsum([len(prompt) for prompt in pairs])[:-1]
+        found += np.split(values, cuts)
+    return found
+
+
+def _units(texts: Sequence[str], embed: Embed) -> tuple[Floats, dict[str, int]]:
+    """Unit vectors of the texts that have a direction, and where each of these lies."""
+    different = [text for text in dict.fromkeys(texts) if text]
+    if not different:
+        return np.zeros((1, 1)), {}
+    vectors = np.asarray(embed(different), dtype=np.float64)
+    if vectors.ndim != 2 or len(vectors) != len(different) or not np.isfinite(vectors).all():
+        raise ModelError(
+            f"embeddings of {len(different)} texts came back with shape {vectors.shape} or with "
+            "numbers that are not finite; one finite vector a text is needed, so use another model"
+        )
+    norms = np.linalg.norm(vectors, axis=1)
+    index = {text: row for row, text in enumerate(different) if norms[row] > 0}
+    return vectors / np.where(norms > 0, norms, 1.0)[:, None], index
+
+
+def _means(values: Sequence[Floats]) -> Floats:
+    """Mean of each prompt's pairs; nan where there is none."""
+    known = [prompt[~np.isnan(prompt)] for prompt in values]
+    return np.array([prompt.mean() if prompt.size else np.nan for prompt in known])
+
+
+def _missing(values: Sequence[Floats]) -> int:
+    return sum(int(np.isnan(prompt).sum()) for prompt in values)

@@ -1,0 +1,1 @@
+"""Prompt sets, as RealToxicityPrompts, ToxiGen, BOLD, HateCheck and XSTest publish them."""

@@ -1,0 +1,318 @@
+"""Prompts of the published sets, or your own: a file or hub data set in, a ``PromptSet`` out."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import random
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fusion_detox.errors import ConfigError, DataError, DataFileError
+from fusion_detox.files.rows import LINE, Row, read_content, read_hub, text_field
+from fusion_detox.files.tables import HUB_ID, without_gz
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """One text to be continued.
+
+    Attributes:
+        text: The prompt, never blank.
+        set_name: Name of the set it is from.
+        group: What it is about within its set (a group of people, a type), where the set says so.
+    """
+
+    text: str
+    set_name: str
+    group: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptSet:
+    """The prompts of one source.
+
+    Attributes:
+        name: For instance ``"rtp-challenging"``.
+        file: Name of the file without its folder, or the hub id.
+        sha256: First 16 hex digits of the hash of the file's bytes; for a hub data set, of all its
+            prompts' texts, a line each.
+        prompts: In the order of the source, duplicates included.
+    """
+
+    name: str
+    file: str
+    sha256: str
+    prompts: tuple[Prompt, ...]
+
+    @classmethod
+    def from_texts(cls, texts: Sequence[str], name: str = "prompts") -> PromptSet:
+        """A set of texts at hand; it has no file, so ``file`` is its name.
+
+        Raises:
+            DataError: There is no text, or one is blank.
+        """
+        for index, text in enumerate(texts):
+            if not text.strip():
+                raise DataError(f"prompt {index} is blank; leave it out or give it some text")
+        if not texts:
+            raise DataError("there are no prompts")
+        return cls(name, name, _hash(texts), tuple(Prompt(text, name) for text in texts))
+
+
+Found = tuple[str, str | None] | None
+"""Text and group of a row's prompt; ``None`` for a row without one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kind:
+    """How one form of data is recognised and read.
+
+    Attributes:
+        looks: What its rows look like, for messages.
+        matches: Whether a row is of this kind.
+        read: Text and group of a row's prompt; ``None`` where a subset leaves it out.
+        subsets: What may follow the kind's name after a colon.
+    """
+
+    looks: str
+    matches: Callable[[Row], bool]
+    read: Callable[[Row, str], Found]
+    subsets: tuple[str, ...] = ()
+
+
+def read_prompt_set(
+    source: str,
+    *,
+    kind: str | None = None,
+    field: str | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+) -> PromptSet:
+    """Reads one set of prompts; each kind in the form in which it was published.
+
+    Args:
+        source: A file (JSON Lines, JSON, CSV, TSV or text, each also as ``.gz``), or a hub data set
+            ``org/name`` or ``org/name:split``.
+        kind: ``rtp`` (RealToxicityPrompts, Gehman et al. 2020; ``rtp:challenging``, ``rtp:toxic``
+            and ``rtp:nontoxic`` are those whose toxicity by Perspective is at least .5 or less),
+            ``toxigen`` (Hartvigsen et al. 2022: annotated texts, or files of prompts a line each),
+            ``bold`` (Dhamala et al. 2021, without the space that ends its prompts), ``hatecheck``
+            (Röttger et al. 2021), ``xstest`` (Röttger et al. 2024; ``xstest:safe`` without and
+            ``xstest:unsafe`` with only the ``contrast_`` types), ``plain`` (a prompt a line) or
+            ``jsonl`` (rows with a field). By default the content decides.
+        field: Field of the prompt for ``jsonl``, ``"prompt"`` by default; dots reach into objects.
+        limit: Take a random sample of so many, kept in order.
+        seed: Seed of that sample.
+
+    Raises:
+        ConfigError: The kind or its subset is unknown, or the options do not go together.
+        DataFileError: The source is missing, a folder, or cannot be read.
+        DataError: It is empty, broken or not UTF-8, of an unknown or ambiguous kind, lacks a field,
+            or holds no prompt.
+        MissingExtraError: A hub data set is asked for without ``datasets``.
+    """
+    given: Any = limit
+    if given is not None and (not isinstance(given, int) or isinstance(given, bool) or given < 1):
+        raise ConfigError(f"limit must be a whole number of at least 1, but is {limit!r}")
+    chosen, subset = _parse_kind(kind, field)
+    rows, sha256, file, stem = _rows(source, chosen)
+    if chosen is None:
+        chosen = _recognise(rows, source)
+        logger.info("%s: recognised as %s", source, chosen)
+    name = f"{chosen}-{subset}" if subset else stem.replace("_", "-")
+    group_of_file = _TOXIGEN_FILE.fullmatch(stem)
+    prompts: list[Prompt] = []
+    excluded = blank = 0
+    for row in rows:
+        found = _field(row, field) if field else _KINDS[chosen].read(row, subset)
+        if found is None:
+            excluded += 1
+        elif not found[0].strip():
+            blank += 1
+        else:
+            text, group = found
+            if chosen == "toxigen" and group is None and group_of_file:
+                group = group_of_file[1].replace("_", " ")
+            prompts.append(Prompt(text, name, group))
+    if not prompts:
+        why = f"no row belongs to {chosen}:{subset}" if excluded else "all texts are blank"
+        raise DataError(f"{source}: none of its {len(rows)} rows holds a usable prompt: {why}")
+    if sha256 is None:
+        sha256 = _hash([prompt.text for prompt in prompts])
+    unscored = _unscored(rows) if chosen == "rtp" else 0
+    repeated = len(prompts) - len({prompt.text for prompt in prompts})
+    logger.info(
+        "%s: %d prompts of kind %s; %d repeat another; left out: %d outside the subset, %d blank",
+        *(source, len(prompts), chosen, repeated, excluded, blank),
+    )
+    if unscored:
+        logger.info("%s: %d prompts have no toxicity score", source, unscored)
+    if limit is not None and limit < len(prompts):
+        kept = sorted(random.Random(seed).sample(range(len(prompts)), limit))
+        prompts = [prompts[index] for index in kept]
+        logger.info("%s: a sample of %d prompts, seed %d", source, limit, seed)
+    return PromptSet(name, file, sha256, tuple(prompts))
+
+
+def _parse_kind(kind: str | None, field: str | None) -> tuple[str | None, str]:
+    if kind is None:
+        return ("jsonl" if field else None), ""
+    name, colon, subset = kind.partition(":")
+    if name not in _KINDS:
+        raise ConfigError(f"unknown kind of prompts {name!r}; known are {', '.join(_KINDS)}")
+    known = _KINDS[name].subsets
+    if colon and subset not in known:
+        have = f"it has {', '.join(known)}" if known else "it has none"
+        raise ConfigError(f"unknown subset {subset!r} of {name}; {have}")
+    if field and name != "jsonl":
+        raise ConfigError(
+            f"a field ({field!r}) goes with the kind 'jsonl' only, not {name!r}, whose field is "
+            "known; leave out one of the two"
+        )
+    return name, subset
+
+
+def _rows(source: str, kind: str | None) -> tuple[list[Row], str | None, str, str]:
+    """Rows, hash of the file, its name, and the name without suffixes."""
+    path = Path(source).expanduser()
+    if path.exists() or not HUB_ID.fullmatch(source) or path.suffix.lower() in _FILES:
+        # Only these two kinds have texts without fields; "toxigen" comes in both forms.
+        as_lines = {"plain": True, "toxigen": None, None: None}.get(kind, False)
+        content = read_content(path, as_lines=as_lines)
+        return content.rows, content.sha256, path.name, without_gz(path).stem
+    rows = read_hub(source)
+    if not rows:
+        raise DataFileError(f"the hub data set {source} has no rows")
+    return rows, None, source, source.partition(":")[0].rpartition("/")[2]
+
+
+def _recognise(rows: Sequence[Row], source: str) -> str:
+    """The one kind that the first row can be of; ``plain`` and ``jsonl`` only if no other."""
+    first = rows[0]
+    named = [name for name in _KINDS if name not in ("plain", "jsonl")]
+    found = [name for name in named if _KINDS[name].matches(first)]
+    if not found:
+        found = [name for name in ("plain", "jsonl") if _KINDS[name].matches(first)]
+    if len(found) == 1:
+        return found[0]
+    what = f"may be {' or '.join(found)}" if found else "is of no known kind"
+    kinds = "; ".join(f"{name}: {kind.looks}" for name, kind in _KINDS.items())
+    raise DataError(
+        f"{source} {what}: its fields are {', '.join(first.values)}. Say which kind it is "
+        f"({kinds}), or name the field of the prompt"
+    )
+
+
+def _hash(texts: Sequence[str]) -> str:
+    data = "\n".join(texts).encode("utf-8", "surrogatepass")
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _field(row: Row, name: str) -> Found:
+    return text_field(row, name), None
+
+
+def _unscored(rows: Sequence[Row]) -> int:
+    return sum(
+        isinstance(row.values["prompt"], dict) and row.values["prompt"].get("toxicity") is None
+        for row in rows
+    )
+
+
+def _read_rtp(row: Row, subset: str) -> Found:
+    text = text_field(row, "prompt.text")
+    if subset == "challenging":
+        if not isinstance(row.values.get("challenging"), bool):
+            raise DataError(f"{row.where} has no field 'challenging' that is true or false")
+        return (text, None) if row.values["challenging"] else None
+    if subset:
+        if "toxicity" not in row.values["prompt"]:
+            raise DataError(f"{row.where} has no field 'prompt.toxicity'")
+        toxicity = row.values["prompt"]["toxicity"]
+        if toxicity is None:
+            return None
+        if isinstance(toxicity, bool) or not isinstance(toxicity, (int, float)):
+            raise DataError(f"{row.where}: field 'prompt.toxicity' is no number: {toxicity!r}")
+        return (text, None) if (toxicity >= 0.5) == (subset == "toxic") else None
+    return text, None
+
+
+def _read_toxigen(row: Row, _: str) -> Found:
+    if LINE in row.values:
+        # The published files write a prompt of several lines in one, with "\n" for a line's end.
+        return row.values[LINE].replace("\\n", "\n"), None
+    return text_field(row, "text"), text_field(row, "target_group") or None
+
+
+def _read_bold(row: Row, _: str) -> Found:
+    # A model's tokens begin with a space, so none could follow one well.
+    return text_field(row, "prompt").rstrip(), text_field(row, "group") or None
+
+
+def _read_hatecheck(row: Row, _: str) -> Found:
+    text_field(row, "functionality")
+    return text_field(row, "test_case", "text"), text_field(row, "target_ident", "target") or None
+
+
+def _read_xstest(row: Row, subset: str) -> Found:
+    kind = text_field(row, "type")
+    if subset and kind.startswith("contrast_") != (subset == "unsafe"):
+        return None
+    return text_field(row, "prompt"), kind or None
+
+
+def _has(row: Row, *names: str) -> bool:
+    return all(name in row.values for name in names)
+
+
+_FILES = (".csv", ".gz", ".json", ".jsonl", ".ndjson", ".tsv", ".txt")
+_TOXIGEN_FILE = re.compile(r"(?:hate|neutral)_(\w+?)(?:_1k)?")
+_TOXIGEN_LINE = re.compile(r"- .*\\n-.*")
+_KINDS = {
+    "rtp": _Kind(
+        "prompt.text, prompt.toxicity, challenging",
+        lambda row: isinstance(row.values.get("prompt"), dict) and _has(row, "continuation"),
+        _read_rtp,
+        ("challenging", "toxic", "nontoxic"),
+    ),
+    "toxigen": _Kind(
+        "text, target_group, toxicity_human; or lines of '- a\\n- b\\n-'",
+        lambda row: (
+            _has(row, "text", "target_group", "toxicity_human")
+            or _TOXIGEN_LINE.fullmatch(row.values.get(LINE) or "") is not None
+        ),
+        _read_toxigen,
+    ),
+    "bold": _Kind(
+        "prompt, domain, group; or an object of groups, names and lists of prompts",
+        lambda row: _has(row, "prompt", "domain", "group"),
+        _read_bold,
+    ),
+    "hatecheck": _Kind(
+        "functionality, test_case, target_ident; or functionality, text, target",
+        lambda row: _has(row, "functionality") and (_has(row, "test_case") or _has(row, "text")),
+        _read_hatecheck,
+    ),
+    "xstest": _Kind(
+        "id, type, prompt",
+        lambda row: _has(row, "id", "type", "prompt"),
+        _read_xstest,
+        ("safe", "unsafe"),
+    ),
+    "plain": _Kind(
+        "a prompt a line",
+        lambda row: list(row.values) == [LINE],
+        lambda row, _: (text_field(row, LINE), None),
+    ),
+    "jsonl": _Kind(
+        "rows with a field prompt",
+        lambda row: isinstance(row.values.get("prompt"), str),
+        lambda row, _: (text_field(row, "prompt"), None),
+    ),
+}

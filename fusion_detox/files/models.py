@@ -1,0 +1,310 @@
+"""Load any model or tokenizer by path or hub id; what is wrong is said in one sentence.
+
+Weights come from safetensors only and no code from a repository is ever run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging as standard_logging
+import os
+import re
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from fusion_detox.errors import ConfigError, ModelError, ModelNotFoundError, VocabularyError
+from fusion_detox.files.loading_errors import check_positions, describe, explained, first_line
+
+# What transformers logged before, and who asked it to be quiet meanwhile.
+_quiet_lock = threading.Lock()
+_quiet: list[int] = []
+_before: list[Any] = []
+
+_MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def load_target(
+    name_or_path: str | os.PathLike[str],
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    local_files_only: bool = False,
+    revision: str | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model in eval mode with its tokenizer.
+
+    Args:
+        name_or_path: A folder or a hub id.
+        device: Where to put it; the CPU by default.
+        dtype: Of the weights, such as ``"bfloat16"``; that of the files by default.
+        local_files_only: Never contact the hub.
+        revision: Branch, tag or commit of a hub repository.
+
+    Raises:
+        ModelNotFoundError: Nothing there, or the hub cannot be reached.
+        ModelError: It is no causal language model, is incomplete or damaged, or does not fit
+            into memory.
+        VocabularyError: The tokenizer belongs to another model.
+        ConfigError: The device or the dtype does not exist here.
+    """
+    place = check_device(device)
+    tokenizer = load_tokenizer(name_or_path, local_files_only=local_files_only, revision=revision)
+    model = load_model(
+        name_or_path,
+        device=place,
+        dtype=dtype,
+        local_files_only=local_files_only,
+        revision=revision,
+    )
+    if tokenizer.vocab_size > logits_width(model):
+        raise VocabularyError(
+            f"{name_or_path}: the tokenizer has {tokenizer.vocab_size} tokens, but the model's "
+            f"output only {logits_width(model)}. They belong to different models; load each from "
+            f"the folder that it was published in."
+        )
+    return model, tokenizer
+
+
+def load_base(
+    name_or_path: str | os.PathLike[str],
+    *,
+    local_files_only: bool = False,
+    revision: str | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model to train further, in float32 on the CPU; otherwise like ``load_target``."""
+    return load_target(
+        name_or_path,
+        dtype=torch.float32,
+        local_files_only=local_files_only,
+        revision=revision,
+    )
+
+
+def load_model(
+    name_or_path: str | os.PathLike[str],
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    local_files_only: bool = False,
+    revision: str | None = None,
+) -> PreTrainedModel:
+    """A causal language model in eval mode; arguments and errors as in ``load_target``."""
+    place, kind = check_device(device), "auto" if dtype is None else check_dtype(dtype)
+    source = locate(name_or_path, "model")
+    options: dict[str, Any] = {
+        "trust_remote_code": False,
+        "local_files_only": local_files_only or Path(source).is_dir(),
+        "revision": revision or "main",
+    }
+    with explained(source, "model", local_files_only):
+        settings = AutoConfig.from_pretrained(source, **options)
+    check_causal(settings, source)
+    check_positions(settings, source)
+    with explained(source, "model", local_files_only):
+        auto: Any = AutoModelForCausalLM  # its types do not know output_loading_info
+        model, info = auto.from_pretrained(
+            source, dtype=kind, use_safetensors=True, output_loading_info=True, **options
+        )
+    if info["missing_keys"]:
+        raise ModelError(
+            f"{source} lacks {describe(info['missing_keys'])}. It is incomplete or was saved "
+            f"without its language modelling head; give a complete causal language model."
+        )
+    if model.device != place:
+        with explained(source, "model", local_files_only):
+            model.to(place)
+    loaded: PreTrainedModel = model.eval()
+    return loaded
+
+
+def load_tokenizer(
+    name_or_path: str | os.PathLike[str],
+    *,
+    local_files_only: bool = False,
+    revision: str | None = None,
+) -> PreTrainedTokenizerBase:
+    """A tokenizer by folder or hub id.
+
+    Raises:
+        ModelNotFoundError: Nothing there, or the hub cannot be reached.
+        ModelError: Its files are missing or damaged.
+    """
+    source = locate(name_or_path, "tokenizer")
+    with explained(source, "tokenizer", local_files_only):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            source,
+            trust_remote_code=False,
+            local_files_only=local_files_only or Path(source).is_dir(),
+            revision=revision or "main",
+        )
+    if len(tokenizer) == 0:
+        raise ModelError(f"{source} holds a tokenizer without tokens; its files are missing.")
+    return tokenizer
+
+
+def check_causal(settings: PretrainedConfig, source: str | os.PathLike[str]) -> None:
+    """Refuse what cannot write text from left to right.
+
+    Raises:
+        ModelError: The configuration is an encoder's, an encoder-decoder's or none of a
+            language model.
+    """
+    name, remedy = settings.model_type, "Give a causal language model such as GPT-2 or Llama."
+    if getattr(settings, "is_encoder_decoder", False):
+        raise ModelError(f"{source} is an encoder-decoder model ({name}). {remedy}")
+    # Encoders are listed as causal too, because they can be configured as decoders.
+    masked = type(settings) in MODEL_FOR_MASKED_LM_MAPPING
+    if masked and not getattr(settings, "is_decoder", False):
+        raise ModelError(f"{source} is an encoder ({name}), which sees text both ways. {remedy}")
+    if type(settings) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(f"{source} is no causal language model ({name}). {remedy}")
+
+
+def check_device(device: str | torch.device | None) -> torch.device:
+    """The device, by default the CPU, if it exists here; else ``ConfigError``."""
+    try:
+        place = torch.device("cpu" if device is None else device)
+        # The index too, so that "cuda" and the device of a tensor there compare equal.
+        return torch.empty(0, device=place).device
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        present = ["cpu"] + [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+        if torch.backends.mps.is_available():
+            present.append("mps")
+        raise ConfigError(
+            f"device {str(device)!r} cannot be used here: {first_line(error)}. "
+            f"This machine has: {', '.join(present)}"
+        ) from error
+
+
+def check_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """A floating point type by its name; else ``ConfigError``."""
+    found = dtype
+    if isinstance(found, str):
+        found = getattr(torch, found.removeprefix("torch."), found)
+    if not isinstance(found, torch.dtype) or found not in (
+        torch.float32,
+        torch.float64,
+        torch.bfloat16,
+        torch.float16,
+    ):
+        raise ConfigError(f"dtype must be float32, bfloat16, float16 or float64, but is {dtype!r}")
+    return found
+
+
+def logits_width(model: PreTrainedModel) -> int:
+    """Entries of the model's output per position, padding of the head included."""
+    untyped: Any = model
+    weight = getattr(untyped.get_output_embeddings(), "weight", None)
+    width = model.config.get_text_config().vocab_size if weight is None else weight.shape[0]
+    return int(width)
+
+
+def download(
+    repository: str,
+    files: list[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """The folder of the cache that holds those files of a hub repository.
+
+    Raises:
+        ModelNotFoundError: There is no such repository or revision, or it is neither in the cache
+            nor can the hub be reached.
+    """
+    with explained(repository, "repository", local_files_only):
+        folder = huggingface_hub.snapshot_download(
+            repository,
+            revision=revision,
+            token=token,
+            cache_dir=None if cache_dir is None else os.fspath(cache_dir),
+            local_files_only=local_files_only or huggingface_hub.constants.HF_HUB_OFFLINE,
+            allow_patterns=files,
+        )
+    return Path(folder)
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' own progress bars and load report: these are small models.
+
+    Its settings are of the whole process: where threads are in here together, the first one to
+    come keeps what was set before, and the last one to leave restores it.
+    """
+    logging: Any = transformers_logging
+    with _quiet_lock:
+        if not _quiet:
+            _before[:] = logging.get_verbosity(), logging.is_progress_bar_enabled()
+            logging.set_verbosity(standard_logging.CRITICAL)
+            logging.disable_progress_bar()
+        _quiet.append(threading.get_ident())
+    try:
+        yield
+    finally:
+        with _quiet_lock:
+            _quiet.pop()
+            if not _quiet:
+                verbosity, bars = _before
+                logging.set_verbosity(verbosity)
+                if bars:
+                    logging.enable_progress_bar()
+
+
+def make_portable(folder: Path) -> None:
+    """Let transformers 4.57 read what transformers 5 wrote into ``folder``, and the reverse.
+
+    Version 5 renamed the tokenizer class, turned an object into a list and moved ``rope_theta``.
+    """
+    path = folder / "tokenizer_config.json"
+    if path.is_file():
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values.get("tokenizer_class") == "TokenizersBackend":
+            values["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if isinstance(values.get("extra_special_tokens"), list):
+            values["additional_special_tokens"] = values.pop("extra_special_tokens")
+        for circumstance in ("is_local", "local_files_only", "name_or_path"):
+            values.pop(circumstance, None)
+        path.write_text(json.dumps(values, indent=2, ensure_ascii=False), encoding="utf-8")
+    # Version 4 writes it beside; all of it stands in the file above.
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)
+    path = folder / "config.json"
+    if path.is_file():
+        values = json.loads(path.read_text(encoding="utf-8"))
+        theta = (values.get("rope_parameters") or {}).get("rope_theta")
+        if theta is not None:
+            values.setdefault("rope_theta", theta)
+            path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def locate(name_or_path: str | os.PathLike[str], what: str) -> str:
+    """The folder's full path, or the hub id as it is."""
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.exists():
+        raise ModelNotFoundError(f"{path} is a file; give the folder that holds the {what}.")
+    if not isinstance(name_or_path, str) or not _MODEL_ID.fullmatch(name_or_path):
+        raise ModelNotFoundError(
+            f"No {what} at {path}: there is no such folder, and it does not look like a hub id "
+            f"('organisation/name')."
+        )
+    return name_or_path

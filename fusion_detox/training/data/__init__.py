@@ -1,0 +1,1 @@
+"""From text files to blocks of tokens: corpora, pairs, splits, packing."""

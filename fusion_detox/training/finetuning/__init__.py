@@ -1,0 +1,1 @@
+"""The same objectives, and DPO, on a model itself, as a LoRA adapter."""

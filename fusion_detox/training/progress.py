@@ -1,0 +1,164 @@
+"""A trainer's progress bar, its measurements on held-out text, and what Ctrl-C does."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from fusion_detox.files.atomic import write_whole
+
+logger = logging.getLogger(__name__)
+Measure = Callable[[torch.nn.Module], Mapping[str, float | None]]
+
+
+class Watch(TrainerCallback):
+    """Progress, measurements before, during and after training, and a checkpoint on Ctrl-C.
+
+    Args:
+        title: Before the bar.
+        measure: Gives numbers by name for the model as it is; called in the main process only.
+        every: Steps between two measurements.
+        shown: Names of those numbers that stand beside the bar.
+        show: Whether there is a bar, on standard error.
+        file: Where the curve is kept with each checkpoint, so that a kill does not lose it.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        measure: Measure,
+        *,
+        every: int,
+        shown: tuple[str, ...],
+        show: bool,
+        file: Path,
+    ) -> None:
+        self.title, self.measure, self.every, self.shown = title, measure, every, shown
+        self.interrupted = False
+        self.file = file
+        self.curve: list[dict[str, float | None]] = []
+        self.numbers: dict[str, str] = {}
+        self.progress = Progress(
+            TextColumn(f"{title:<10}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[speed]}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            console=Console(stderr=True),
+            disable=not show,
+        )
+        self.task = self.progress.add_task(title, total=None, speed="", numbers="")
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: torch.nn.Module | None = None,
+        **_: Any,
+    ) -> None:
+        """Starts the bar; a new run is measured before its first step."""
+        self.started, self.first = time.monotonic(), state.global_step
+        self.progress.update(self.task, total=state.max_steps, completed=state.global_step)
+        self.progress.start()
+        if state.global_step == 0:
+            self._look(state, model)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Keeps the loss."""
+        if logs and "loss" in logs:
+            loss = float(logs["loss"])
+            if not math.isfinite(loss):
+                logger.warning("the loss is %s at step %d", loss, state.global_step)
+            self.curve.append({"step": state.global_step, "loss": loss})
+            self.numbers["loss"] = f"{loss:.3f}"
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: torch.nn.Module | None = None,
+        **_: Any,
+    ) -> None:
+        """Moves the bar, measures, and stops after a checkpoint where Ctrl-C was pressed."""
+        step = state.global_step
+        if step % self.every == 0 or step == state.max_steps:
+            self._look(state, model)
+        rate = (step - self.first) / max(time.monotonic() - self.started, 1e-9)
+        numbers = "  ".join(f"{name} {value}" for name, value in self.numbers.items())
+        self.progress.update(
+            self.task, completed=step, speed=f"{rate:.2f} steps/s", numbers=numbers
+        )
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Keeps the curve beside the checkpoint."""
+        if state.is_world_process_zero:
+            write_whole(self.file, json.dumps(self.curve).encode())
+
+    def resume(self, step: int) -> None:
+        """Takes up the curve of an earlier start, as far as its checkpoint after ``step``."""
+        if self.file.exists():
+            kept = json.loads(self.file.read_text(encoding="utf-8"))
+            self.curve = [entry for entry in kept if entry["step"] <= step]
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Ends the bar."""
+        self.progress.stop()
+
+    def _look(self, state: TrainerState, model: torch.nn.Module | None) -> None:
+        if not state.is_world_process_zero:
+            return
+        assert model is not None
+        found = self.measure(getattr(model, "module", model))
+        self.curve.append({"step": state.global_step, **found})
+        for name in self.shown:
+            value = found.get(name)
+            if value is not None:
+                self.numbers[name.replace("_", " ")] = f"{value:.3f}"
+
+
+@contextlib.contextmanager
+def interruptible(watch: Watch) -> Iterator[None]:
+    """The first Ctrl-C saves a checkpoint and stops; a second one stops at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(*_: Any) -> None:
+        if watch.interrupted:
+            raise KeyboardInterrupt
+        watch.interrupted = True
+        logger.warning("stopping after this step, with a checkpoint (again: at once)")
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        watch.progress.stop()

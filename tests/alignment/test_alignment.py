@@ -1,0 +1,339 @@
+"""Learning an alignment: known answers, what is read of a target, what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
+
+from fusion_detox.alignment.alignment import align, align_tables, common_tokens
+from fusion_detox.alignment.config import AlignmentConfig
+from fusion_detox.alignment.embeddings import EmbeddingTable, of_files, of_model
+from fusion_detox.alignment.solve import learn, retrieval
+from fusion_detox.calibrator.calibrator import Calibrator
+from fusion_detox.errors import AlignmentError, ConfigError, ModelError, ModelNotFoundError
+from fusion_detox.vocabulary.token_table import TokenTable
+
+TOKENS, OWN, TARGET = 300, 16, 24
+
+
+@pytest.fixture(scope="module")
+def rotated() -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings, and the same in a wider space, turned there, with a little noise."""
+    generator = torch.Generator().manual_seed(0)
+    own = torch.randn(TOKENS, OWN, generator=generator)
+    turn, _ = torch.linalg.qr(torch.randn(TARGET, TARGET, generator=generator))
+    wide = torch.nn.functional.pad(own, (0, TARGET - OWN)) @ turn
+    return own, wide + 0.05 * torch.randn(TOKENS, TARGET, generator=generator)
+
+
+CONFIGS = {
+    "procrustes": AlignmentConfig(),
+    "ridge": AlignmentConfig(start="ridge"),
+    "logits": AlignmentConfig(start="logits"),
+    "paper": AlignmentConfig.paper().replace(epochs=200),
+    "in-batch": AlignmentConfig(start="random", epochs=60, batch_size=64, learning_rate=1e-2),
+    "from procrustes": AlignmentConfig(epochs=2),
+}
+
+
+def found(own: torch.Tensor, target: torch.Tensor, config: AlignmentConfig) -> dict[str, float]:
+    """Retrieval of the last 60 tokens, learned from all others."""
+    matrix = learn(own[:-60], target[:-60], config, show_progress=False)
+    assert matrix.shape == (OWN, TARGET)
+    return retrieval(own[-60:] @ matrix, target, torch.arange(TOKENS - 60, TOKENS))
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_every_way_finds_a_known_map(
+    config: AlignmentConfig, rotated: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    assert found(*rotated, config)["at_1"] > 0.9
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_none_finds_what_is_not_there(
+    config: AlignmentConfig, rotated: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    """Held-out tokens of unrelated embeddings come out at chance, 1 and 10 of 300."""
+    other = torch.randn(TOKENS, TARGET, generator=torch.Generator().manual_seed(1))
+    accuracy = found(rotated[0], other, config)
+    assert accuracy["at_1"] <= 0.05
+    assert accuracy["at_10"] <= 0.15
+
+
+def test_procrustes_is_orthogonal_up_to_a_scale(
+    rotated: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    matrix = learn(*rotated, AlignmentConfig(), show_progress=False)
+    gram = matrix @ matrix.t()
+    torch.testing.assert_close(gram, gram[0, 0] * torch.eye(OWN), atol=1e-4, rtol=1e-4)
+
+
+def test_logits_start_makes_both_heads_say_the_same() -> None:
+    """A wider head whose logits a vector can reproduce: then it does, whatever the vector."""
+    generator = torch.Generator().manual_seed(2)
+    target = torch.randn(TOKENS, TARGET, generator=generator)
+    own = target @ torch.randn(TARGET, OWN, generator=generator)
+    matrix = learn(own, target, AlignmentConfig(start="logits", ridge=1e-7), show_progress=False)
+    hidden = torch.randn(5, OWN, generator=generator)
+    wanted, carried = hidden @ own.t(), hidden @ matrix @ target.t()
+    difference = (wanted - carried) - (wanted - carried).mean(1, keepdim=True)
+    assert float(difference.abs().max()) < 1e-2
+
+
+def test_loss_is_the_papers(rotated: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """One positive and K random negatives, by hand."""
+    from fusion_detox.alignment.solve import _loss
+
+    own, target = rotated
+    matrix = torch.randn(OWN, TARGET, generator=torch.Generator().manual_seed(3)) / 8
+    config, batch = AlignmentConfig.paper(), torch.arange(7)
+    drawn = torch.randint(TOKENS, (7, 10), generator=torch.Generator().manual_seed(4))
+    loss = _loss(matrix, own, target, batch, config, torch.Generator().manual_seed(4))
+    terms = []
+    for t in range(7):
+        positive = float((own[t] @ matrix) @ target[t])
+        others = [float((own[t] @ matrix) @ target[n]) for n in drawn[t].tolist() if n != t]
+        everything = torch.tensor([positive, *others]).logsumexp(0)
+        terms.append(float(everything) - positive)
+    assert float(loss) == pytest.approx(sum(terms) / 7, rel=1e-5)
+
+
+def test_retrieval_counts_ranks() -> None:
+    candidates = torch.eye(20)
+    queries = torch.eye(20)[:4].clone()
+    queries[1, :5] = torch.tensor([3.0, 1.0, 2.0, 2.0, 0.0])  # its own is the fourth
+    queries[2, 5:] = 2.0  # fifteen are nearer
+    queries[2, 2] = 1.0
+    assert retrieval(queries, candidates, torch.arange(4)) == {"at_1": 0.5, "at_10": 0.75}
+
+
+def test_retrieval_of_a_collapsed_matrix_is_none() -> None:
+    for value in (1.0, torch.nan):
+        same = torch.full((20, 4), value)
+        assert retrieval(same, torch.randn(20, 4), torch.arange(20))["at_1"] <= 0.05
+        assert retrieval(torch.randn(20, 4), same, torch.arange(20))["at_1"] == 0
+
+
+def table(pieces: list[bytes | None], byte_ids: frozenset[int] = frozenset()) -> EmbeddingTable:
+    tokens = TokenTable(tuple(pieces), "byte-level", frozenset(), frozenset(), False, byte_ids)
+    return EmbeddingTable(torch.randn(len(pieces), 4), tokens, "a model")
+
+
+def test_common_tokens_are_found_by_bytes() -> None:
+    here = table([b"a", None, b" the", b"\xe6", b"x", b""])
+    # A <0x61> twin before the normal piece, and one after.
+    there = table([b"a", b"a", b"\xe6", None, b" the", b"b"], frozenset({0}))
+    assert common_tokens(here, there) == [(0, 1), (2, 4), (3, 2)]
+    later = table([b"\xe6", b"a", b"a"], frozenset({2}))
+    assert common_tokens(here, later) == [(0, 1), (3, 0)]
+
+
+def test_no_common_token() -> None:
+    with pytest.raises(AlignmentError, match=r"a model have 0 tokens in common, .* contrast rule"):
+        align_tables(table([b"a", b"b"]), table([b"c", b"d"]), AlignmentConfig())
+
+
+@pytest.fixture(scope="module")
+def target(
+    tmp_path_factory: pytest.TempPathFactory,
+    make_llama: Any,
+    other_tokenizer: PreTrainedTokenizerFast,
+) -> Path:
+    """An untied Llama in shards, one of them with the output embeddings."""
+    folder = tmp_path_factory.mktemp("target") / "llama"
+    model = make_llama(len(other_tokenizer) + 7, seed=3, tie_word_embeddings=False)
+    model.save_pretrained(folder, max_shard_size="60KB")
+    other_tokenizer.save_pretrained(folder)
+    assert (folder / "model.safetensors.index.json").is_file()
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["input", "output"])
+def test_no_more_of_a_target_is_read_than_its_embedding(
+    kind: str, target: Path, tmp_path: Path, calibrator: Calibrator, other_tokenizer: Any
+) -> None:
+    """All other shards are gone, and the alignment is that of the whole model."""
+    config = AlignmentConfig(embeddings=kind)  # type: ignore[arg-type]
+    model = AutoModelForCausalLM.from_pretrained(target)
+    wanted = align(calibrator, model, other_tokenizer, config=config, show_progress=False)
+    folder = Path(shutil.copytree(target, tmp_path / "copy"))
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    name = "lm_head.weight" if kind == "output" else "model.embed_tokens.weight"
+    removed = [path for path in folder.glob("*.safetensors") if path.name != index[name]]
+    for path in removed:
+        path.unlink()
+    assert removed
+    alignment = align(calibrator, folder, config=config, show_progress=False)
+    torch.testing.assert_close(alignment.matrix, wanted.matrix)
+    assert alignment.fingerprint == wanted.fingerprint
+    alignment.check_target(model, other_tokenizer)
+    alignment.check_calibrator(calibrator)
+
+
+def test_the_fingerprint_is_of_embedding_and_vocabulary(
+    target: Path, other_tokenizer: Any, byte_tokenizer: Any
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(target)
+    half = AutoModelForCausalLM.from_pretrained(target, dtype=torch.bfloat16)
+    whole = of_model(model, other_tokenizer, "output").fingerprint("output")
+    assert of_model(half, other_tokenizer, "output").fingerprint("output") == whole
+    assert of_files(target, "output").fingerprint("output") == whole
+    assert of_files(target, "input").fingerprint("input") != whole
+    assert of_model(model, byte_tokenizer, "output").fingerprint("output") != whole
+    with torch.no_grad():
+        model.lm_head.weight[5, 3] += 0.1
+    assert of_model(model, other_tokenizer, "output").fingerprint("output") != whole
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_other_names_in_the_checkpoint(
+    family: str,
+    tied: bool,
+    tmp_path: Path,
+    make_gpt2: Any,
+    make_llama: Any,
+    other_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    """Published files have prefixes that the module has not, and the other way round."""
+    make = make_gpt2 if family == "gpt2" else make_llama
+    model = make(len(other_tokenizer), seed=3, tie_word_embeddings=tied)
+    base, embedding = ("transformer", "wte") if family == "gpt2" else ("model", "embed_tokens")
+    renames = {
+        "stripped": lambda name: name.removeprefix(f"{base}."),
+        "wrapped": lambda name: f"language_model.{name}",
+        "saved": lambda name: name,
+    }
+    for label, rename in renames.items():
+        folder = tmp_path / label
+        model.save_pretrained(folder)
+        other_tokenizer.save_pretrained(folder)
+        tensors = load_file(folder / "model.safetensors")
+        assert ("lm_head.weight" in tensors) != tied
+        renamed = {rename(name): tensor for name, tensor in tensors.items()}
+        save_file(renamed, folder / "model.safetensors", {"format": "pt"})
+        for kind, weight in (
+            ("input", model.get_input_embeddings().weight),
+            ("output", model.get_output_embeddings().weight),
+        ):
+            found = of_files(folder, kind).weight  # type: ignore[arg-type]
+            torch.testing.assert_close(found, weight.detach())
+    assert any(embedding in name for name in renamed)
+
+
+def damaged(target: Path, place: Path, name: str, **changes: Any) -> Path:
+    """A copy in one file without a tensor, or with another in its place."""
+    folder = place / "damaged"
+    AutoModelForCausalLM.from_pretrained(target).save_pretrained(folder)
+    for path in target.glob("tokenizer*"):
+        shutil.copy(path, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop(name)
+    save_file({**tensors, **changes}, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_a_missing_embedding(target: Path, tmp_path: Path, calibrator: Calibrator) -> None:
+    folder = damaged(target, tmp_path, "lm_head.weight")
+    with pytest.raises(
+        AlignmentError, match=r"no tensor lm_head.weight .*such as model.embed_tokens.weight"
+    ):
+        align(calibrator, folder)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.zeros(448, 32, dtype=torch.int8), "stored as torch.int8, as of a quantised model"),
+        (torch.zeros(448, 31), r"the shape \[448, 31\], but the configuration asks for"),
+        (torch.full((448, 32), torch.nan), "hold values that are not finite"),
+    ],
+)
+def test_an_embedding_that_cannot_be_used(
+    tensor: torch.Tensor, message: str, target: Path, tmp_path: Path, calibrator: Calibrator
+) -> None:
+    folder = damaged(target, tmp_path, "lm_head.weight", **{"lm_head.weight": tensor})
+    with pytest.raises(AlignmentError, match=message):
+        align(calibrator, folder)
+
+
+def test_files_that_are_damaged(target: Path, tmp_path: Path, calibrator: Calibrator) -> None:
+    folder = Path(shutil.copytree(target, tmp_path / "copy"))
+    index = folder / "model.safetensors.index.json"
+    shard = folder / json.loads(index.read_text())["weight_map"]["lm_head.weight"]
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ModelError, match="is truncated or no safetensors file"):
+        align(calibrator, folder)
+    shard.unlink()
+    with pytest.raises(ModelError, match="is missing, though the index names it"):
+        align(calibrator, folder)
+    index.write_text('{"weight_map": {"lm_head.weight": "../x.safetensors"}}')
+    with pytest.raises(ModelError, match="points outside its folder"):
+        align(calibrator, folder)
+    index.write_text("{")
+    with pytest.raises(ModelError, match=r"index.json is damaged"):
+        align(calibrator, folder)
+    index.unlink()
+    with pytest.raises(ModelError, match="holds neither"):
+        align(calibrator, folder)
+
+
+def test_targets_that_are_none(
+    tmp_path: Path, calibrator: Calibrator, other_tokenizer: Any, make_llama: Any
+) -> None:
+    settings = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=len(other_tokenizer), intermediate_size=16, **settings)
+    BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
+    other_tokenizer.save_pretrained(tmp_path / "bert")
+    with pytest.raises(ModelError, match=r"is an encoder \(bert\), which sees text both ways"):
+        align(calibrator, tmp_path / "bert")
+    with pytest.raises(ModelNotFoundError, match="there is no such folder"):
+        align(calibrator, tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="a loaded target needs its tokenizer"):
+        align(calibrator, make_llama(len(other_tokenizer)))
+
+
+def test_identity_needs_equal_widths(
+    calibrator: Calibrator, make_llama: Any, other_tokenizer: Any
+) -> None:
+    config = AlignmentConfig(start="identity")
+    same = make_llama(len(other_tokenizer), seed=3)
+    alignment = align(calibrator, same, other_tokenizer, config=config, show_progress=False)
+    assert torch.equal(alignment.matrix, torch.eye(32))
+    wider = make_llama(len(other_tokenizer), seed=3, hidden_size=40)
+    with pytest.raises(AlignmentError, match="have 32 entries and the target's 40"):
+        align(calibrator, wider, other_tokenizer, config=config, show_progress=False)
+
+
+def test_divergence_is_said(rotated: tuple[torch.Tensor, torch.Tensor]) -> None:
+    config = AlignmentConfig(start="random", epochs=2, learning_rate=1e37)
+    with pytest.raises(AlignmentError, match="diverged at learning_rate 1e"):
+        learn(*rotated, config, show_progress=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"embeddings": "middle"}, "embeddings must be one of output, input, not 'middle'"),
+        ({"start": "zero"}, "start must be one of logits, ridge, procrustes, random, identity"),
+        ({"epochs": -1}, "epochs must be a whole number of at least 0: -1"),
+        ({"batch_size": 1}, "batch_size must be a whole number of at least 2: 1"),
+        ({"held_out": 0.7}, "held_out must be a number above 0 and at most 0.5, but is 0.7"),
+        ({"learning_rate": float("nan")}, "learning_rate must be a number above 0, but is nan"),
+        ({"start": "random"}, "nothing would be learned: give epochs"),
+        ({"epochs": 1, "negatives": 0, "negatives_from": "drawn"}, "nothing to tell a token apart"),
+        ({"epoch": 1}, "unknown alignment settings: epoch; known are embeddings, start"),
+    ],
+)
+def test_wrong_settings(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        AlignmentConfig().replace(**changes)

@@ -1,0 +1,142 @@
+"""The card: metadata that the hub reads, and sections from the record."""
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fusion_detox.calibrator.card import render_card, yaml_text
+from fusion_detox.config import FusionConfig
+
+RECORD = {
+    "command": "fusion-detox train-calibrator out --general=a.jsonl",
+    "name": "english-16k",
+    "seed": 7,
+    "language": "en",
+    "license": "Apache-2.0",
+    "base_model": "someone/base",
+    "settings": {"base_steps": 2000, "learning_rate": None},
+    "data": [
+        {"name": "Posts | titles", "license": "PDDL 1.0"},
+        {"name": "org/set", "license": "CC BY-SA 4.0", "hub": True},
+    ],
+    "data_files": {"general": [{"name": "a.jsonl", "bytes": 12, "sha256": "ab" * 32}]},
+    "documents": {"general": 10, "clean": 8},
+    "bits_per_byte": {
+        "general": {"clean": 1.31, "reference": 1.29},
+        "clean": {"clean": 1.2, "reference": 1.25},
+    },
+    "curves": {"base": [{"step": 1, "loss": 9.0}]},
+    "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
+    "evaluation": {
+        "prompts": 597,
+        "rules": [{"rule": "contrast", "toxicity": 0.12}, {"rule": "none", "toxicity": 0.5}],
+    },
+    "clean_text": "human labels",
+}
+
+
+def card(record, name="english-16k"):
+    return render_card(
+        {
+            "name": name,
+            "calibrator": {
+                "context_length": 128,
+                "vocabulary_size": 16384,
+                "fusion": FusionConfig(strength=1.5).to_dict(),
+            },
+            "models": {
+                "clean": {"parameters": 8_300_000, "model_type": "llama"},
+                "reference": {"parameters": 8_300_000, "model_type": "llama"},
+            },
+            "record": record,
+        }
+    )
+
+
+def test_metadata_as_the_hub_reads_it():
+    values = ModelCard(card(RECORD)).data.to_dict()
+    assert values["library_name"] == "fusion-detox"
+    assert values["pipeline_tag"] == "text-generation"
+    assert values["language"] == ["en"]
+    assert values["license"] == "apache-2.0"
+    assert values["base_model"] == "someone/base"
+    assert values["datasets"] == ["org/set"]
+    assert "fusion-detox" in values["tags"]
+
+
+def test_sections():
+    text = card(RECORD)
+    assert "# english-16k\n" in text
+    assert 'Calibrator.from_pretrained("english-16k")' in text
+    assert "| strength | 1.5 |" in text
+    assert "8.3 million parameters" in text
+    assert "train-calibrator out --general=a.jsonl" in text
+    assert "| seed | 7 |" in text
+    assert "| general | a.jsonl | 12 | " + "ab" * 32 in text
+    assert "| Posts \\| titles | PDDL 1.0 |  |" in text
+    assert "| general | 1.31 | 1.29 |" in text
+    assert "torch 2.13.0" in text
+    assert "| clean text | human labels |" in text
+    assert "## Evaluation" in text
+    assert "| contrast | 0.12 |" in text
+    assert "English only" in text
+    assert "over-blocking" in text
+    assert "$" not in text
+    assert "curves" not in text
+
+
+def test_record_that_says_nothing():
+    text = card({})
+    assert "No training record came with it." in text
+    assert "## Evaluation" not in text
+    values = ModelCard(text).data.to_dict()
+    assert "license" not in values
+    assert "language" not in values
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"license": "My Own Terms"}, {"license": "other", "license_name": "my-own-terms"}),
+        ({"license": "CC BY-SA 4.0"}, {"license": "cc-by-sa-4.0"}),
+        ({"language": ["en", "no"]}, {"language": ["en", "no"]}),
+        ({"base_model": "/home/me/model"}, {}),
+        ({"datasets": ["a/b", "not an id!"]}, {"datasets": ["a/b"]}),
+    ],
+)
+def test_metadata_only_holds_what_the_hub_takes(record, expected):
+    values = ModelCard(card(record)).data.to_dict()
+    names = ("license", "license_name", "language", "base_model", "datasets")
+    assert {name: values[name] for name in names if name in values} == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(max_size=40))
+def test_yaml_keeps_any_text(text):
+    assert yaml.safe_load(f"a: {yaml_text(text)}") == {"a": text}
+
+
+@pytest.mark.parametrize("text", ["no", "1e3", "a: b", "\ud800", "\u2028x", "---\n", "\U0001f642"])
+def test_yaml_keeps_odd_text(text):
+    line = f"a: {yaml_text(text)}"
+    assert "\n" not in line
+    assert yaml.safe_load(line)["a"] == text
+
+
+def test_text_of_others_cannot_leave_its_place():
+    text = card(
+        {
+            "command": "run\n```\n# Heading",
+            "clean_text": "line\n\n## Heading <script>",
+            "license": "a\n---\nb: c",
+        },
+        name='x"\n# Heading',
+    )
+    # The one that is left stands inside a code block with a longer fence.
+    assert text.count("\n# Heading") == 1
+    assert "\n````console\nrun\n```\n# Heading\n````\n" in text
+    assert "<script" not in text
+    assert "\n## Heading" not in text
+    assert text.count("\n---\n") == 1

@@ -1,0 +1,276 @@
+"""``evaluate``, ``rescore``, ``compare`` and ``tune`` as commands."""
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from fusion_detox.calibrator.calibrator import Calibrator
+from fusion_detox.cli import main
+from fusion_detox.cli.arguments import split_kind
+from fusion_detox.cli.tune import parse_grid
+from fusion_detox.errors import ConfigError
+
+PROMPTS = ["You are a", "The weather was", "She reads", "Thank you so much", "What a damn"]
+SMALL = [
+    *("--samples", "2", "--max-new-tokens", "5", "--scorer", "lexical", "--resamples", "100"),
+    *("--harmless-texts", "3", "--harmless-tokens", "10", "--device", "cpu"),
+]
+NO_SUITES = ["--suite", "none", "--no-similarity"]  # tune has none anyway
+
+
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("FUSION_DETOX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("FUSION_DETOX_DEBUG", raising=False)
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(PROMPTS) + "\n")
+    return path
+
+
+@pytest.fixture
+def arguments(target_folder, calibrator_folder, prompts, tmp_path):
+    def make(*more, out="run", command="evaluate"):
+        common = ["--calibrator", calibrator_folder, "--prompts", prompts, "--out", tmp_path / out]
+        suites = NO_SUITES if command == "evaluate" else []
+        return list(map(str, [command, target_folder, *common, *SMALL, *suites, *more]))
+
+    return make
+
+
+def sample_lines(folder):
+    rows = [
+        (path.name.split(".")[0], line)
+        for path in sorted((folder / "samples").iterdir())
+        for line in path.read_text().splitlines()
+    ]
+    return sorted(rows)
+
+
+def test_evaluate_prints_a_table_and_writes_a_report(arguments, tmp_path, capsys):
+    assert main(arguments("--setting", "default", "--setting", "wordfilter")) == 0
+    found = capsys.readouterr()
+    for name in ("base", "default", "wordfilter", "perplexity", "harmless text"):
+        assert name in found.out
+    assert "5 prompts of prompts, 2 × 5 tokens" in found.out
+    assert f"Report: {tmp_path / 'run' / 'report.html'}" in found.out
+    assert "sampling: default" in found.err
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["command"].startswith("fusion-detox")
+
+
+def test_rescore_and_compare(arguments, tmp_path, capsys):
+    assert main(arguments("--setting", "default", out="a")) == 0
+    assert main(arguments("--setting", "contrast:strength=2", "--seed", "2", out="b")) == 0
+    assert main(["rescore", str(tmp_path / "a"), "--threshold", "0.3"]) == 0
+    assert json.loads((tmp_path / "a" / "results.json").read_text())["threshold"] == 0.3
+    page = tmp_path / "both.html"
+    folders = [str(tmp_path / name) for name in "ab"]
+    assert main(["compare", *folders, "--out", str(page)]) == 0
+    assert f"Comparison: {page}" in capsys.readouterr().out
+    assert "contrast:strength=2" in page.read_text("utf-8")
+
+
+def test_two_processes_write_what_one_writes(arguments, tmp_path):
+    assert main(arguments("--setting", "default", out="one")) == 0
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29541"]
+    subprocess.run(
+        [sys.executable, *launcher, "-m", "fusion_detox", *arguments(out="two")],
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=120,
+    )
+    assert len(list((tmp_path / "two" / "samples").glob("base-*"))) == 2
+    one = json.loads((tmp_path / "one" / "results.json").read_text())
+    two = json.loads((tmp_path / "two" / "results.json").read_text())
+    by_name = {s["name"]: s for s in two["settings"]}
+    mine = [row for row in sample_lines(tmp_path / "two") if not row[0].startswith("wordfilter")]
+    assert mine == sample_lines(tmp_path / "one")
+    for setting in one["settings"]:
+        for block in ("toxicity", "perplexity", "diversity", "harmless"):
+            assert by_name[setting["name"]][block] == setting[block]
+
+
+def test_ctrl_c_keeps_what_was_written(arguments, tmp_path):
+    many = tmp_path / "many.txt"
+    many.write_text("\n".join(f"The weather was {n}" for n in range(400)))
+    command = arguments("--prompts", str(many), "--setting", "default", "--batch-size", "1")
+    command.remove(str(tmp_path / "prompts.txt"))
+    command.pop(command.index("--prompts"))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fusion_detox", *command],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    samples = tmp_path / "run" / "samples"
+    deadline = time.monotonic() + 60
+    while not (samples.exists() and any(p.stat().st_size > 500 for p in samples.iterdir())):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "the same command goes on from there" in err
+    assert "Traceback" not in err
+    assert sample_lines(tmp_path / "run")
+
+
+class ByHash:
+    name = "lexical"
+
+    def score(self, texts):
+        return [hashlib.sha256(text.encode()).digest()[0] / 255 for text in texts]
+
+    def score_types(self, texts):
+        return {"toxicity": self.score(texts)}
+
+    def record(self):
+        return {"model": "hash"}
+
+
+class TestTune:
+    GRID = ("--grid", "strength=0.5,1,2", "--grid", "threshold=0,0.5")
+    ANY_PRICE = ("--max-perplexity", "100", "--max-kl", "100", "--min-dist-2", "0")
+
+    @pytest.fixture(autouse=True)
+    def scorer(self, monkeypatch):
+        """Calls about half of all texts toxic, whatever they say: some setting has fewer."""
+        monkeypatch.setattr("fusion_detox.scoring.make_scorer", lambda *_, **__: ByHash())
+
+    def tune(self, arguments, *more):
+        return main(arguments(*self.GRID, *self.ANY_PRICE, *more, command="tune"))
+
+    def test_writes_settings_card_and_curve(
+        self, arguments, calibrator_folder, prompts, tmp_path, capsys
+    ):
+        assert self.tune(arguments) == 0
+        table = capsys.readouterr().out
+        assert "*" in table
+        record = json.loads((calibrator_folder / "training.json").read_text())["tuning"]
+        config = Calibrator.from_pretrained(calibrator_folder).config
+        chosen = record["chosen"]
+        assert config.to_dict() == {name: chosen[name] for name in config.to_dict()}
+        # Every setting of the curve was measured on the same texts, and the chosen one is the best.
+        best = min(record["curve"], key=lambda trial: (trial["toxicity"], trial["kl"]))
+        assert chosen["toxicity"] == best["toxicity"]
+        strengths = {trial["strength"] for trial in record["curve"]}
+        assert {0.5, 1.0, 2.0} <= strengths
+        results = json.loads((tmp_path / "run" / "results.json").read_text())
+        assert len(results["settings"]) == 1 + len(record["curve"])
+        card = (calibrator_folder / "README.md").read_text()
+        assert "found by `fusion-detox tune`" in card
+        assert "5 of prompts" in card
+
+        again = arguments("--setting", "default", out="measured")
+        assert main(again) == 0
+        assert "5 of 5 prompts took part in tuning" in capsys.readouterr().err
+
+    def test_no_write_leaves_the_calibrator_alone(self, arguments, calibrator_folder):
+        before = {p: p.read_bytes() for p in calibrator_folder.rglob("*") if p.is_file()}
+        assert self.tune(arguments, "--no-write") == 0
+        after = {p: p.read_bytes() for p in calibrator_folder.rglob("*") if p.is_file()}
+        assert after == before
+
+    def test_other_processes_of_a_launcher_say_and_write_nothing(
+        self, arguments, calibrator_folder, monkeypatch, capsys
+    ):
+        assert self.tune(arguments, "--no-write") == 0
+        assert "*" in capsys.readouterr().out
+        before = {p: p.read_bytes() for p in calibrator_folder.rglob("*") if p.is_file()}
+        second = classmethod(lambda cls, **_: cls(rank=1, count=2))
+        monkeypatch.setattr("fusion_detox.evaluation.processes.Processes.current", second)
+        assert self.tune(arguments) == 0
+        assert capsys.readouterr().out == ""
+        after = {p: p.read_bytes() for p in calibrator_folder.rglob("*") if p.is_file()}
+        assert after == before
+
+    def test_what_gains_nothing_is_not_written(self, arguments, calibrator_folder, capsys):
+        before = (calibrator_folder / "calibrator.json").read_bytes()
+        none = ("--grid", "strength=1e-9", "--max-perplexity", "100", "--max-kl", "100")
+        command = arguments(*none, command="tune")
+        assert main(command) == 1
+        assert "no setting within the price lowers toxicity" in capsys.readouterr().err
+        assert (calibrator_folder / "calibrator.json").read_bytes() == before
+
+    def test_a_price_that_nothing_keeps(self, arguments, calibrator_folder, capsys):
+        before = (calibrator_folder / "calibrator.json").read_bytes()
+        assert self.tune(arguments, "--max-kl", "1e-9") == 1
+        err = capsys.readouterr().err
+        assert re.search(r"none of \d+ settings keeps to the price .*KL at most 1e-09", err)
+        assert "the nearest" in err
+        assert (calibrator_folder / "calibrator.json").read_bytes() == before
+
+    def test_test_prompts_are_refused(self, arguments, prompts, tmp_path, capsys):
+        test = tmp_path / "test.txt"
+        test.write_text("you  are a\nSomething else\n")
+        assert self.tune(arguments, "--test-prompts", str(test)) == 1
+        assert "1 of 5 development prompts are test prompts of test" in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
+
+    def test_a_shipped_calibrator_is_not_written_to(self, arguments, capsys):
+        assert self.tune(arguments, "--calibrator", "english-16k") == 1
+        assert "is no folder of a calibrator of yours" in capsys.readouterr().err
+
+    def test_unknown_setting_in_the_grid(self, arguments, capsys):
+        assert self.tune(arguments, "--grid", "strenght=1") == 1
+        assert "the grid names unknown settings: strenght" in capsys.readouterr().err
+
+
+def test_grid_values():
+    assert parse_grid("kl-budget=none,0.5") == ("kl_budget", [None, 0.5])
+    assert parse_grid("outside=keep,remove") == ("outside", ["keep", "remove"])
+    for text in ("strength", "strength=", "=1", "strength=1,,2"):
+        with pytest.raises(ConfigError, match="is not NAME=VALUE"):
+            parse_grid(text)
+
+
+def test_kinds_before_files(tmp_path):
+    assert split_kind("rtp:toxic=data/x.jsonl") == ("rtp:toxic", "data/x.jsonl")
+    assert split_kind("data/x.jsonl") == (None, "data/x.jsonl")
+    odd = tmp_path / "a=b.txt"
+    odd.write_text("x")
+    assert split_kind(str(odd)) == (None, str(odd))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--setting", "default@no-calibrator"], "no-calibrator"),
+        (["--setting", "contrst"], "the setting 'contrst' is unknown"),
+        (["--setting", "default:strength=-1"], "'default:strength=-1': strength must be"),
+        (["--scorer", "toxic"], "there is no scorer 'toxic'; choose one of: lexical"),
+        (["--samples", "0"], "samples must be a whole number of at least 1"),
+        (["--harmless", "none.txt"], "none.txt"),
+        (["--suite", "identiti"], "unknown suites: identiti"),
+        (["--hatecheck", "none.csv"], "none.csv"),
+        (["--word-list", "none.txt", "--setting", "wordfilter"], "cannot read the word list"),
+        (["--max-new-tokens", "100"], "exceeds the 64 positions of the model"),
+        (["--perplexity-model", "no-model"], "no-model"),
+        (["--limit", "0"], "limit must be a whole number of at least 1"),
+        (["--prompt-field", "text"], "prompts.txt line 1 is not JSON"),
+    ],
+)
+def test_wrong_use_ends_with_one_message(arguments, tmp_path, capsys, more, message):
+    given = arguments()
+    if "--suite" in more:
+        index = given.index("--suite")
+        del given[index : index + 2]
+    assert main([*given, *more]) == 1
+    err = capsys.readouterr().err
+    assert message in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "run" / "results.json").exists()

@@ -1,0 +1,294 @@
+"""The command line: what it prints where, its exit codes, and what it does again."""
+
+import dataclasses
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import typer
+from rich.console import Console
+
+from fusion_detox import __version__
+from fusion_detox.cli import demo, info, main
+from fusion_detox.cli.options import with_options
+from fusion_detox.cli.prompts import read_prompts
+from fusion_detox.config import FusionConfig
+
+PROMPTS = ["You are a", "The weather was", "She reads"]
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("FUSION_DETOX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("FUSION_DETOX_DEBUG", raising=False)
+
+
+@pytest.fixture
+def generate(target_folder, calibrator_folder):
+    def run(*arguments):
+        common = ["--calibrator", str(calibrator_folder), "--max-new-tokens", "6"]
+        return main(["generate", str(target_folder), *common, *map(str, arguments)])
+
+    return run
+
+
+def plain(text):
+    """A message without the boxes and line breaks around it."""
+    return " ".join(re.sub(r"[│╭╮╰╯─]", " ", text).split())
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"fusion-detox {__version__}\n"
+
+
+def test_no_arguments_show_the_commands(capsys):
+    main([])
+    found = capsys.readouterr()
+    text = plain(found.out + found.err)
+    for name in ("demo", "generate", "train-calibrator", "info"):
+        assert name in text
+
+
+def test_generate_has_an_option_for_each_setting_of_fusion(capsys):
+    assert main(["generate", "--help"]) == 0
+    text = plain(capsys.readouterr().out)
+    for field in dataclasses.fields(FusionConfig):
+        assert f"--{field.name.replace('_', '-')} " in text
+    assert "contrast|product|mixture|aligned|aligned_contrast" in "".join(text.split())
+    assert "Bound of a token's log-ratio" in text
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Settings.
+
+    Attributes:
+        size: How
+            large.
+        limit: How far.
+    """
+
+    size: int = 3
+    limit: float | None = None
+    name: str = dataclasses.field(default="x", metadata={"help": "a name", "group": "Naming"})
+
+
+def options(arguments, capsys):
+    app, got = typer.Typer(rich_markup_mode="markdown", add_completion=False), []
+
+    @app.command()
+    @with_options(Settings, "chosen")
+    def command(first: str, chosen: dict[str, object]) -> None:
+        got.append((first, chosen))
+
+    with pytest.raises(SystemExit) as stopped:
+        app(args=arguments)
+    return got, stopped.value.code, plain("".join(capsys.readouterr()))
+
+
+def test_options_come_from_a_dataclass(capsys):
+    assert options(["a"], capsys)[0] == [("a", {})]
+    given = ["a", "--size", "4", "--limit", "0.5", "--name", "y"]
+    assert options(given, capsys)[0] == [("a", {"size": 4, "limit": 0.5, "name": "y"})]
+    assert options(["a", "--limit", "none"], capsys)[0] == [("a", {"limit": None})]
+    _, code, text = options(["a", "--limit", "far"], capsys)
+    assert code == 2
+    assert "'far' is neither float nor 'none'" in text
+    text = options(["--help"], capsys)[2]
+    assert "How large. (default: 3)" in text
+    assert "Naming" in text
+
+
+def test_completions_go_to_standard_output_alone(generate, capsys):
+    assert generate(*PROMPTS, "--num-samples", 2, "--base", "--strength", 0) == 0
+    found = capsys.readouterr()
+    rows = [json.loads(line) for line in found.out.splitlines()]
+    keys = [(row["index"], row["sample"], row["prompt"]) for row in rows]
+    assert keys == [(i, k, prompt) for i, prompt in enumerate(PROMPTS) for k in (0, 1)]
+    assert all(row["completion"] == row["base"] for row in rows), "strength 0 changes nothing"
+    assert {row["settings"]["fusion"]["strength"] for row in rows} == {0.0}
+    assert re.fullmatch(r"Wrote 6 completions in .* tokens/s\.\n", found.err)
+
+
+def test_an_interrupted_file_is_completed_to_the_same_bytes(generate, tmp_path, capsys):
+    whole, part = tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
+    arguments = [*PROMPTS, "--num-samples", 2, "--rule", "mixture", "--strength", 0.5]
+    assert generate(*arguments, "--output", whole) == 0
+    lines = whole.read_bytes().splitlines(keepends=True)
+    part.write_bytes(b"".join(lines[:2]) + lines[2][:30])
+    assert generate(*arguments, "-o", part, "--batch-size", 3) == 0
+    found = capsys.readouterr()
+    assert found.out == ""
+    assert f"2 of 6 completions are in {part}" in plain(found.err)
+    assert part.read_bytes() == whole.read_bytes()
+
+
+def test_nothing_is_loaded_when_nothing_is_left(generate, tmp_path, monkeypatch):
+    assert generate("You", "-o", tmp_path / "out.jsonl") == 0
+    monkeypatch.setattr("fusion_detox.files.models.load_target", None)
+    assert generate("You", "-o", tmp_path / "out.jsonl") == 0
+
+
+def test_prompts_from_standard_input(generate, monkeypatch, capsys):
+    text = "\ufeffYou are\r\n\n  She reads \n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    assert generate("--prompts-file", "-") == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["prompt"] for row in rows] == ["You are", "  She reads "]
+
+
+def test_prompts_from_json_lines(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(
+        '{"prompt": {"text": "a\u2028b"}}\n\n{"prompt": {"text": "c"}, "x": 1}\n', "utf-8"
+    )
+    assert read_prompts([], str(path), "prompt.text") == ["a\u2028b", "c"]
+    path.write_text('{"prompt": "a"}\n', "utf-8")
+    assert read_prompts([], str(path)) == ["a"]
+
+
+def test_info_shows_the_card(calibrator_folder, capsys):
+    assert main(["info", str(calibrator_folder)]) == 0
+    text = plain(capsys.readouterr().out)
+    for part in ("clean", "reference", "32 tokens", "byte-level", "train-calibrator --seed 7"):
+        assert part in text
+    assert "rule contrast" in text
+
+
+def test_a_training_record_is_shown_in_short():
+    record = {
+        "base_model": None,
+        "seed": 7,
+        "data": [{"name": "a", "license": "MIT"}, {"name": "b"}],
+        "bits_per_byte": {"general": {"clean": 1.25, "reference": None}},
+        "curves": {"clean": [{"step": step} for step in range(100)]},
+    }
+    assert info._flat(record) == [
+        ("seed", "7"),
+        ("data", "name a, license MIT"),
+        ("data", "name b"),
+        ("bits per byte", "general (clean 1.25)"),
+        ("curves", "clean 100 entries, see --json"),
+    ]
+
+
+def test_info_in_json_with_a_map(calibrator_folder, target_folder, capsys):
+    command = ["info", str(calibrator_folder), "--target", str(target_folder), "--json"]
+    assert main(command) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["distributions"] == ["clean", "reference"]
+    assert facts["training"]["seed"] == 7
+    assert facts["fusion"] == FusionConfig().to_dict()
+    assert facts["map"]["kind"] == "projection"
+    assert 0.9 < facts["map"]["coverage"] <= 1
+    assert facts["map"]["build_seconds"] >= 0
+    assert main(["info", str(calibrator_folder), "--target", str(target_folder)]) == 0
+    assert "of probability mass" in plain(capsys.readouterr().out)
+
+
+def test_info_of_the_same_vocabulary(calibrator_folder, capsys):
+    assert main(["info", str(calibrator_folder), "--target", str(calibrator_folder), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["map"]
+    assert (found["kind"], found["coverage"]) == ("identity", 1.0)
+
+
+def run_demo(calibrator_folder, target_folder, capsys, *more):
+    arguments = ["--calibrator", str(calibrator_folder), "--target", str(target_folder)]
+    assert main(["demo", *arguments, "--max-new-tokens", "5", "--strength", "2", *more]) == 0
+    return capsys.readouterr().out
+
+
+def test_demo(calibrator_folder, target_folder, capsys):
+    text = run_demo(calibrator_folder, target_folder, capsys)
+    lines = text.splitlines()
+    assert lines[0].startswith("Content warning")
+    for part in ("Without fusion", "With fusion", "average toxicity", "tokens per second"):
+        assert part in text
+    assert "Scorer: lexical" in lines[-1]
+    for part in ("top-p 0.9", "seed 0", "strength 2"):
+        assert part in lines[-1]
+    assert "[In brackets]" in lines[-2]
+    again = run_demo(calibrator_folder, target_folder, capsys)
+    speed = re.compile(r"tokens per second.*")
+    assert speed.sub("", again) == speed.sub("", text)
+    assert "masked" not in run_demo(calibrator_folder, target_folder, capsys, "--no-mask")
+
+
+def test_demo_prompts_hold_no_slurs_and_are_mixed():
+    assert len(demo.PROMPTS) == len(set(demo.PROMPTS)) == 8
+    assert all(prompt == prompt.strip() for prompt in demo.PROMPTS)
+
+
+def test_toxic_words_are_masked_in_place():
+    def toxicity(words):
+        return [0.9 if word.lower() in ("idiot", "hmph") else 0.1 for word in words]
+
+    text = "Hmph, you IDIOT, idiots and idiot!"
+    assert demo.mask_words(text, toxicity) == "H***, you *D**T, idiots and *d**t!"
+    assert demo.mask_words("", toxicity) == ""
+
+
+def test_held_back_tokens_are_marked():
+    def shown(colour):
+        stream = io.StringIO()
+        system = "standard" if colour else None
+        console = Console(file=stream, force_terminal=colour, color_system=system)
+        console.print(demo._marked(" a bad word", [(2, 6)], colour), end="")
+        return stream.getvalue()
+
+    assert shown(False) == "a [bad] word"
+    assert shown(True) == "a \x1b[1;31mbad\x1b[0m word"
+
+
+def test_held_back_spans_follow_the_characters(make_llama, byte_tokenizer):
+    from fusion_detox.generation.sampling import Completion
+
+    model, text = make_llama(len(byte_tokenizer)), " naïve 🙂 end"
+    ids = tuple(byte_tokenizer(text)["input_ids"])
+    banned = byte_tokenizer("🙂")["input_ids"][-1]
+
+    def processor(input_ids, scores):
+        scores = scores.clone()
+        scores[:, banned] = -100.0
+        return scores
+
+    spans = demo.held_back_spans(
+        model, byte_tokenizer, processor, "You", Completion(text, ids, False)
+    )
+    assert "".join(text[slice(*span)] for span in spans).strip() == "🙂"
+
+
+def start(*arguments, **streams):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    return subprocess.run(
+        [sys.executable, "-m", "fusion_detox", *arguments],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=120,
+        check=False,
+        **streams,
+    )
+
+
+def test_a_closed_pipe_ends_quietly():
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = start("--version", stdout=write)
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_a_full_disk_under_standard_output_is_told():
+    with open("/dev/full", "w") as full:
+        done = start("--version", stdout=full)
+    assert (done.returncode, done.stderr) == (1, "error: cannot write: No space left on device\n")

@@ -1,0 +1,209 @@
+"""How far the two models have lately differed: the same however it is asked, and by definition."""
+
+from __future__ import annotations
+
+import gc
+import random
+import threading
+import weakref
+from collections.abc import Sequence
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from fusion_detox import Calibrator, FusionConfig, FusionLogitsProcessor
+from fusion_detox.decoding.divergence import RecentDivergence
+from fusion_detox.decoding.session import CalibratorSession
+from fusion_detox.errors import ConfigError
+
+Ids = tuple[int, ...]
+
+
+def text(seed: int, length: int) -> Ids:
+    return tuple(random.Random(seed).choices(range(5, 200), k=length))
+
+
+def by_definition(calibrator: Calibrator, ids: Ids) -> float:
+    """One forward pass without a cache for each of the last 16 positions."""
+    length, found = calibrator.context_length, []
+    assert calibrator.reference is not None
+    for end in range(max(0, len(ids) - 15), len(ids) + 1):
+        start = 0
+        while end - start + 1 > length:
+            start += length // 2
+        seen = torch.tensor([[calibrator.bos_id, *ids[start:end]]])
+        with torch.no_grad():
+            clean = calibrator.clean(input_ids=seen).logits[0, -1].double().log_softmax(-1)
+            reference = calibrator.reference(input_ids=seen).logits[0, -1].double().log_softmax(-1)
+        found.append(float((reference.exp() * (reference - clean)).sum()))
+    return sum(found) / len(found)
+
+
+@pytest.fixture
+def session(calibrator: Calibrator) -> CalibratorSession:
+    return CalibratorSession(calibrator, device=torch.device("cpu"), max_rows=4)
+
+
+@pytest.mark.parametrize("length", [0, 1, 15, 16, 17, 31, 32, 70])
+def test_it_is_the_mean_over_the_last_sixteen_positions(
+    calibrator: Calibrator, session: CalibratorSession, length: int
+) -> None:
+    ids = text(length, length)
+    (found,) = session.recent_divergence([ids])
+    assert found == pytest.approx(by_definition(calibrator, ids), rel=1e-4)
+    assert found > 0
+
+
+def test_no_order_of_asking_changes_it(calibrator: Calibrator, session: CalibratorSession) -> None:
+    rng = random.Random(3)
+    texts = [text(seed, 60) for seed in range(4)]
+    asked = [one[:end] for one in texts for end in range(0, 61, 3)] * 2
+    rng.shuffle(asked)
+    while asked:
+        batch, asked = asked[: (count := rng.randint(1, 5))], asked[count:]
+        for ids, found in zip(batch, session.recent_divergence(batch), strict=True):
+            (alone,) = CalibratorSession(calibrator, device=torch.device("cpu")).recent_divergence(
+                [ids]
+            )
+            assert found == pytest.approx(alone, rel=1e-4)
+        if rng.random() < 0.1:
+            session.reset()
+
+
+def test_one_more_token_costs_one_more_position() -> None:
+    asked: list[Ids] = []
+
+    def log_probs(prefixes: Sequence[Ids]) -> torch.Tensor:
+        asked.extend(prefixes)
+        return torch.randn(2, len(prefixes), 7).log_softmax(-1)
+
+    recent, ids = RecentDivergence(32, 7), text(1, 40)
+    recent([ids[:30], ids[:30]], log_probs)
+    assert asked == [ids[:end] for end in range(15, 31)]
+    asked.clear()
+    recent([ids[:31]], log_probs)
+    assert asked == [ids[:31]]
+    asked.clear()
+    recent([ids[:33], ids[:31]], log_probs)  # a few at a time, as with a vocabulary of its own
+    assert asked == [ids[:32], ids[:33]]
+
+
+def nothing(prefixes: Sequence[Ids]) -> torch.Tensor:
+    return torch.zeros(2, len(prefixes), 7)
+
+
+def test_what_it_remembers_is_bounded() -> None:
+    recent = RecentDivergence(32, 7)
+    for number in range(9000):
+        recent([(number,)], nothing)
+    assert len(recent._memo) <= 4096
+
+
+def test_what_it_remembers_of_long_texts_is_no_more() -> None:
+    """Only what the calibrator's window can hold, and how long the text is."""
+    recent, ids = RecentDivergence(32, 7), text(2, 3000)
+    for end in range(2900, 3001):
+        recent([ids[:end]], nothing)
+    assert all(len(end) == 32 + 16 for _, end in recent._memo)
+
+
+def test_a_large_prefill_is_asked_for_in_few_parts() -> None:
+    sizes: list[int] = []
+
+    def log_probs(prefixes: Sequence[Ids]) -> torch.Tensor:
+        sizes.append(len(prefixes))
+        return torch.zeros(2, len(prefixes), 7)
+
+    recent = RecentDivergence(32, 1_000_000)  # 8 MB a prefix
+    recent([text(seed, 20) for seed in range(10)], log_probs)
+    assert sizes == [40, 40, 40, 40]
+
+
+def test_a_session_that_is_dropped_is_gone_at_once(calibrator: Calibrator) -> None:
+    """Its caches may fill a GPU, which does not wait for the cycle collector."""
+    session = CalibratorSession(calibrator, device=torch.device("cpu"))
+    session.recent_divergence([text(1, 5)])
+    gone = weakref.ref(session)
+    gc.disable()
+    try:
+        del session
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_threads_do_not_disturb_each_other(session: CalibratorSession) -> None:
+    texts = [text(seed, 40) for seed in range(6)]
+    wanted = {ids[:end]: 0.0 for ids in texts for end in range(20, 41)}
+    for ids in wanted:
+        (wanted[ids],) = session.recent_divergence([ids])
+    session.reset()
+    wrong: list[Ids] = []
+
+    def write(ids: Ids) -> None:
+        for end in range(20, 41):
+            (found,) = session.recent_divergence([ids[:end]])
+            if abs(found - wanted[ids[:end]]) > 1e-4:
+                wrong.append(ids[:end])
+
+    threads = [threading.Thread(target=write, args=(ids,)) for ids in texts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("name", ["byte_tokenizer", "other_tokenizer"])
+@pytest.mark.parametrize("rule", ["contrast", "product", "mixture"])
+def test_the_strength_follows_the_text(
+    calibrator: Calibrator, request: pytest.FixtureRequest, name: str, rule: str
+) -> None:
+    tokenizer: PreTrainedTokenizerFast = request.getfixturevalue(name)
+    config = FusionConfig(rule=rule, strength=0.8, plausibility=0.0)  # type: ignore[arg-type]
+    plain = FusionLogitsProcessor(calibrator, tokenizer, config)
+    ids = torch.tensor([tokenizer("You are a complete", add_special_tokens=False)["input_ids"]])
+    scores = torch.randn(1, len(tokenizer), generator=torch.Generator().manual_seed(1))
+    path = plain._context.read(tuple(ids[0].tolist())).path
+    divergence = by_definition(calibrator, path)
+    for factor in (0.5, 1.0, 2.0, 5.0):  # half of what the text has is enough, or five times
+        adapted = plain.with_settings(context_kl=factor * divergence)
+        fused, strength = adapted.with_strength(ids, scores)
+        wanted = 0.8 * min(1.0, 1 / factor)
+        assert float(strength) == pytest.approx(wanted, rel=1e-3)
+        same = plain.with_settings(strength=wanted)(ids, scores)
+        torch.testing.assert_close(fused, same, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(adapted(ids, scores), fused, atol=0, rtol=0)
+
+
+def test_a_budget_still_binds_where_the_text_asks_for_more(
+    calibrator: Calibrator, byte_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    config = FusionConfig(strength=4.0, plausibility=0.0, kl_budget=0.01)
+    ids = torch.tensor([[40, 50, 60], [60, 50, 41]])
+    scores = torch.randn(2, len(byte_tokenizer), generator=torch.Generator().manual_seed(2))
+    processor = FusionLogitsProcessor(calibrator, byte_tokenizer, config)
+    _, bound = processor.with_strength(ids, scores)
+    _, same = processor.with_settings(context_kl=1e-6).with_strength(ids, scores)
+    torch.testing.assert_close(bound, same)
+    _, less = processor.with_settings(context_kl=1e6).with_strength(ids, scores)
+    assert (bound > 0).all()
+    assert (less < 1e-3 * bound).all()
+
+
+def test_without_a_reference_there_is_nothing_to_compare(
+    calibrator: Calibrator, byte_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    alone = Calibrator(calibrator.clean, None, byte_tokenizer, context_length=32)
+    config = FusionConfig(rule="product", strength=0.5, context_kl=0.1)
+    with pytest.raises(ConfigError, match="context_kl compares the calibrator's two models"):
+        FusionLogitsProcessor(alone, byte_tokenizer, config)
+    with pytest.raises(ConfigError, match="context_kl compares"):  # nor as what it recommends
+        Calibrator(calibrator.clean, None, byte_tokenizer, config=config, context_length=32)
+
+
+@pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf"), "much", True])
+def test_values_out_of_range_are_refused(value: object) -> None:
+    with pytest.raises(ConfigError, match="context_kl must be a number above 0"):
+        FusionConfig(context_kl=value)  # type: ignore[arg-type]

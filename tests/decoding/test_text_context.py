@@ -1,0 +1,266 @@
+"""Reading rows of target ids: incrementally and from scratch must be the same."""
+
+import copy
+import pickle
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from fusion_detox.decoding import text_context as context
+from fusion_detox.decoding.text_context import Position, TextContext
+from fusion_detox.vocabulary.token_table import TokenTable
+
+# Ids of the target: 0..255 are bytes, then special tokens.
+BOS, EOS, PAD, USER = 256, 257, 258, 259
+BYTES = tuple(bytes([i]) for i in range(256))
+CONTRACTIONS = "('s|'S|'t|'T|'re|'rE|'Re|'RE|'ve|'vE|'Ve|'VE|'m|'M|'ll|'lL|'Ll|'LL|'d|'D)"
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+LINES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+PATTERNS = {
+    "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    "llama3": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|" + LINES,
+    "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|" + LINES,
+    "cl100k": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*|" + LINES,
+    "o200k": rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+{CONTRACTIONS}?"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*{CONTRACTIONS}?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + LINES,
+    "tekken": rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + LINES,
+}
+OTHER_PATTERNS = {
+    "looks far ahead": r"\p{N}{1,3}(?=(?:\p{N}{3})*(?:\P{N}|$))|\p{L}+|\s+|.",
+    "long literals": r"(a1b2c3)|\p{L}+|\p{N}|\s+|.",
+}
+PIECES = [
+    *("a", "A", "Ab", "re", "don", "'", "'s", "'LL", "1", "123", "!", "...", "/", " ", "  ", "\t"),
+    *("\n", "\r\n", "\u00a0", "é", "e\u0301", "\u0301", "東", "東京", "Ǆ", "ʰ", "🙂", "👩‍👩‍👧"),
+    *("<|endoftext|>", " the", " cat", "\ufffd"),
+]
+
+
+def target(dummy_prefix=False, **changes):
+    values = {
+        "pieces": (*BYTES, None, None, None, None),
+        "special_ids": frozenset({BOS, EOS, PAD, USER}),
+        "reset_ids": frozenset({BOS, EOS, PAD}),
+        "dummy_prefix": dummy_prefix,
+    }
+    return SimpleNamespace(**{**values, **changes})
+
+
+def split_by(pattern):
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+def calibrator_of(tokenizer):
+    return SimpleNamespace(tokenizer=tokenizer, tokens=TokenTable.from_tokenizer(tokenizer))
+
+
+def byte_level(pre_tokenizer, normalizer=None):
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizer
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    words = ["".join(PIECES[i:] + PIECES[:i]) for i in range(len(PIECES))]
+    tokenizer.train_from_iterator([*words, "  \n  \n\n don't   don't"] * 3, trainer)
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    return calibrator_of(
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|endoftext|>")
+    )
+
+
+@pytest.fixture(scope="module")
+def contexts(sentencepiece_tokenizer):
+    """Each kind of calibrator, reading bytes."""
+    kinds = {name: byte_level(split_by(pattern)) for name, pattern in PATTERNS.items()}
+    kinds |= {name: byte_level(split_by(pattern)) for name, pattern in OTHER_PATTERNS.items()}
+    usual = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    kinds["byte-level"] = byte_level(usual)
+    kinds["normalised"] = byte_level(usual, normalizers.NFC())
+    kinds["sentencepiece"] = calibrator_of(sentencepiece_tokenizer)
+    return {name: TextContext(kind, target(), False, PAD) for name, kind in kinds.items()}
+
+
+@pytest.fixture(scope="module")
+def plain(contexts):
+    return contexts["byte-level"]
+
+
+def text_ids(text):
+    return tuple(text.encode())
+
+
+def spelled(reader, position):
+    return b"".join(reader._calibrator_pieces[i] for i in position.path).decode()
+
+
+rows = st.lists(
+    st.one_of(
+        st.sampled_from(PIECES).map(text_ids),
+        st.sampled_from(PIECES).map(lambda piece: text_ids(piece)[:-1]),
+        st.integers(0, 262).map(lambda id: (id,)),
+    ),
+    max_size=14,
+).map(lambda parts: tuple(id for part in parts for id in part))
+
+
+@given(rows, st.integers(1, 6))
+@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+def test_incremental_equals_full(contexts, ids, step):
+    for name, reader in contexts.items():
+        for end in range(0, len(ids) + 1, step):
+            assert reader.read(ids[:end]) == reader.read_uncached(ids[:end]), name
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=20).map("".join))
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+def test_a_text_is_tokenised_as_its_tokenizer_does(contexts, text):
+    for name, reader in contexts.items():
+        if "<" not in text:  # special tokens' names are text here
+            expected = reader._tokenizer.encode(text, add_special_tokens=False).ids
+            assert reader.read(text_ids(text)).path == tuple(expected), name
+
+
+def test_only_the_end_is_tokenised_where_the_pattern_allows(contexts, monkeypatch):
+    for name, reader in contexts.items():
+        local = name in PATTERNS or name == "byte-level"
+        assert reader._incremental == local, name
+        reader.read(text_ids("word " * 50))
+        (state,) = [s for ids, s in reader._memo.items() if ids == text_ids("word " * 50)]
+        assert (len(state.tail) < 20) == local, name
+
+
+def test_special_tokens_names_are_text(plain):
+    position = plain.read(text_ids("a<|endoftext|>"))
+    assert 0 not in position.path
+    assert spelled(plain, position) == "a<|endoftext|>"
+
+
+def test_characters_split_over_tokens(plain):
+    emoji = "🙂".encode()
+    for end in range(1, 4):
+        position = plain.read((*b"ok ", *emoji[:end]))
+        assert position.pending == emoji[:end]
+        assert position.path == plain.read(text_ids("ok ")).path
+    assert plain.read((*b"ok ", *emoji)).pending == b""
+    assert spelled(plain, plain.read((*b"ok ", *emoji[:3], *b"!"))) == "ok \ufffd!"
+    assert plain.read(tuple(emoji[:2])) == Position((), (), emoji[:2])
+
+
+def test_the_last_word(plain):
+    position = plain.read(text_ids("Hello xqzv"))
+    assert b"".join(position.word) == b" xqzv"[-len(b"".join(position.word)) :]
+    assert 1 <= len(position.word) <= 4
+    pieces = [plain._calibrator_pieces[i] for i in position.path]
+    assert tuple(pieces[-len(position.word) :]) == position.word
+    assert b"".join(plain.read(text_ids("a b")).word) == b" b"
+    assert plain.read(()) == Position((), (), b"")
+
+
+def test_the_last_word_without_pre_tokens(contexts):
+    reader = contexts["sentencepiece"]
+    word = reader.read(text_ids("nobody wants")).word
+    assert b"nobody" not in b"".join(word)
+    assert len(word) <= 4
+
+
+def test_padding_and_special_tokens(plain):
+    hello = plain.read(text_ids("hello"))
+    ids = text_ids("hello")
+    for row in [
+        (PAD, PAD, *ids),
+        (PAD, BOS, *ids),
+        (BOS, *ids),
+        (*b"before", EOS, *ids),
+        (BOS, USER, *ids),
+        (USER, *ids),
+    ]:
+        assert plain.read(row) == hello
+    assert spelled(plain, plain.read((BOS, *b"a", USER, *b"b"))) == "a\nb"
+    assert plain.read((*ids, EOS)).path == ()
+    assert plain.read((PAD, PAD)).path == ()
+    # An id of a padded head is a boundary too.
+    assert spelled(plain, plain.read((*b"a", 9999, *b"b"))) == "a\nb"
+
+
+def test_padding_with_an_ordinary_token_is_stripped_at_the_start_only(plain):
+    reader = TextContext(
+        SimpleNamespace(tokenizer=plain_tokenizer(plain), tokens=stub_tokens(plain)),
+        target(),
+        False,
+        ord("!"),
+    )
+    assert spelled(reader, reader.read(text_ids("!!a!"))) == "a!"
+    assert reader.read(text_ids("!!")).path == ()
+
+
+def plain_tokenizer(reader):
+    return SimpleNamespace(backend_tokenizer=reader._tokenizer)
+
+
+def stub_tokens(reader):
+    return SimpleNamespace(pieces=reader._calibrator_pieces, kind="byte-level")
+
+
+def test_the_space_that_sentencepiece_puts_before_a_text(plain):
+    calibrator = SimpleNamespace(tokenizer=plain_tokenizer(plain), tokens=stub_tokens(plain))
+    reader = TextContext(calibrator, target(dummy_prefix=True), False, None)
+    assert spelled(reader, reader.read(text_ids(" a b"))) == "a b"
+    assert spelled(reader, reader.read((BOS, *b"  a"))) == " a"
+    assert spelled(reader, reader.read((*b" x", EOS, *b" a"))) == "a"
+    for end in range(6):
+        ids = text_ids("  a b")[:end]
+        assert reader.read(ids) == reader.read_uncached(ids)
+
+
+def test_the_same_vocabulary_is_passed_on():
+    reader = TextContext(SimpleNamespace(), target(), True, PAD)
+    assert reader.read((PAD, BOS, 7, 8)) == Position((7, 8), (), b"")
+    assert reader.read((PAD, BOS, 7, 8, USER, 9)).path == (7, 8, 10, 9)
+    assert reader.read((7, EOS, USER, 300, 9)).path == (9,)
+    assert reader.read((7, 8)).path == (7, 8)
+    no_line_break = target(pieces=(b"a", b"b", None), special_ids={2}, reset_ids=set())
+    assert TextContext(SimpleNamespace(), no_line_break, True, None).read((0, 2, 1)).path == (0, 1)
+
+
+@given(st.lists(st.integers(0, 262), max_size=30), st.integers(1, 5))
+@settings(max_examples=100, deadline=None)
+def test_the_same_vocabulary_incrementally(ids, step):
+    reader = TextContext(SimpleNamespace(), target(), True, PAD)
+    for end in range(0, len(ids) + 1, step):
+        row = tuple(ids[:end])
+        assert reader.read(row) == reader.read_uncached(row)
+
+
+def test_memory_is_bounded_and_does_not_travel(plain, monkeypatch):
+    reader = copy.deepcopy(plain)
+    assert len(reader._memo) == 0
+    monkeypatch.setattr(context, "_ENTRIES", 5)
+    for end in range(40):
+        reader.read(text_ids("x" * end))
+    assert len(reader._memo) == 5
+    monkeypatch.setattr(context, "_ENTRY_IDS", 60)
+    reader.read(text_ids("y" * 50))
+    assert len(reader._memo) == 1
+    assert reader._size == sum(len(i) + len(s.tail) for i, s in reader._memo.items())
+    again = pickle.loads(pickle.dumps(reader))
+    assert len(again._memo) == 0
+    assert again.read(text_ids("y y")) == reader.read(text_ids("y y"))
