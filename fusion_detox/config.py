@@ -1,12 +1,108 @@
-"""How to fuse: the settings of the processor, with their ranges."""
+"""Settings: how they are declared, checked and replaced, and ``FusionConfig`` itself."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from fusion_detox.errors import ConfigError
+
+_Settings = TypeVar("_Settings")
+
+
+def setting(
+    default: Any, group: str, text: str, low: float | None = None, high: float | None = None
+) -> Any:
+    """A dataclass field; the command line's options and help are made from its metadata."""
+    return dataclasses.field(
+        default=default, metadata={"group": group, "help": text, "low": low, "high": high}
+    )
+
+
+def check_settings(settings: Any) -> None:
+    """Checks each field of a dataclass against its range and its literal type.
+
+    Raises:
+        ConfigError: A value is not one of the words that its type lists, not a finite number, or
+            outside its range. ``None`` passes.
+    """
+    hints = get_type_hints(type(settings))
+    for field in dataclasses.fields(settings):
+        value, hint = getattr(settings, field.name), hints[field.name]
+        if get_origin(hint) is Literal:
+            check_choice(field.name, value, get_args(hint))
+        low = field.metadata.get("low")
+        if value is not None and low is not None:
+            check_number(field.name, value, low, field.metadata.get("high"))
+
+
+def check_choice(name: str, value: object, choices: tuple[Any, ...]) -> None:
+    """Checks that a setting is one of some words.
+
+    Raises:
+        ConfigError: It is not; the message lists the words.
+    """
+    if value not in choices:
+        raise ConfigError(f"{name} must be one of {', '.join(map(str, choices))}, not {value!r}")
+
+
+def check_number(
+    name: str,
+    value: object,
+    low: float,
+    high: float | None = None,
+    *,
+    above: bool = False,
+    whole: bool = False,
+    finite: bool = True,
+    note: str = "",
+) -> None:
+    """Checks that a setting is a number within its range.
+
+    Args:
+        name: The setting, for the message.
+        value: What was given; booleans are not numbers.
+        low: Smallest value.
+        high: Largest value, if there is one.
+        above: Exclude ``low`` itself.
+        whole: Require an integer.
+        finite: Refuse infinity.
+        note: Ends the message.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    kind = int if whole else (int, float)
+    if (
+        isinstance(value, kind)
+        and not isinstance(value, bool)
+        and (low < value if above else low <= value)
+        and (high is None or value <= high)
+        and (math.isfinite(value) or not finite)
+    ):
+        return
+    bounds = f"above {low:g}" if above else f"of at least {low:g}"
+    bounds += "" if high is None else f" and at most {high:g}"
+    raise ConfigError(
+        f"{name} must be a {'whole ' if whole else ''}number {bounds}, but is {value!r}{note}"
+    )
+
+
+def replace_settings(settings: _Settings, changes: dict[str, Any], kind: str) -> _Settings:
+    """A copy of a dataclass with some fields changed, checked again.
+
+    Raises:
+        ConfigError: A name is unknown or a value out of range.
+    """
+    known = [field.name for field in dataclasses.fields(settings)]  # type: ignore[arg-type]
+    unknown = sorted(set(changes) - set(known))
+    if unknown:
+        raise ConfigError(
+            f"unknown {kind} settings: {', '.join(unknown)}; known are {', '.join(known)}"
+        )
+    return dataclasses.replace(settings, **changes)  # type: ignore[type-var]
+
 
 Rule = Literal["contrast", "product", "mixture", "aligned", "aligned_contrast"]
 Outside = Literal["keep", "remove"]
@@ -62,24 +158,20 @@ class FusionConfig:
     aligned_norm: AlignedNorm = "auto"
 
     def __post_init__(self) -> None:
-        if self.rule not in get_args(Rule):
-            raise ConfigError(f"rule must be one of {', '.join(get_args(Rule))}, not {self.rule!r}")
-        if self.outside not in get_args(Outside):
-            raise ConfigError(f"outside must be 'keep' or 'remove', not {self.outside!r}")
-        if self.aligned_norm not in get_args(AlignedNorm):
-            raise ConfigError(
-                f"aligned_norm must be one of {', '.join(get_args(AlignedNorm))}, "
-                f"not {self.aligned_norm!r}"
-            )
-        largest = math.inf if self.contrasts else 1.0
-        self._check("strength", 0.0, largest)
-        self._check("plausibility", 0.0, 1.0)
-        self._check("clip", 0.0, math.inf, open_below=True, finite=False)
-        self._check("threshold", 0.0, math.inf)
-        self._check("floor", 0.0, 1e-2)
-        for name in ("kl_budget", "context_kl"):
-            if getattr(self, name) is not None:
-                self._check(name, 0.0, math.inf, open_below=True)
+        check_choice("rule", self.rule, get_args(Rule))
+        check_choice("outside", self.outside, get_args(Outside))
+        check_choice("aligned_norm", self.aligned_norm, get_args(AlignedNorm))
+        largest = None if self.contrasts else 1.0
+        note = "" if self.contrasts else f" (rule {self.rule!r})"
+        check_number("strength", self.strength, 0.0, largest, note=note)
+        check_number("plausibility", self.plausibility, 0.0, 1.0)
+        check_number("clip", self.clip, 0.0, above=True, finite=False)
+        check_number("threshold", self.threshold, 0.0)
+        check_number("floor", self.floor, 0.0, 1e-2)
+        if self.kl_budget is not None:
+            check_number("kl_budget", self.kl_budget, 0.0, above=True)
+        if self.context_kl is not None:
+            check_number("context_kl", self.context_kl, 0.0, above=True)
 
     @property
     def contrasts(self) -> bool:
@@ -98,31 +190,9 @@ class FusionConfig:
             return self.aligned_norm
         return "layer" if self.rule == "aligned" else "target"
 
-    def _check(
-        self, name: str, low: float, high: float, open_below: bool = False, finite: bool = True
-    ) -> None:
-        value = getattr(self, name)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if (
-            not number
-            or math.isnan(value)
-            or not low <= value <= high
-            or (open_below and value == low)
-            or (finite and math.isinf(value))
-        ):
-            above = f"above {low:g}" if open_below else f"at least {low:g}"
-            most = "" if math.isinf(high) else f" and at most {high:g} (rule {self.rule!r})"
-            raise ConfigError(f"{name} must be a number {above}{most}, but is {value!r}")
-
     def replace(self, **changes: Any) -> FusionConfig:
         """A copy with some settings changed; their ranges are checked again."""
-        unknown = sorted(set(changes) - {field.name for field in dataclasses.fields(self)})
-        if unknown:
-            raise ConfigError(
-                f"unknown fusion settings: {', '.join(unknown)}; known are "
-                f"{', '.join(field.name for field in dataclasses.fields(self))}"
-            )
-        return dataclasses.replace(self, **changes)
+        return replace_settings(self, changes, "fusion")
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON-ready values."""

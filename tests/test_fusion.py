@@ -196,18 +196,18 @@ def test_dtype_is_kept(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"strength": -1}, "strength must be a number at least 0, but is -1"),
-        ({"strength": math.nan}, "strength must be a number at least 0, but is nan"),
+        ({"strength": -1}, "strength must be a number of at least 0, but is -1"),
+        ({"strength": math.nan}, "strength must be a number of at least 0, but is nan"),
         ({"strength": "big"}, "but is 'big'"),
-        ({"rule": "mixture", "strength": 1.5}, "at most 1 .rule 'mixture'., but is 1.5"),
+        ({"rule": "mixture", "strength": 1.5}, "at most 1, but is 1.5 .rule 'mixture'."),
         (
             {"rule": "sum"},
             "rule must be one of contrast, product, mixture, aligned, aligned_contrast, not 'sum'",
         ),
-        ({"plausibility": 2}, "plausibility must be a number at least 0 and at most 1"),
+        ({"plausibility": 2}, "plausibility must be a number of at least 0 and at most 1"),
         ({"clip": 0}, "clip must be a number above 0, but is 0"),
         ({"kl_budget": 0}, "kl_budget must be a number above 0, but is 0"),
-        ({"outside": "drop"}, "outside must be 'keep' or 'remove', not 'drop'"),
+        ({"outside": "drop"}, "outside must be one of keep, remove, not 'drop'"),
         ({"stength": 1}, "unknown fusion settings: stength; known are rule, strength"),
     ],
 )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, Literal, get_args
 
+from fusion_detox.config import check_choice, check_number, replace_settings
 from fusion_detox.errors import ConfigError
 
 Embeddings = Literal["output", "input"]
@@ -53,26 +53,14 @@ class AlignmentConfig:
     seed: int = 20261120
 
     def __post_init__(self) -> None:
-        for name, known in (
-            ("embeddings", Embeddings),
-            ("start", Start),
-            ("negatives_from", Negatives),
-        ):
-            if getattr(self, name) not in get_args(known):
-                raise ConfigError(
-                    f"{name} must be one of {', '.join(get_args(known))}, "
-                    f"not {getattr(self, name)!r}"
-                )
+        check_choice("embeddings", self.embeddings, get_args(Embeddings))
+        check_choice("start", self.start, get_args(Start))
+        check_choice("negatives_from", self.negatives_from, get_args(Negatives))
         for name, low in (("epochs", 0), ("batch_size", 2), ("negatives", 0), ("seed", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                raise ConfigError(f"{name} must be a whole number of at least {low}: {value!r}")
-        for name, top in (("learning_rate", math.inf), ("ridge", math.inf), ("held_out", 0.5)):
-            value = getattr(self, name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not math.isfinite(value) or not 0 < value <= top:
-                most = "" if math.isinf(top) else f" and at most {top:g}"
-                raise ConfigError(f"{name} must be a number above 0{most}, but is {value!r}")
+            check_number(name, getattr(self, name), low, whole=True)
+        check_number("learning_rate", self.learning_rate, 0, above=True)
+        check_number("ridge", self.ridge, 0, above=True)
+        check_number("held_out", self.held_out, 0, 0.5, above=True)
         if self.epochs and not self.negatives and self.negatives_from == "drawn":
             raise ConfigError(
                 "negatives is 0 and negatives_from 'drawn', so that there is nothing to tell a "
@@ -98,13 +86,7 @@ class AlignmentConfig:
 
     def replace(self, **changes: Any) -> AlignmentConfig:
         """A copy with some settings changed; their ranges are checked again."""
-        unknown = sorted(set(changes) - {field.name for field in dataclasses.fields(self)})
-        if unknown:
-            raise ConfigError(
-                f"unknown alignment settings: {', '.join(unknown)}; known are "
-                f"{', '.join(field.name for field in dataclasses.fields(self))}"
-            )
-        return dataclasses.replace(self, **changes)
+        return replace_settings(self, changes, "alignment")
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON-ready values."""

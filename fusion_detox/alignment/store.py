@@ -12,12 +12,8 @@ or downloaded, the user's cache folder holds them, by the calibrator's vocabular
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fusion_detox.alignment.alignment import Alignment
 from fusion_detox.alignment.config import AlignmentConfig
 from fusion_detox.errors import AlignmentError, ConfigError, DataFileError
+from fusion_detox.files.atomic import UNFINISHED, replacing_folder
 from fusion_detox.files.loading_errors import first_line
 
 if TYPE_CHECKING:
@@ -38,7 +35,6 @@ FORMAT_VERSION = 1
 FOLDER = "alignments"
 _TENSORS = ("matrix", "calibrator_rows", "target_rows")
 _MEND = "Learn it again with `fusion-detox align`, or delete the folder."
-_LEFTOVER = ".new-"
 
 
 def alignment_folders(calibrator: Calibrator) -> list[Path]:
@@ -61,7 +57,7 @@ def saved_alignments(calibrator: Calibrator) -> list[Path]:
         for folder in alignment_folders(calibrator)
         if folder.is_dir()
         for path in folder.iterdir()
-        if path.is_dir() and _LEFTOVER not in path.name
+        if path.is_dir() and UNFINISHED not in path.name
     )
 
 
@@ -107,7 +103,7 @@ def save_alignment(
     }
     tensors = {name: getattr(alignment, name).contiguous() for name in _TENSORS}
     try:
-        with _replacing(folder) as new:
+        with replacing_folder(folder) as new:
             save_file(tensors, new / "alignment.safetensors")
             text = json.dumps(values, indent=2, ensure_ascii=False)
             (new / "alignment.json").write_text(text + "\n", encoding="utf-8")
@@ -229,28 +225,3 @@ def _check(folder: Path, found: Alignment) -> None:
         )
     if not all(bool(torch.isfinite(tensor).all()) for tensor in (matrix, own, target)):
         raise AlignmentError(f"{folder} holds values that are not finite numbers. {_MEND}")
-
-
-@contextlib.contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """A new folder that takes the place of ``folder`` if the block ends well."""
-    made = [parent for parent in folder.parents if not parent.exists()]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}{_LEFTOVER}"))
-    try:
-        new = beside / "new"
-        new.mkdir()  # with the user's usual permissions, unlike mkdtemp's
-        yield new
-        if folder.exists():
-            os.rename(folder, beside / "old")
-        try:
-            os.rename(new, folder)
-        except BaseException:
-            if (beside / "old").exists():
-                os.rename(beside / "old", folder)
-            raise
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-        for parent in made:
-            with contextlib.suppress(OSError):  # it is in use by now
-                parent.rmdir()

@@ -6,7 +6,6 @@ import contextlib
 import json
 import math
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +29,7 @@ from fusion_detox.calibrator.reading import (
 )
 from fusion_detox.config import FusionConfig
 from fusion_detox.errors import CalibratorError, DataFileError
+from fusion_detox.files.atomic import replacing_folder
 from fusion_detox.files.loading_errors import first_line
 from fusion_detox.files.models import make_portable, quiet_transformers
 
@@ -62,7 +62,11 @@ def write_folder(
             f"{directory} exists and is no calibrator, so it is not replaced. Give a new folder "
             f"or an empty one."
         )
-    with _written(directory), _replacing(directory) as folder, quiet_transformers():
+    with (
+        _written(directory),
+        replacing_folder(directory, keep=lambda name: name not in _OURS) as folder,
+        quiet_transformers(),
+    ):
         for part, model in models.items():
             model.save_pretrained(folder / part)
             make_portable(folder / part)
@@ -153,36 +157,6 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
             f"only what JSON can."
         ) from error
     path.write_text(text + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def _replacing(directory: Path) -> Iterator[Path]:
-    """A new folder that takes the place of ``directory`` if the block ends well."""
-    for folder in directory.parents:
-        if folder.exists() and not folder.is_dir():
-            raise NotADirectoryError(f"{folder} is not a folder")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}.new-"))
-    older = beside.with_name(beside.name.replace(".new-", ".old-"))
-    try:
-        new = beside / "folder"
-        new.mkdir()  # with the user's usual permissions, unlike mkdtemp's
-        yield new
-        if directory.exists():
-            os.rename(directory, older)
-        try:
-            os.rename(new, directory)
-        except BaseException:
-            if older.exists():
-                os.rename(older, directory)
-            raise
-        if older.exists():
-            for entry in older.iterdir():
-                if entry.name not in _OURS:
-                    os.rename(entry, directory / entry.name)
-            shutil.rmtree(older)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 @contextlib.contextmanager

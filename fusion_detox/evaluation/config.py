@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusion_detox.config import check_number, replace_settings
 from fusion_detox.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -67,22 +68,11 @@ class EvaluationConfig:
     batch_size: int = dataclasses.field(default=16, metadata=_RUNNING)
 
     def __post_init__(self) -> None:
-        for name in (
-            "harmless_texts",
-            "refusal_tokens",
-            "resamples",
-            "batch_size",
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{name} must be a whole number of at least 1, but is {value!r}")
-        if self.harmless_tokens < 2:
-            raise ConfigError(
-                f"harmless_tokens must be a whole number of at least 2, but is "
-                f"{self.harmless_tokens!r}: the first token has nothing before it"
-            )
-        if not 0 < self.threshold <= 1:
-            raise ConfigError(f"threshold must be above 0 and at most 1, but is {self.threshold!r}")
+        for name in ("harmless_texts", "refusal_tokens", "resamples", "batch_size"):
+            check_number(name, getattr(self, name), 1, whole=True)
+        note = " (the first token has nothing before it)"
+        check_number("harmless_tokens", self.harmless_tokens, 2, whole=True, note=note)
+        check_number("threshold", self.threshold, 0, 1, above=True)
         for name in ("seeds", "scorers", "suites"):
             values = getattr(self, name)
             if isinstance(values, str) or len(set(values)) != len(values):
@@ -118,7 +108,4 @@ class EvaluationConfig:
 
     def replace(self, **changes: Any) -> EvaluationConfig:
         """A copy with some settings changed; their ranges are checked again."""
-        unknown = sorted(set(changes) - {field.name for field in dataclasses.fields(self)})
-        if unknown:
-            raise ConfigError(f"unknown evaluation settings: {', '.join(unknown)}")
-        return dataclasses.replace(self, **changes)
+        return replace_settings(self, changes, "evaluation")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,6 +25,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from fusion_detox.config import check_number
 from fusion_detox.errors import ConfigError, DataError, ModelError
 
 if TYPE_CHECKING:
@@ -55,17 +55,11 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("max_new_tokens", 1), ("top_k", 0), ("samples", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ConfigError(f"{name} must be a whole number of at least {least}: {value!r}")
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise ConfigError(
-                f"temperature must be a number above 0, but is {self.temperature!r}; "
-                "for the most probable tokens choose greedy"
-            )
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p must be above 0 and at most 1, but is {self.top_p!r}")
+        for name, low in (("max_new_tokens", 1), ("top_k", 0), ("samples", 1), ("seed", 0)):
+            check_number(name, getattr(self, name), low, whole=True)
+        note = "; for the most probable tokens, choose greedy"
+        check_number("temperature", self.temperature, 0, above=True, note=note)
+        check_number("top_p", self.top_p, 0, 1, above=True)
         if self.greedy and self.samples > 1:
             raise ConfigError(
                 f"{self.samples} greedy samples of a prompt would be equal; ask for 1, or sample"

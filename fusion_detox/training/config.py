@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
+from fusion_detox.config import check_settings, setting
 from fusion_detox.errors import ConfigError
-from fusion_detox.training.ranges import check_settings, setting
 
 Precision = Literal["float32", "bfloat16"]
 SaveDtype = Literal["float32", "float16", "bfloat16"]

@@ -119,8 +119,8 @@ def train_calibrator(
         from accelerate import PartialState
     except ImportError as error:
         raise MissingExtraError("accelerate", "train") from error
-    from fusion_detox.training.data import text_blocks
     from fusion_detox.training.contrastive.contrastive_stage import ContrastStage, ContrastText
+    from fusion_detox.training.data import text_blocks
     from fusion_detox.training.distributions import Run, claim
 
     config, columns = config or TrainingConfig(), columns or Columns()

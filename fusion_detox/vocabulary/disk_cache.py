@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
-import uuid
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from fusion_detox.files.atomic import replacing_file
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +58,10 @@ def save_map(path: Path, key: str, tensors: dict[str, Tensor], coverage: float) 
         "coverage": repr(coverage),
         "sizes": json.dumps({name: list(tensor.shape) for name, tensor in tensors.items()}),
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, metadata)
-        os.replace(temporary, path)
+        with replacing_file(path) as temporary:
+            save_file(tensors, temporary, metadata)
     except (OSError, SafetensorError) as error:
         logger.warning(
             "the vocabulary map cannot be kept in %s (%s), so it is built in every process; set "
@@ -70,8 +69,6 @@ def save_map(path: Path, key: str, tensors: dict[str, Tensor], coverage: float) 
             path.parent,
             error,
         )
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def _check(tensors: dict[str, Tensor], sizes: dict[str, list[int]]) -> None:

@@ -463,7 +463,7 @@ def test_wrong_use_is_said_at_construction(gpt2: Case, byte_tokenizer: Any) -> N
             target=gpt2.target,
             alignment=gpt2.alignment,
         )
-    with pytest.raises(ConfigError, match=r"at most 1 \(rule 'aligned'\), but is 1.5"):
+    with pytest.raises(ConfigError, match=r"at most 1, but is 1.5 \(rule 'aligned'\)"):
         FusionConfig(rule="aligned", strength=1.5)
     with pytest.raises(ConfigError, match="aligned_norm must be one of auto, layer, target, none"):
         FusionConfig(aligned_norm="rms")  # type: ignore[arg-type]

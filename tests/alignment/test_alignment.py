@@ -325,8 +325,8 @@ def test_divergence_is_said(rotated: tuple[torch.Tensor, torch.Tensor]) -> None:
     [
         ({"embeddings": "middle"}, "embeddings must be one of output, input, not 'middle'"),
         ({"start": "zero"}, "start must be one of logits, ridge, procrustes, random, identity"),
-        ({"epochs": -1}, "epochs must be a whole number of at least 0: -1"),
-        ({"batch_size": 1}, "batch_size must be a whole number of at least 2: 1"),
+        ({"epochs": -1}, "epochs must be a whole number of at least 0, but is -1"),
+        ({"batch_size": 1}, "batch_size must be a whole number of at least 2, but is 1"),
         ({"held_out": 0.7}, "held_out must be a number above 0 and at most 0.5, but is 0.7"),
         ({"learning_rate": float("nan")}, "learning_rate must be a number above 0, but is nan"),
         ({"start": "random"}, "nothing would be learned: give epochs"),

@@ -85,8 +85,8 @@ def test_stems_are_file_names_that_differ_with_what_they_name():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"samples": 0}, "samples must be a whole number of at least 1: 0"),
-        ({"threshold": 0.0}, "threshold must be above 0 and at most 1, but is 0.0"),
+        ({"samples": 0}, "samples must be a whole number of at least 1, but is 0"),
+        ({"threshold": 0.0}, "threshold must be a number above 0 and at most 1, but is 0.0"),
         ({"seeds": ()}, "at least one seed"),
         ({"seeds": (1, 1)}, "different values"),
         ({"scorers": ()}, "at least one scorer"),
@@ -94,7 +94,7 @@ def test_stems_are_file_names_that_differ_with_what_they_name():
         ({"suites": ("identiti",)}, "unknown suites: identiti; built in are identity, dialect"),
         ({"harmless_tokens": 1}, "at least 2"),
         ({"resamples": 0}, "resamples must be a whole number of at least 1, but is 0"),
-        ({"top_p": 0.0}, "top_p must be above 0"),
+        ({"top_p": 0.0}, "top_p must be a number above 0"),
     ],
 )
 def test_evaluation_settings_out_of_range(values, message):

@@ -334,7 +334,7 @@ def test_only_scored_positions_are_fused(
         ({"strenght": 1.0}, "did you mean 'strength'"),
         ({"revison": "main"}, "unknown argument 'revison'"),
         ({"config": "strong"}, "give single settings, such as strength=1.5"),
-        ({"strength": -1.0}, "strength must be a number at least 0"),
+        ({"strength": -1.0}, "strength must be a number of at least 0"),
         ({"config": {"strong": 1}}, "unknown fusion settings: strong"),
         ({"trust_remote_code": True}, "no code from a model's repository"),
         ({"backend": "seq2seq"}, "fusion needs a causal model"),

@@ -129,7 +129,7 @@ DAMAGES = {
     ),
     "strength out of range": (
         lambda f: edit(f / MAIN, fusion={"strength": -1}),
-        [MAIN, "strength must be a number at least 0", "-1", "Correct it there"],
+        [MAIN, "strength must be a number of at least 0", "-1", "Correct it there"],
     ),
     "unknown fusion setting": (
         lambda f: edit(f / MAIN, fusion={"alpha": 1}),

@@ -114,10 +114,13 @@ def test_empty_prompt(fails):
     [
         (["--batch-size", "0"], "--batch-size must be at least 1, but is 0"),
         (["--temperature", "0"], "temperature must be a number above 0, but is 0.0; for the most"),
-        (["--top-p", "90"], "top_p must be above 0 and at most 1, but is 90.0"),
-        (["--max-new-tokens", "0"], "max_new_tokens must be a whole number of at least 1: 0"),
+        (["--top-p", "90"], "top_p must be a number above 0 and at most 1, but is 90.0"),
+        (
+            ["--max-new-tokens", "0"],
+            "max_new_tokens must be a whole number of at least 1, but is 0",
+        ),
         (["--greedy", "--num-samples", "3"], "3 greedy samples of a prompt would be equal"),
-        (["--seed", "-1"], "seed must be a whole number of at least 0: -1"),
+        (["--seed", "-1"], "seed must be a whole number of at least 0, but is -1"),
     ],
 )
 def test_sampling(fails, arguments, message):
@@ -141,12 +144,12 @@ def common(target_folder, calibrator_folder):
 
 def test_negative_strength(fails, common):
     message = fails(*common, "p", "--strength", "-1")
-    assert "strength must be a number at least 0, but is -1.0" in message
+    assert "strength must be a number of at least 0, but is -1.0" in message
 
 
 def test_mixture_beyond_one(fails, common):
     message = fails(*common, "p", "--rule", "mixture", "--strength", "1.5")
-    assert "at most 1 (rule 'mixture'), but is 1.5" in message
+    assert "at most 1, but is 1.5 (rule 'mixture')" in message
 
 
 def test_output_folder_missing(fails, common):

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion_detox.errors import DataFileError, TrainingError
+from fusion_detox.files.atomic import replacing_folder
 from fusion_detox.training.finetuning.card import render_adapter_card
 
 if TYPE_CHECKING:
@@ -63,11 +61,7 @@ def write_adapter(
     settings = model.peft_config["default"]
     settings.base_model_name_or_path, settings.revision = base, revision
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.new-"))
-        try:
-            folder = beside / "folder"
-            folder.mkdir()  # with the user's usual permissions, unlike mkdtemp's
+        with replacing_folder(output) as folder:
             with quiet_transformers():
                 # The embeddings are not trained; to look for changed ones would ask the hub.
                 model.save_pretrained(
@@ -80,17 +74,6 @@ def write_adapter(
             (folder / "README.md").write_text(render_adapter_card(record), encoding="utf-8")
             for path in folder.glob("*.safetensors"):  # which are written for their owner only
                 path.chmod((folder / "README.md").stat().st_mode)
-            older = beside / "older"
-            if output.exists():
-                os.rename(output, older)
-            try:
-                os.rename(folder, output)
-            except BaseException:
-                if older.exists():
-                    os.rename(older, output)
-                raise
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
     except OSError as error:
         raise DataFileError(
             f"{output} cannot be written: {error.strerror or error}. The training is kept in "

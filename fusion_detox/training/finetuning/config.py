@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
+from fusion_detox.config import check_settings, setting
 from fusion_detox.errors import ConfigError
 from fusion_detox.training.config import Precision
-from fusion_detox.training.ranges import check_settings, setting
 
 FinetuneObjective = Literal["contrastive-perplexity", "signed-margin", "likelihood-ratio", "dpo"]
 

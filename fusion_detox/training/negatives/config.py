@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from fusion_detox.config import check_settings, setting
 from fusion_detox.errors import ConfigError, DataError, DataFileError
-from fusion_detox.training.ranges import check_settings, setting
 
 POSITIVE, NEGATIVE = "positive", "negative"
 SIDES = (POSITIVE, NEGATIVE)
