@@ -59,10 +59,10 @@ def ends(pieces: Sequence[bytes]) -> list[int]:
 def score_text(calibrator, session, vocabulary, tokens, tokenizer, text):
     """Per variant and kind of place: bits through the map, own bits and bytes."""
     (target_ids,), (own_ids,) = encode(tokenizer, [text]), encode(calibrator.tokenizer, [text])
-    pieces = [tokens.pieces[i] or b"" for i in target_ids]
+    pieces = [tokens.token_bytes[i] or b"" for i in target_ids]
     if tokens.dummy_prefix:
         pieces[0] = pieces[0].removeprefix(b" ")
-    own_pieces = [calibrator.tokens.pieces[i] or b"" for i in own_ids]
+    own_pieces = [calibrator.tokens.token_bytes[i] or b"" for i in own_ids]
     if b"".join(pieces) != b"".join(own_pieces):
         return None
     own_bits, paths = [], [tuple(own_ids[:n]) for n in range(len(own_ids))]
@@ -197,7 +197,7 @@ def main():
             cached_cpu_seconds = time.process_time() - used
         row = {
             "kind": built.kind,
-            "tokens": len(tokens.pieces),
+            "tokens": len(tokens.token_bytes),
             "mapped": int(built.mapped.sum()),
             "coverage": built.coverage,
             "table_seconds": round(table_seconds, 3),

@@ -78,7 +78,7 @@ def fresh(
     return FusionLogitsProcessor(calibrator, tokenizer, config, pad_token_id=pad)
 
 
-class Watch:
+class ProgressCallback:
     """A processor that keeps what it was given and what came out."""
 
     def __init__(self, processor: FusionLogitsProcessor) -> None:
@@ -194,7 +194,7 @@ def test_target_equals_the_definition(name: str) -> None:
         pytest.skip("transformers 4 gives other logits with its cache than without")
     model, tokenizer, inputs = target_of(name)
     before = weights_hash(model)
-    watch = Watch(fresh(tokenizer))
+    watch = ProgressCallback(fresh(tokenizer))
     wanted = {
         sample: by_definition(model, inputs, tokenizer, draw if sample else greedy)
         for sample in (False, True)
@@ -214,7 +214,7 @@ def test_target_equals_the_definition(name: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_target_at_strength_zero_keeps_the_very_scores(name: str) -> None:
     model, tokenizer, inputs = target_of(name)
-    watch = Watch(fresh(tokenizer, config=CONFIG.replace(strength=0.0)))
+    watch = ProgressCallback(fresh(tokenizer, config=CONFIG.replace(strength=0.0)))
     for sample in (False, True):
         fused = generate(model, inputs, [watch], sample)
         assert torch.equal(fused, generate(model, inputs, [], sample))
@@ -222,7 +222,7 @@ def test_target_at_strength_zero_keeps_the_very_scores(name: str) -> None:
     assert all(fused is scores for _, scores, fused in watch.seen)
 
 
-def check_steps(watch: Watch, tokenizer: Any, new: torch.Tensor) -> None:
+def check_steps(watch: ProgressCallback, tokenizer: Any, new: torch.Tensor) -> None:
     """Each step is a new processor's answer to the same scores, and the best token was taken.
 
     For models of which rounding differs with and without a cache.
@@ -244,7 +244,7 @@ def check_steps(watch: Watch, tokenizer: Any, new: torch.Tensor) -> None:
 def test_target_in_half_precision(name: str, dtype: torch.dtype) -> None:
     model, tokenizer, inputs = target_of(name)
     model = model.to(dtype)
-    watch = Watch(fresh(tokenizer))
+    watch = ProgressCallback(fresh(tokenizer))
     check_steps(watch, tokenizer, generate(model, inputs, [watch]))
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     # What a caller hands over in half precision comes back in it.
@@ -256,7 +256,7 @@ def test_target_in_half_precision(name: str, dtype: torch.dtype) -> None:
 
 def test_the_soft_cap_of_the_logits_holds_before_fusion() -> None:
     model, tokenizer, inputs = target_of("Gemma 2", final_logit_softcapping=2.0)
-    watch = Watch(fresh(tokenizer))
+    watch = ProgressCallback(fresh(tokenizer))
     generate(model, inputs, [watch])
     assert all(scores.abs().max() <= 2.0 for _, scores, _ in watch.seen)
     # Fusion may go beyond the cap; the cap is the target's matter and not the calibrator's.
@@ -271,7 +271,7 @@ def test_the_source_of_an_encoder_decoder_can_be_handed_over(name: str, beams: i
     model, tokenizer, inputs = target_of(name)
     sources = [f"{text}\n" for text in PROMPTS]
     processor = fresh(tokenizer)
-    alone, watch = Watch(processor), Watch(processor.following(sources))
+    alone, watch = ProgressCallback(processor), ProgressCallback(processor.following(sources))
     for one in (alone, watch):
         how = {"do_sample": False, "num_beams": beams, "max_new_tokens": STEPS}
         model.generate(**inputs, **how, logits_processor=[one])
@@ -305,7 +305,7 @@ def test_target_with_a_published_tokenizer(name: str) -> None:
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = pad_of(tokenizer)
     inputs = batch_of(family, tokenizer)
-    watch = Watch(published_processor(folder))
+    watch = ProgressCallback(published_processor(folder))
     new = generate(model, inputs, [watch])
     assert watch.processor.vocabulary.coverage > 0.98
     assert len(watch.seen) == STEPS
@@ -369,9 +369,9 @@ def test_calibrator_under_generate_equals_the_definition(name: str) -> None:
     """The target is a GPT-2 of another vocabulary than the calibrator, where there is one."""
     calibrator = calibrator_of(name)
     model, tokenizer, inputs = target_of("GPT-2")
-    watch = Watch(fresh(tokenizer, calibrator))
+    watch = ProgressCallback(fresh(tokenizer, calibrator))
     generate(model, inputs, [watch])
-    new = Watch(fresh(tokenizer, calibrator))
+    new = ProgressCallback(fresh(tokenizer, calibrator))
     for index in (STEPS - 1, 1):  # neither in order nor in a batch
         ids, scores, fused = watch.seen[index]
         rows = [new(ids[i : i + 1], scores[i : i + 1]) for i in (1, 0)]
@@ -475,7 +475,7 @@ def test_quantised_target(package: str, bits: int, tmp_path: Path) -> None:
     before = logits()
     with torch.no_grad():
         assert not torch.equal(before, whole(**inputs).logits)  # it is quantised
-    watch = Watch(fresh(tokenizer))
+    watch = ProgressCallback(fresh(tokenizer))
     check_steps(watch, tokenizer, generate(model, inputs, [watch]))
     assert torch.equal(logits(), before)
 
@@ -505,7 +505,7 @@ def test_parts_offloaded_to_the_disk(elsewhere: str, saved_llama: Path, tmp_path
         saved_llama, device_map={**places, elsewhere: "disk"}, offload_folder=tmp_path
     )
     assert "meta" in {parameter.device.type for parameter in model.parameters()}
-    watch = Watch(fresh(tokenizer))
+    watch = ProgressCallback(fresh(tokenizer))
     new = generate(model, inputs, [watch])
     assert torch.equal(new, by_definition(whole, inputs, tokenizer, greedy))
     assert watch.moved > 0.1
@@ -520,7 +520,7 @@ def test_head_on_another_device(body: Any, saved_llama: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(saved_llama, device_map=places)
     wanted = by_definition(whole, inputs, tokenizer, greedy)
     inputs = {key: value.to(model.device) for key, value in inputs.items()}
-    watch = Watch(fresh(tokenizer))
+    watch = ProgressCallback(fresh(tokenizer))
     new = generate(model, inputs, [watch])
     assert torch.equal(new.cpu(), wanted)
     assert all(fused.device == scores.device for _, scores, fused in watch.seen)

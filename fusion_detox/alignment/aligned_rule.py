@@ -76,7 +76,7 @@ class AlignedTarget:
             weight = output_layer(reference).weight
             assert isinstance(weight, Tensor)
             self._reference_width = weight.shape[1]
-        pieces = TokenTable.from_tokenizer(tokenizer).pieces[: self.head.columns]
+        pieces = TokenTable.from_tokenizer(tokenizer).token_bytes[: self.head.columns]
         spelled = [piece is not None for piece in pieces]
         self._spelled = torch.tensor(spelled + [False] * (self.head.columns - len(spelled)))
         self._warned = False

@@ -188,7 +188,7 @@ def align_tables(
             "widths": list(matrix.shape),
             "common_tokens": len(pairs),
             "calibrator_tokens": len(here.weight),
-            "target_tokens": len(there.tokens.pieces),
+            "target_tokens": len(there.tokens.token_bytes),
             "held_out_tokens": held,
             "to_target": forth,
             "to_calibrator": back,
@@ -229,7 +229,7 @@ def common_tokens(here: EmbeddingTable, there: EmbeddingTable) -> list[tuple[int
 def _by_bytes(tokens: TokenTable, rows: int) -> dict[bytes, int]:
     """One id for each spelling that the embedding has a row for."""
     found: dict[bytes, int] = {}
-    for id, piece in enumerate(tokens.pieces[:rows]):
+    for id, piece in enumerate(tokens.token_bytes[:rows]):
         # Of a normal piece and its <0xNN> twin the tokenizer uses the former.
         if piece and (piece not in found or found[piece] in tokens.byte_ids):
             found[piece] = id

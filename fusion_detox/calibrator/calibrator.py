@@ -283,11 +283,11 @@ class Calibrator:
                 f"The clean model has {widths['clean']} logits and the reference "
                 f"{widths['reference']}. Both have to use one vocabulary: train one from the other."
             )
-        width, ids = widths["clean"], len(self.tokens.pieces)
+        width, ids = widths["clean"], len(self.tokens.token_bytes)
         ordinary = [
             id
             for id in range(width, ids)
-            if self.tokens.pieces[id] is not None and id not in self.tokens.special_ids
+            if self.tokens.token_bytes[id] is not None and id not in self.tokens.special_ids
         ]
         if ordinary:
             raise CalibratorError(

@@ -90,7 +90,7 @@ def describe_map(calibrator: Calibrator, target: str) -> dict[str, Any]:
     return {
         "target": target,
         "tokenizer": tokens.kind,
-        "target_size": len(tokens.pieces),
+        "target_size": len(tokens.token_bytes),
         "kind": mapping.kind,
         "coverage": float(mapping.coverage),
         "mapped_tokens": int(mapping.mapped.sum()),

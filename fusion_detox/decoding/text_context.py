@@ -98,7 +98,7 @@ class TextContext:
         identity: bool,
         pad_id: int | None,
     ) -> None:
-        self._pieces = target_tokens.pieces
+        self._token_bytes = target_tokens.token_bytes
         self._special = target_tokens.special_ids
         self._reset = target_tokens.reset_ids
         self._dummy_prefix = target_tokens.dummy_prefix
@@ -106,10 +106,10 @@ class TextContext:
         self._pad_id = pad_id
         self._line_break: int | None = None
         if identity:
-            if b"\n" in self._pieces:
-                self._line_break = self._pieces.index(b"\n")
+            if b"\n" in self._token_bytes:
+                self._line_break = self._token_bytes.index(b"\n")
         else:
-            self._calibrator_pieces = calibrator.tokens.pieces
+            self._calibrator_token_bytes = calibrator.tokens.token_bytes
             self._byte_level = calibrator.tokens.kind == "byte-level"
             self._tokenizer, self._incremental = _plain(calibrator.tokenizer.backend_tokenizer)
         self._forget()
@@ -177,7 +177,7 @@ class TextContext:
             if self._is_boundary(id):
                 piece = b"\n" if begun else b""
             else:
-                piece = self._pieces[id] or b""
+                piece = self._token_bytes[id] or b""
                 if not begun and self._dummy_prefix:
                     piece = piece.removeprefix(b" ")
                 begun = True
@@ -205,7 +205,7 @@ class TextContext:
     def _word(self, tokens: list[int], words: list[int]) -> tuple[bytes, ...]:
         found: list[bytes] = []
         for token, word in zip(reversed(tokens), reversed(words), strict=True):
-            piece = self._calibrator_pieces[token]
+            piece = self._calibrator_token_bytes[token]
             if word != words[-1] or piece is None or len(found) == _LONGEST_WORD:
                 break
             found.append(piece)
@@ -216,8 +216,8 @@ class TextContext:
 
     def _is_boundary(self, id: int) -> bool:
         # Ids below 0 hold the places of images in some models.
-        known = 0 <= id < len(self._pieces) and id not in self._special
-        return not known or self._pieces[id] is None
+        known = 0 <= id < len(self._token_bytes) and id not in self._special
+        return not known or self._token_bytes[id] is None
 
     def _remember(self, ids: Ids, state: _State) -> None:
         self._memo[ids] = state

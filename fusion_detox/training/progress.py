@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 Measure = Callable[[torch.nn.Module], Mapping[str, float | None]]
 
 
-class Watch(TrainerCallback):
+class ProgressCallback(TrainerCallback):
     """Progress, measurements before, during and after training, and a checkpoint on Ctrl-C.
 
     Args:
@@ -144,7 +144,7 @@ class Watch(TrainerCallback):
 
 
 @contextlib.contextmanager
-def interruptible(watch: Watch) -> Iterator[None]:
+def interruptible(watch: ProgressCallback) -> Iterator[None]:
     """The first Ctrl-C saves a checkpoint and stops; a second one stops at once."""
     if threading.current_thread() is not threading.main_thread():
         yield

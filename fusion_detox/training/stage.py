@@ -18,7 +18,7 @@ from fusion_detox.training.checkpoints import newest_checkpoint, step_of
 from fusion_detox.training.config import TrainingConfig
 from fusion_detox.training.data.blocks import Blocks
 from fusion_detox.training.loss import IGNORED, bits_per_byte, summed_cross_entropy
-from fusion_detox.training.progress import Watch, interruptible
+from fusion_detox.training.progress import ProgressCallback, interruptible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -144,7 +144,7 @@ def run_stage(
         logging_steps=10,
         average_tokens_across_devices=True,
     )
-    watch = Watch(
+    watch = ProgressCallback(
         title,
         lambda plain: {
             f"{name}_bits_per_byte": round(text.bits_per_byte(plain, config.precision), 4)
@@ -168,7 +168,7 @@ def run_stage(
 
 
 def run_trainer(
-    trainer: Trainer, watch: Watch, folder: Path, weights: str = "model.safetensors"
+    trainer: Trainer, watch: ProgressCallback, folder: Path, weights: str = "model.safetensors"
 ) -> None:
     """Trains, from the newest whole checkpoint of ``folder`` where there is one.
 

@@ -32,9 +32,9 @@ class CalibratorLike(Protocol):
     bos_id: int
 
 
-def calibrator_pieces(calibrator: CalibratorLike) -> tuple[bytes | None, ...]:
+def calibrator_token_bytes(calibrator: CalibratorLike) -> tuple[bytes | None, ...]:
     """The calibrator's pieces, exactly as many as its distributions are wide."""
-    pieces = calibrator.tokens.pieces[: calibrator.vocabulary_size]
+    pieces = calibrator.tokens.token_bytes[: calibrator.vocabulary_size]
     return pieces + (None,) * (calibrator.vocabulary_size - len(pieces))
 
 
@@ -56,9 +56,9 @@ def build_static(
         row pointers, column ids and values. ``split_ptr`` and ``split_ids``: the target's own
         tokenisation of each calibrator token, empty where it has none.
     """
-    pieces = calibrator_pieces(calibrator)
+    pieces = calibrator_token_bytes(calibrator)
     own = ByteIndex.of(pieces, calibrator.tokens.byte_ids)
-    target = ByteIndex.of(target_tokens.pieces, target_tokens.byte_ids)
+    target = ByteIndex.of(target_tokens.token_bytes, target_tokens.byte_ids)
     known = [j for j, piece in enumerate(pieces) if piece is not None]
     splits: list[tuple[int, ...]] = [()] * len(pieces)
     found = target_tokens.split(target_tokenizer, [pieces[j] or b"" for j in known])
@@ -74,7 +74,7 @@ def build_static(
     heads = [path[0] for path in paths]
     exact, goes_on = (_Long(places, heads, factor.tolist()) for factor in factors)
     parents = _parents(target.sorted)
-    size = (len(target_tokens.pieces), len(pieces))
+    size = (len(target_tokens.token_bytes), len(pieces))
     return {
         **_csr("prefix", size, _prefix_entries(pieces, target, parents, goes_on)),
         **_csr("transfer", size, _transfer_entries(first, target, parents, exact)),

@@ -51,7 +51,7 @@ class HealingTables:
         split_ptr: Tensor,
         split_ids: Tensor,
     ) -> None:
-        self._pieces, self._byte_ids, self._target = pieces, byte_ids, target
+        self._token_bytes, self._byte_ids, self._target = pieces, byte_ids, target
         self._split_ptr, self._split_ids = split_ptr, split_ids
         self._indices: tuple[ByteIndex, ByteIndex] | None = None
         self._tables: OrderedDict[bytes, Healing] = OrderedDict()
@@ -78,8 +78,8 @@ class HealingTables:
     def _build(self, remainder: bytes) -> Healing:
         if self._indices is None:
             self._indices = (
-                ByteIndex.of(self._pieces, self._byte_ids),
-                ByteIndex.of(self._target.pieces, self._target.byte_ids),
+                ByteIndex.of(self._token_bytes, self._byte_ids),
+                ByteIndex.of(self._target.token_bytes, self._target.byte_ids),
             )
         own, target = self._indices
         tokens, following, owners, prefixes = array("q"), array("q"), array("q"), array("q")
@@ -109,5 +109,5 @@ class HealingTables:
         for i in self._split_ids[begin:end].tolist():
             if left <= 0:
                 return int(i) if left == 0 else None
-            left -= len(self._target.pieces[i] or b"")
+            left -= len(self._target.token_bytes[i] or b"")
         return None

@@ -16,7 +16,7 @@ from fusion_detox.errors import VocabularyError
 from fusion_detox.vocabulary.build import (
     CalibratorLike,
     build_static,
-    calibrator_pieces,
+    calibrator_token_bytes,
     english_coverage,
 )
 from fusion_detox.vocabulary.disk_cache import FORMAT_VERSION, cache_folder, load_map, save_map
@@ -103,23 +103,23 @@ class VocabularyMap:
         self, calibrator: CalibratorLike, target: TokenTable, static: dict[str, Tensor] | None
     ) -> None:
         """Use ``build``."""
-        self._pieces = calibrator_pieces(calibrator)
-        self._size = len(target.pieces)
+        self._token_bytes = calibrator_token_bytes(calibrator)
+        self._size = len(target.token_bytes)
         self._static = static or {}
         self._on_device: dict[torch.device, tuple[dict[str, _Matrix], Tensor]] = {}
         self.from_cache = False
         self.coverage = self.build_seconds = 0.0
         if static is None:
             self.kind = "identity"
-            width = len(self._pieces)
+            width = len(self._token_bytes)
             self.mapped = torch.tensor(
-                [piece is not None and i < width for i, piece in enumerate(target.pieces)]
+                [piece is not None and i < width for i, piece in enumerate(target.token_bytes)]
             )
         else:
             self.kind = "projection"
             self.mapped = static["prefix_ptr"].diff() > 0
             self._tables = HealingTables(
-                self._pieces,
+                self._token_bytes,
                 calibrator.tokens.byte_ids,
                 target,
                 static["split_ptr"],
@@ -152,7 +152,7 @@ class VocabularyMap:
             VocabularyError: Less than ``minimum_coverage`` of English text can be mapped.
         """
         started = time.perf_counter()
-        if _agree(calibrator_pieces(calibrator), target_tokens.pieces):
+        if _agree(calibrator_token_bytes(calibrator), target_tokens.token_bytes):
             result = cls(calibrator, target_tokens, None)
             result.coverage = english_coverage(result.mapped, target_tokenizer)
         else:
@@ -294,7 +294,7 @@ class VocabularyMap:
                 )
                 for mode in ("prefix", "transfer")
             }
-            usable = torch.zeros(len(self._pieces), device=device, dtype=torch.float32)
+            usable = torch.zeros(len(self._token_bytes), device=device, dtype=torch.float32)
             usable[matrices["transfer"].columns.long()] = 1.0
             self._on_device[device] = matrices, usable
         return self._on_device[device]

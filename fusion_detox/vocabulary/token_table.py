@@ -38,7 +38,7 @@ class TokenTable:
     """The bytes of every token of one tokenizer.
 
     Attributes:
-        pieces: Bytes by id; ``None`` for special, unused and undecodable ids.
+        token_bytes: Bytes by id; ``None`` for special, unused and undecodable ids.
         kind: How the tokenizer spells bytes.
         special_ids: Every control token.
         reset_ids: Those of them that begin or end a text: bos, eos, pad, cls, sep.
@@ -47,7 +47,7 @@ class TokenTable:
             what the tokenizer itself then uses.
     """
 
-    pieces: tuple[bytes | None, ...]
+    token_bytes: tuple[bytes | None, ...]
     kind: Kind
     special_ids: frozenset[int]
     reset_ids: frozenset[int]
@@ -80,36 +80,36 @@ class TokenTable:
         size = max(max(plain.values(), default=-1), max(added, default=-1)) + 1
         if not size:
             raise VocabularyError("the tokenizer has no tokens: check the folder it came from")
-        pieces, byte_ids = _decode(backend, parts, kind, plain, size)
+        token_bytes, byte_ids = _decode(backend, parts, kind, plain, size)
         special = {i for i, token in added.items() if token.special}
         special.update(i for i in tokenizer.all_special_ids if i < size)
         for i, token in added.items():
-            pieces[i] = token.content.encode() or None
+            token_bytes[i] = token.content.encode() or None
         for i in special:
-            pieces[i] = None
+            token_bytes[i] = None
         reset = {getattr(tokenizer, f"{role}_token_id", None) for role in _RESET_ROLES}
         reset.update(i for i, token in added.items() if token.content in _ENDS_OF_TEXT)
         table = cls(
-            pieces=tuple(pieces),
+            token_bytes=tuple(token_bytes),
             kind=kind,
             special_ids=frozenset(special),
             reset_ids=frozenset(cast("set[int]", reset - {None})) & special,
-            dummy_prefix=_has_dummy_prefix(tokenizer, pieces),
-            byte_ids=frozenset(i for i in byte_ids if pieces[i] is not None),
+            dummy_prefix=_has_dummy_prefix(tokenizer, token_bytes),
+            byte_ids=frozenset(i for i in byte_ids if token_bytes[i] is not None),
         )
         table._verify(tokenizer)
         return table
 
     def fingerprint(self) -> str:
-        """SHA-256 over pieces and special ids, the same on every machine."""
+        """SHA-256 over token_bytes and special ids, the same on every machine."""
         return self._fingerprint
 
     @functools.cached_property
     def _fingerprint(self) -> str:
-        lengths = array("i", [-1 if piece is None else len(piece) for piece in self.pieces])
-        digest = hashlib.sha256(f"{self.kind} {self.dummy_prefix} {len(self.pieces)}".encode())
+        lengths = array("i", [-1 if piece is None else len(piece) for piece in self.token_bytes])
+        digest = hashlib.sha256(f"{self.kind} {self.dummy_prefix} {len(self.token_bytes)}".encode())
         digest.update(lengths.tobytes())
-        digest.update(b"".join(piece for piece in self.pieces if piece is not None))
+        digest.update(b"".join(piece for piece in self.token_bytes if piece is not None))
         for ids in (self.special_ids, self.reset_ids, self.byte_ids):
             digest.update(json.dumps(sorted(ids)).encode())
         return digest.hexdigest()
@@ -120,7 +120,7 @@ class TokenTable:
         """The tokenizer's own ids for each of many byte strings, as if in the middle of a text.
 
         Returns:
-            For each text its ids, whose pieces join to exactly the text; ``None`` where the
+            For each text its ids, whose token_bytes join to exactly the text; ``None`` where the
             tokenizer cannot say: bytes that are not UTF-8, or that it changes or drops.
         """
         guard = _GUARD if self.dummy_prefix else ""
@@ -133,10 +133,10 @@ class TokenTable:
             except UnicodeDecodeError:
                 continue
             where.append(index)
-        pieces = self.pieces
+        token_bytes = self.token_bytes
         for index, ids in zip(where, encode(tokenizer, valid), strict=True):
             start = self._after_guard(ids) if guard else 0
-            if b"".join([pieces[i] or b"" for i in ids[start:]]) == texts[index]:
+            if b"".join([token_bytes[i] or b"" for i in ids[start:]]) == texts[index]:
                 results[index] = tuple(ids[start:])
         return results
 
@@ -144,7 +144,7 @@ class TokenTable:
         """Number of tokens up to and including the guard; 0 where it is merged with the text."""
         seen = b""
         for index, i in enumerate(ids):
-            seen += self.pieces[i] or b""
+            seen += self.token_bytes[i] or b""
             if seen.lstrip(b" ") == _GUARD.encode():
                 return index + 1
         return 0
@@ -161,7 +161,7 @@ class TokenTable:
             return
         for text in (_ENGLISH, _HARD):
             (ids,) = encode(tokenizer, [text])
-            spelled = b"".join(self.pieces[i] or b"" for i in ids)
+            spelled = b"".join(self.token_bytes[i] or b"" for i in ids)
             wanted = text.encode()
             if spelled == wanted or (self.dummy_prefix and spelled == b" " + wanted):
                 continue
@@ -216,32 +216,32 @@ def _decode(
     backend: Tokenizer, parts: dict[str, Any], kind: Kind, plain: dict[str, int], size: int
 ) -> tuple[list[bytes | None], set[int]]:
     """Bytes by id, and the ids of ``<0xNN>`` tokens."""
-    pieces: list[bytes | None] = [None] * size
+    token_bytes: list[bytes | None] = [None] * size
     byte_ids: set[int] = set()
     if kind == "byte-level":
         alphabet = _byte_alphabet()
         for piece, i in plain.items():
             try:
-                pieces[i] = piece.translate(alphabet).encode("latin-1") or None
+                token_bytes[i] = piece.translate(alphabet).encode("latin-1") or None
             except UnicodeEncodeError:
-                pieces[i] = None
-        return pieces, byte_ids
+                token_bytes[i] = None
+        return token_bytes, byte_ids
     space = _metaspace(parts)
     prefix = getattr(backend.model, "continuing_subword_prefix", None) or "##"
     fallback = kind == "sentencepiece"
     for piece, i in plain.items():
         if fallback and (match := _BYTE.fullmatch(piece)):
-            pieces[i] = bytes([int(match[1], 16)])
+            token_bytes[i] = bytes([int(match[1], 16)])
             byte_ids.add(i)
         elif _UNUSED.fullmatch(piece):
-            pieces[i] = None
+            token_bytes[i] = None
         elif kind == "wordpiece":
             word = piece.removeprefix(prefix)
-            pieces[i] = (word if word != piece else " " + piece).encode() or None
+            token_bytes[i] = (word if word != piece else " " + piece).encode() or None
         else:
             text = piece.replace(space, " ") if kind == "sentencepiece" else piece
-            pieces[i] = text.encode(errors="surrogatepass") or None
-    return pieces, byte_ids
+            token_bytes[i] = text.encode(errors="surrogatepass") or None
+    return token_bytes, byte_ids
 
 
 @functools.cache
@@ -269,9 +269,9 @@ def _metaspace(parts: Any) -> str:
     return "▁"
 
 
-def _has_dummy_prefix(tokenizer: PreTrainedTokenizerBase, pieces: list[bytes | None]) -> bool:
+def _has_dummy_prefix(tokenizer: PreTrainedTokenizerBase, token_bytes: list[bytes | None]) -> bool:
     (ids,) = encode(tokenizer, ["a"])
-    return b"".join(pieces[i] or b"" for i in ids) == b" a"
+    return b"".join(token_bytes[i] or b"" for i in ids) == b" a"
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

@@ -72,7 +72,7 @@ class Case:
 
     def calibrator_vector(self, ids: list[int], part: str = "clean") -> torch.Tensor:
         """The last hidden state after a text that is tokenised as a whole; no cache."""
-        pieces = TokenTable.from_tokenizer(self.tokenizer).pieces
+        pieces = TokenTable.from_tokenizer(self.tokenizer).token_bytes
         known = [pieces[id] if id < len(pieces) else None for id in ids]
         data = b"".join(b"\n" if piece is None else piece for piece in known)
         # An unfinished character at the end is left out.
@@ -299,7 +299,7 @@ def test_aligned_contrast_is_its_definition(case: Case) -> None:
         ).log_softmax(-1)[0]
         for part in ("clean", "reference")
     ]
-    pieces = TokenTable.from_tokenizer(case.tokenizer).pieces
+    pieces = TokenTable.from_tokenizer(case.tokenizer).token_bytes
     ratio = (laws[0] - laws[1]).clamp(-2.0, 2.0)
     spelled = torch.tensor([i < len(pieces) and pieces[i] is not None for i in range(len(logits))])
     target = logits.log_softmax(-1)

@@ -59,7 +59,7 @@ def test_round_trip(byte_tokenizer, tmp_path, request, kind, tied):
     assert after.context_length == before.context_length == 64
     assert after.bos_id == before.bos_id == 0
     assert after.vocabulary_size == before.vocabulary_size == 400
-    assert after.tokens.pieces == before.tokens.pieces
+    assert after.tokens.token_bytes == before.tokens.token_bytes
     assert after.tokens.fingerprint() == before.tokens.fingerprint()
     text = "What a stupid idiot,\n 東京 🙂"
     assert after.tokenizer(text).input_ids == byte_tokenizer(text).input_ids

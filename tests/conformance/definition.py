@@ -26,13 +26,13 @@ class Definition:
     def __init__(self, calibrator, tokenizer, vocabulary, config, pad):
         self.calibrator, self.map, self.config, self.pad = calibrator, vocabulary, config, pad
         self.sentencepiece = "▁" in "".join(tokenizer.get_vocab())
-        self.pieces = {i: self.spelled(t) for t, i in tokenizer.get_vocab().items()}
+        self.token_bytes = {i: self.spelled(t) for t, i in tokenizer.get_vocab().items()}
         specials = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         self.specials = specials | set(tokenizer.all_special_ids)
         roles = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
         ends = {i for i, t in tokenizer.added_tokens_decoder.items() if t.content in ENDS_OF_TEXT}
         self.resets = (roles | ends) & self.specials
-        self.line_break = next((i for i, p in self.pieces.items() if p == b"\n"), None)
+        self.line_break = next((i for i, p in self.token_bytes.items() if p == b"\n"), None)
         self.laws = {}
 
     def spelled(self, token):
@@ -54,17 +54,17 @@ class Definition:
         if self.map.kind == "identity":
             path = []
             for i in ids:
-                if i not in self.specials and i in self.pieces:
+                if i not in self.specials and i in self.token_bytes:
                     path.append(i)
                 elif path:
                     path.append(self.line_break)
             return tuple(path), [], b""
         data, begun = b"", False
         for i in ids:
-            if i in self.specials or i not in self.pieces:
+            if i in self.specials or i not in self.token_bytes:
                 data += b"\n" if begun else b""
                 continue
-            piece = self.pieces[i]
+            piece = self.token_bytes[i]
             if not begun and self.sentencepiece:
                 piece = piece.removeprefix(b" ")
             data, begun = data + piece, True

@@ -402,7 +402,7 @@ def test_streaming_in_a_thread(one):
 
 def test_stop_strings(one):
     """Stops behind the first token that holds the string, as greedy search meets it."""
-    pieces = [one.definition.pieces.get(i, b"") for i in one.plain[1]]
+    pieces = [one.definition.token_bytes.get(i, b"") for i in one.plain[1]]
     letter = next(chr(b) for piece in pieces[1:] for b in piece if 33 <= b < 128)
     last = next(k for k, piece in enumerate(pieces) if letter.encode() in piece)
     found = one.generate(

@@ -109,7 +109,7 @@ def text_ids(text):
 
 
 def spelled(reader, position):
-    return b"".join(reader._calibrator_pieces[i] for i in position.path).decode()
+    return b"".join(reader._calibrator_token_bytes[i] for i in position.path).decode()
 
 
 rows = st.lists(
@@ -169,7 +169,7 @@ def test_the_last_word(plain):
     position = plain.read(text_ids("Hello xqzv"))
     assert b"".join(position.word) == b" xqzv"[-len(b"".join(position.word)) :]
     assert 1 <= len(position.word) <= 4
-    pieces = [plain._calibrator_pieces[i] for i in position.path]
+    pieces = [plain._calibrator_token_bytes[i] for i in position.path]
     assert tuple(pieces[-len(position.word) :]) == position.word
     assert b"".join(plain.read(text_ids("a b")).word) == b" b"
     assert plain.read(()) == Position((), (), b"")
@@ -217,7 +217,7 @@ def plain_tokenizer(reader):
 
 
 def stub_tokens(reader):
-    return SimpleNamespace(pieces=reader._calibrator_pieces, kind="byte-level")
+    return SimpleNamespace(token_bytes=reader._calibrator_token_bytes, kind="byte-level")
 
 
 def test_the_space_that_sentencepiece_puts_before_a_text(plain):
@@ -237,7 +237,7 @@ def test_the_same_vocabulary_is_passed_on():
     assert reader.read((PAD, BOS, 7, 8, USER, 9)).path == (7, 8, 10, 9)
     assert reader.read((7, EOS, USER, 300, 9)).path == (9,)
     assert reader.read((7, 8)).path == (7, 8)
-    no_line_break = target(pieces=(b"a", b"b", None), special_ids={2}, reset_ids=set())
+    no_line_break = target(token_bytes=(b"a", b"b", None), special_ids={2}, reset_ids=set())
     assert TextContext(SimpleNamespace(), no_line_break, True, None).read((0, 2, 1)).path == (0, 1)
 
 

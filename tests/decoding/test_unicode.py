@@ -154,7 +154,7 @@ class Oracle:
                 ids = ids[i + 1 :]
                 break
         # At the start of a text, special tokens are nothing; later they are line breaks.
-        pieces = [None if i in self.table.special_ids else self.table.pieces[i] for i in ids]
+        pieces = [None if i in self.table.special_ids else self.table.token_bytes[i] for i in ids]
         while pieces and pieces[0] is None:
             pieces = pieces[1:]
         if pieces and self.table.dummy_prefix:
@@ -233,7 +233,7 @@ def test_fuzzed_text_token_by_token(kinds, readers, calibrator, target):
 @pytest.mark.parametrize("calibrator", CALIBRATORS)
 def test_fuzzed_tokens(kinds, readers, calibrator, target):
     """Ids that no text has: bytes that are no UTF-8, special tokens anywhere, padding inside."""
-    size = len(kinds(target)[1].pieces)
+    size = len(kinds(target)[1].token_bytes)
     oracle = Oracle(kinds(calibrator), kinds(target))
 
     @quick(40)
@@ -250,7 +250,7 @@ def test_fuzzed_bytes_by_byte_tokens(kinds, readers, calibrator, target):
     """Any bytes, cut anywhere: the single bytes are tokens of both kinds."""
     _, table = kinds(target)
     single = {}
-    for i, piece in enumerate(table.pieces):
+    for i, piece in enumerate(table.token_bytes):
         if piece is not None and len(piece) == 1 and (i in table.byte_ids or not table.byte_ids):
             single[piece[0]] = i
     assert len(single) == 256
@@ -277,17 +277,19 @@ def test_published_tokenizers_as_targets(kinds, readers, name):
     split = 0
     for number, text in enumerate(SCRIPTS.values()):
         (ids,) = encode(tokenizer, [text])
-        spelled = b"".join(table.pieces[i] or b"" for i in ids)
+        spelled = b"".join(table.token_bytes[i] or b"" for i in ids)
         if "▁" not in text and "<" not in text:  # which tokenizers may take for their own
             assert spelled == (b" " if table.dummy_prefix and text else b"") + text.encode()
-        split += sum(_unfinished(table.pieces[i][-1:]) for i in ids if table.pieces[i])
+        split += sum(_unfinished(table.token_bytes[i][-1:]) for i in ids if table.token_bytes[i])
         calibrator = ours[number % 2]
         check_all_prefixes(readers(calibrator, name), oracles[calibrator], ids)
     assert split > 5
 
     @quick(25)
     @given(
-        st.sampled_from(ours), TEXT, st.lists(st.integers(0, len(table.pieces) - 1), max_size=12)
+        st.sampled_from(ours),
+        TEXT,
+        st.lists(st.integers(0, len(table.token_bytes) - 1), max_size=12),
     )
     def run(calibrator, text, more):
         (ids,) = encode(tokenizer, [text])
@@ -361,13 +363,13 @@ def test_scores_stay_finite_on_every_script(kinds, processors, target):
     tokenizer, table = kinds(target)
     processor = processors(target)
     generator = torch.Generator().manual_seed(0)
-    scores = 2 * torch.randn(1, len(table.pieces), generator=generator)
+    scores = 2 * torch.randn(1, len(table.token_bytes), generator=generator)
     for text in SCRIPTS.values():
         (ids,) = encode(tokenizer, [text])
         check_numbers(processor, ids[:150], scores, every=7)
 
     @quick(15)
-    @given(TEXT, st.lists(st.integers(0, len(table.pieces) - 1), max_size=8))
+    @given(TEXT, st.lists(st.integers(0, len(table.token_bytes) - 1), max_size=8))
     def run(text, more):
         (ids,) = encode(tokenizer, [text])
         check_numbers(processor, (ids + more)[-20:], scores, every=2)
@@ -381,7 +383,7 @@ def test_scores_stay_finite_with_published_tokenizers(kinds, processors, name):
     tokenizer, table = kinds(name)
     processor = processors(name)
     generator = torch.Generator().manual_seed(0)
-    scores = 2 * torch.randn(1, len(table.pieces), generator=generator)
+    scores = 2 * torch.randn(1, len(table.token_bytes), generator=generator)
     for text in SCRIPTS.values():
         (ids,) = encode(tokenizer, [text])
         check_numbers(processor, ids[:60], scores, every=11)
@@ -392,7 +394,7 @@ def test_forbidden_tokens_stay_so_and_no_other(kinds, processors):
     tokenizer, table = kinds("other_tokenizer")
     processor = processors("other_tokenizer")
     (emoji,) = encode(tokenizer, ["ok \U0001f9ff"])
-    scores = torch.randn(1, len(table.pieces), generator=torch.Generator().manual_seed(1))
+    scores = torch.randn(1, len(table.token_bytes), generator=torch.Generator().manual_seed(1))
     for end in range(1, len(emoji) + 1):
         for allowed in (1, 3, 200):
             masked = scores.clone()

@@ -32,7 +32,7 @@ def stand_in(tokenizer, model):
         tokenizer=tokenizer,
         tokens=tokens,
         clean=model,
-        vocabulary_size=len(tokens.pieces),
+        vocabulary_size=len(tokens.token_bytes),
         bos_id=tokenizer.bos_token_id or 0,
     )
 
@@ -82,7 +82,7 @@ class Law(torch.nn.Module):
 
 def some_covers(own, rows, seed=0):
     """For each row the canonical cover and some with remainders that tokens begin with."""
-    pieces = [piece for piece in own.tokens.pieces if piece is not None and len(piece) > 2]
+    pieces = [piece for piece in own.tokens.token_bytes if piece is not None and len(piece) > 2]
     covers = []
     for row in range(rows):
         covers.append(Cover(row, row, b""))
@@ -100,7 +100,7 @@ def test_identity_returns_exactly_the_probabilities(own, byte_tokenizer):
     found = build(own, byte_tokenizer)
     assert found.kind == "identity"
     assert found.coverage == 1.0
-    assert found.mapped.tolist() == [piece is not None for piece in own.tokens.pieces]
+    assert found.mapped.tolist() == [piece is not None for piece in own.tokens.token_bytes]
     probs = laws(2, 3, own.vocabulary_size)
     covers = [Cover(0, 2, b""), Cover(1, 0, b""), Cover(2, 0, b"")]
     for mode in ("prefix", "transfer"):
@@ -153,7 +153,7 @@ def test_transfer_sums_to_one(own, target):
     static = found._static
     columns = torch.zeros(own.vocabulary_size)
     columns.index_add_(0, static["transfer_ids"].long(), static["transfer_values"])
-    known = torch.tensor([piece is not None for piece in own.tokens.pieces])
+    known = torch.tensor([piece is not None for piece in own.tokens.token_bytes])
     assert torch.allclose(columns, known.float(), atol=1e-6)
     assert static["transfer_values"].min() >= 0
     assert static["prefix_values"].max() <= 1
@@ -168,7 +168,7 @@ def test_transfer_sums_to_one(own, target):
 
 def test_a_prefix_mass_never_grows_with_more_bytes(own, target):
     found = build(own, target)
-    pieces = TokenTable.from_tokenizer(target).pieces
+    pieces = TokenTable.from_tokenizer(target).token_bytes
     pairs = [
         (short, long)
         for (short, a), (long, b) in itertools.permutations(enumerate(pieces), 2)
@@ -198,9 +198,9 @@ def test_normal_pieces_before_their_byte_twins(own, sentencepiece_tokenizer):
     mass = found.project(*arguments, mode="prefix")[0, 0]
     assert mass[normal] == mass[twin] > 0
     # Inside of a word too: a token of ours that the target ends with a single letter.
-    pieces = TokenTable.from_tokenizer(sentencepiece_tokenizer).pieces
+    pieces = TokenTable.from_tokenizer(sentencepiece_tokenizer).token_bytes
     splits = TokenTable.from_tokenizer(sentencepiece_tokenizer).split(
-        sentencepiece_tokenizer, [piece or b"\xff" for piece in own.tokens.pieces]
+        sentencepiece_tokenizer, [piece or b"\xff" for piece in own.tokens.token_bytes]
     )
     own_id, split = next(
         (j, split)
@@ -274,7 +274,7 @@ def test_inside_of_a_character(own, other_tokenizer):
     probs = laws(1, 1, own.vocabulary_size)
     mass = found.project(probs, [Cover(0, 0, first)], torch.ones(1, 1), 1, mode="transfer")[0, 0]
     assert mass.sum().item() == pytest.approx(1.0, abs=1e-5)
-    pieces = TokenTable.from_tokenizer(other_tokenizer).pieces
+    pieces = TokenTable.from_tokenizer(other_tokenizer).token_bytes
     # What comes next continues the character.
     assert all(0x80 <= pieces[i][0] < 0xC0 for i in mass.nonzero()[:, 0].tolist())
 
@@ -525,7 +525,9 @@ def test_published_vocabularies(eight_thousand, name, tmp_path):
     assert built.coverage >= 0.999
     assert loaded.from_cache
     assert loaded.build_seconds < built.build_seconds
-    assert torch.equal(built.mapped, torch.tensor([piece is not None for piece in tokens.pieces]))
+    assert torch.equal(
+        built.mapped, torch.tensor([piece is not None for piece in tokens.token_bytes])
+    )
 
     probs = laws(2, 2, eight_thousand.vocabulary_size)
     covers = [Cover(0, 0, b""), Cover(0, 1, b" stu"), Cover(1, 1, b"")]

@@ -32,7 +32,7 @@ def words(vocabulary, prefix="##", **settings):
 
 
 def spell(table, ids):
-    return b"".join(table.pieces[i] or b"" for i in ids)
+    return b"".join(table.token_bytes[i] or b"" for i in ids)
 
 
 @pytest.mark.parametrize("name", ["byte_tokenizer", "other_tokenizer"])
@@ -41,13 +41,13 @@ def test_byte_level_spells_any_text(name, request):
     table = TokenTable.from_tokenizer(tokenizer)
     assert table.kind == "byte-level"
     assert not table.dummy_prefix
-    assert len(table.pieces) == len(tokenizer)
+    assert len(table.token_bytes) == len(tokenizer)
     rng = random.Random(0)
     texts = [TEXT, *("".join(chr(rng.randrange(1, 0x3000)) for _ in range(40)) for _ in range(20))]
     for text, ids in zip(texts, encode(tokenizer, texts), strict=True):
         assert spell(table, ids) == text.encode()
     # Every byte is there, also those of which no text can consist.
-    assert {bytes([byte]) for byte in range(256)} <= set(table.pieces)
+    assert {bytes([byte]) for byte in range(256)} <= set(table.token_bytes)
 
 
 def test_sentencepiece(sentencepiece_tokenizer):
@@ -55,11 +55,11 @@ def test_sentencepiece(sentencepiece_tokenizer):
     assert table.kind == "sentencepiece"
     assert table.dummy_prefix
     assert table.byte_ids == frozenset(range(3, 259))
-    assert table.pieces[3 + 0xE6] == b"\xe6"
+    assert table.token_bytes[3 + 0xE6] == b"\xe6"
     (ids,) = encode(sentencepiece_tokenizer, [TEXT])
     assert spell(table, ids) == b" " + TEXT.encode()
     space = sentencepiece_tokenizer.convert_tokens_to_ids("▁")
-    assert table.pieces[space] == b" "
+    assert table.token_bytes[space] == b" "
 
 
 def test_metaspace_with_another_character():
@@ -69,7 +69,7 @@ def test_metaspace_with_another_character():
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="_", prepend_scheme="never")
     table = TokenTable.from_tokenizer(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
-    assert table.pieces[257] == b" "
+    assert table.token_bytes[257] == b" "
     assert not table.dummy_prefix
 
 
@@ -79,11 +79,11 @@ def test_special_and_added_tokens(byte_tokenizer):
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>"], "pad_token": "<pad>"})
     table = TokenTable.from_tokenizer(tokenizer)
     at = tokenizer.convert_tokens_to_ids
-    assert table.pieces[at("<tool>")] == b"<tool>"
-    assert table.pieces[at("naïve ")] == "naïve ".encode()
+    assert table.token_bytes[at("<tool>")] == b"<tool>"
+    assert table.token_bytes[at("naïve ")] == "naïve ".encode()
     assert table.special_ids == {0, at("<|user|>"), at("<pad>")}
     assert table.reset_ids == {0, at("<pad>")}
-    assert all(table.pieces[i] is None for i in table.special_ids)
+    assert all(table.token_bytes[i] is None for i in table.special_ids)
 
 
 def test_unused_and_undecodable_ids_have_no_bytes():
@@ -92,7 +92,7 @@ def test_unused_and_undecodable_ids_have_no_bytes():
     tokenizer = Tokenizer(models.BPE(vocabulary, [("i", "t")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     table = TokenTable.from_tokenizer(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
-    assert table.pieces[256:] == (None, None, None, b"it")
+    assert table.token_bytes[256:] == (None, None, None, b"it")
     assert table.special_ids == frozenset()
 
 
@@ -101,7 +101,7 @@ def test_wordpiece_is_a_best_effort_with_a_warning():
     with pytest.warns(UserWarning, match="approximate"):
         table = TokenTable.from_tokenizer(tokenizer)
     assert table.kind == "wordpiece"
-    assert table.pieces[4:] == (b" play", b"ing", b" ,", None)
+    assert table.token_bytes[4:] == (b" play", b"ing", b" ,", None)
     assert table.special_ids == {0, 1, 2, 3}
     assert table.reset_ids == {1, 2, 3}
 
@@ -194,8 +194,8 @@ def test_published_tokenizers(name, kind, size):
     # By its one file: version 4 of transformers cannot read the classes that version 5 names.
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(SHARED / name / "tokenizer.json"))
     table = TokenTable.from_tokenizer(tokenizer)
-    assert (table.kind, len(table.pieces)) == (kind, size)
-    assert table.special_ids == {i for i, piece in enumerate(table.pieces) if piece is None}
+    assert (table.kind, len(table.token_bytes)) == (kind, size)
+    assert table.special_ids == {i for i, piece in enumerate(table.token_bytes) if piece is None}
     (ids,) = encode(tokenizer, [TEXT])
     assert spell(table, ids) == (b" " if table.dummy_prefix else b"") + TEXT.encode()
     assert table.split(tokenizer, [b"upid"]) == [tuple(tokenizer.convert_tokens_to_ids(["upid"]))]

@@ -15,8 +15,8 @@ from fusion_detox.training.contrastive.measure import HeldOutAnchors
 from fusion_detox.training.contrastive.trainer import ANCHOR_ARGUMENTS, contrastive_trainer
 from fusion_detox.training.data.blocks import byte_lengths
 from fusion_detox.training.data.pairs import ParaphraseSet
-from fusion_detox.training.data.text_blocks import steady_blocks
-from fusion_detox.training.progress import Watch
+from fusion_detox.training.data.text_blocks import kl_anchor_blocks
+from fusion_detox.training.progress import ProgressCallback
 from fusion_detox.training.stage import kept_arguments, run_trainer
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ class ContrastText:
 
     sets: list[ParaphraseSet]
     held_sets: list[ParaphraseSet]
-    steady: list[Document]
-    held_steady: list[Document]
+    kl_anchor_text: list[Document]
+    held_kl_anchor_text: list[Document]
 
 
 class ContrastStage:
@@ -81,20 +81,20 @@ class ContrastStage:
             raise DataError("no paraphrase set has a negative: give toxic wordings too")
         lm_weight, kl_weight = contrast.anchor_weights(self._objective)
         self._count = config.objective_steps * config.anchors
-        blocks = functools.partial(steady_blocks, tokenizer, bos_id, config=config)
-        self._steady = blocks(text.steady, self._count) if kl_weight else None
-        if kl_weight and self._steady is None:
+        blocks = functools.partial(kl_anchor_blocks, tokenizer, bos_id, config=config)
+        self._kl_anchor_text = blocks(text.kl_anchor_text, self._count) if kl_weight else None
+        if kl_weight and self._kl_anchor_text is None:
             logger.warning(
                 "there is no clean or general text, so nothing keeps the model as it is where "
                 "nothing is to be held back: give some with --clean"
             )
         self.weights = {
             "lm_weight": lm_weight,
-            "kl_weight": 0.0 if self._steady is None else kl_weight,
+            "kl_weight": 0.0 if self._kl_anchor_text is None else kl_weight,
         }
         self.measure = HeldOutAnchors(
             encode(text.held_sets[:_MOST_ANCHORS]) if text.held_sets else [],
-            blocks(text.held_steady, _MOST_BLOCKS),
+            blocks(text.held_kl_anchor_text, _MOST_BLOCKS),
             byte_lengths(tokenizer),
             batch=8,
             autocast=config.precision != "float32",
@@ -117,7 +117,7 @@ class ContrastStage:
             "max_grad_norm": config.max_gradient_norm,
             "logging_steps": 10,
         }
-        watch = Watch(
+        watch = ProgressCallback(
             self._objective,
             self.measure,
             every=config.evaluate_every,
@@ -130,7 +130,7 @@ class ContrastStage:
             self._count,
             positives=self._contrast.positives,
             negatives=self._contrast.negatives,
-            general=self._steady,
+            general=self._kl_anchor_text,
             seed=config.seed,
         )
         trainer = contrastive_trainer(

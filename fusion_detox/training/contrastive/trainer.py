@@ -14,7 +14,7 @@ from fusion_detox.training.contrastive.config import ContrastiveConfig, Contrast
 from fusion_detox.training.contrastive.objectives import objective_loss
 from fusion_detox.training.contrastive.token_losses import kl_to_base, mean_nll
 from fusion_detox.training.loss import IGNORED
-from fusion_detox.training.progress import Watch
+from fusion_detox.training.progress import ProgressCallback
 from fusion_detox.training.stage import StageTrainer
 
 ANCHOR_ARGUMENTS = {
@@ -86,7 +86,7 @@ def contrastive_trainer(
     model: Any,
     arguments: dict[str, Any],
     draws: AnchorDraws,
-    watch: Watch,
+    watch: ProgressCallback,
     *,
     objective: ContrastiveObjective,
     contrast: ContrastiveConfig,

@@ -234,5 +234,5 @@ def start_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def byte_lengths(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Bytes of each token id, 0 for special ones."""
-    pieces = TokenTable.from_tokenizer(tokenizer).pieces
+    pieces = TokenTable.from_tokenizer(tokenizer).token_bytes
     return [0 if piece is None else len(piece) for piece in pieces]

@@ -85,7 +85,7 @@ def fork_streams(
     return streams if reference else Streams(streams.clean, streams.clean)
 
 
-def steady_blocks(
+def kl_anchor_blocks(
     tokenizer: PreTrainedTokenizerBase,
     bos_id: int,
     documents: list[Document],

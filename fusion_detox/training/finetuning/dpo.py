@@ -13,7 +13,7 @@ from fusion_detox.errors import DataError, MissingExtraError, TrainingError
 from fusion_detox.training.data.pairs import ParaphraseSet
 from fusion_detox.training.finetuning.config import FinetuneConfig
 from fusion_detox.training.finetuning.trainer import training_arguments
-from fusion_detox.training.progress import Watch
+from fusion_detox.training.progress import ProgressCallback
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -55,7 +55,7 @@ def dpo_trainer(
     rows: Sequence[dict[str, str]],
     folder: Path,
     config: FinetuneConfig,
-    watch: Watch,
+    watch: ProgressCallback,
     *,
     steps: int,
     world_size: int,

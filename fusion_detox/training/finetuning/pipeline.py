@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from fusion_detox.training.progress import Watch
+    from fusion_detox.training.progress import ProgressCallback
 
 logger = logging.getLogger(__name__)
 # What does not change the result may change between two starts of one run.
@@ -102,7 +102,7 @@ def finetune(
         load_start,
         peft_of_its_time,
     )
-    from fusion_detox.training.progress import Watch
+    from fusion_detox.training.progress import ProgressCallback
 
     output = Path(output).expanduser()
     check_output(output, overwrite)
@@ -132,7 +132,7 @@ def finetune(
 
     began = time.time()
     measure = encoded.measure()
-    watch = Watch(
+    watch = ProgressCallback(
         config.objective,
         measure,
         every=config.evaluate_every,
@@ -188,7 +188,7 @@ def _train(
     adapter: LoraConfig,
     data: FinetuneData,
     encoded: EncodedData,
-    watch: Watch,
+    watch: ProgressCallback,
     folder: Path,
     world_size: int,
 ) -> Any:
