@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import ProgressCallback as TrainerProgressBar
 
 from fusion_detox.errors import TrainingError
 from fusion_detox.training.checkpoints import newest_checkpoint, step_of
@@ -190,7 +191,7 @@ def run_trainer(
             f"{gpus} -m fusion_detox …, or show it a single one with CUDA_VISIBLE_DEVICES=0"
         )
     trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(TrainerProgressBar)
     checkpoint = newest_checkpoint(folder, weights)
     if checkpoint is not None:
         logger.info("%s goes on from %s", watch.title, checkpoint.name)

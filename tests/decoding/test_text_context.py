@@ -47,7 +47,7 @@ PIECES = [
 
 def target(dummy_prefix=False, **changes):
     values = {
-        "pieces": (*BYTES, None, None, None, None),
+        "token_bytes": (*BYTES, None, None, None, None),
         "special_ids": frozenset({BOS, EOS, PAD, USER}),
         "reset_ids": frozenset({BOS, EOS, PAD}),
         "dummy_prefix": dummy_prefix,
