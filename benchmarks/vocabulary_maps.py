@@ -29,9 +29,8 @@ import torch
 from transformers import AutoTokenizer
 
 from fusion_detox import Calibrator
-from fusion_detox.decoding.covers import weigh_covers
 from fusion_detox.decoding.session import CalibratorSession
-from fusion_detox.decoding.text_context import TextContext
+from fusion_detox.decoding.text_context import Covers, TextContext
 from fusion_detox.vocabulary.map import Cover, VocabularyMap
 from fusion_detox.vocabulary.token_table import TokenTable, encode
 
@@ -79,13 +78,11 @@ def score_text(calibrator, session, vocabulary, tokens, tokenizer, text):
         following = torch.tensor([target_ids[n] for n in rows])
         for mode, depth in VARIANTS:
             cut = [p._replace(word=p.word[len(p.word) - depth :]) for p in positions]
-            wanted: dict[tuple[int, ...], int] = {}
-            for position in cut:
-                for back in range(len(position.word) + 1):
-                    wanted.setdefault(position.path[: len(position.path) - back], len(wanted))
-            logs = session.log_probs(list(wanted))[:1]
-            covers, weights = weigh_covers(cut, wanted, logs)
-            mass = vocabulary.project(logs.exp(), covers, weights, len(cut), mode=mode)[0].cpu()
+            covers = Covers.of(cut)
+            logs = session.log_probs(covers.prefixes)[:1]
+            weights = covers.weights(logs)
+            mass = vocabulary.project(logs.exp(), covers.covers, weights, len(cut), mode=mode)
+            mass = mass[0].cpu()
             chosen = mass[torch.arange(len(cut)), following].clamp_min(1e-10)
             bits[mode, depth] += (-chosen.log2()).tolist()
 

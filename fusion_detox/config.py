@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -173,12 +174,12 @@ class FusionConfig:
         if self.context_kl is not None:
             check_number("context_kl", self.context_kl, 0.0, above=True)
 
-    @property
+    @functools.cached_property
     def contrasts(self) -> bool:
         """Whether the rule reads the reference model too."""
         return self.rule in ("contrast", "aligned_contrast")
 
-    @property
+    @functools.cached_property
     def aligned(self) -> bool:
         """Whether the rule works on hidden states, so that it needs the target and an alignment."""
         return self.rule in ("aligned", "aligned_contrast")

@@ -1,4 +1,4 @@
-"""``FusionLogitsProcessor``: what ``generate()`` calls. Context, session, map and rule in a row."""
+"""``FusionLogitsProcessor``: one decoding step, from rows of ids to fused scores."""
 
 from __future__ import annotations
 
@@ -15,15 +15,13 @@ from fusion_detox.alignment.aligned_rule import AlignedTarget
 from fusion_detox.calibrator.calibrator import Calibrator
 from fusion_detox.calibrator.reading import check_rule
 from fusion_detox.config import FusionConfig
-from fusion_detox.decoding.covers import weigh_covers
 from fusion_detox.decoding.decoder import check_calibrator
-from fusion_detox.decoding.paged import watch_paged_generation
-from fusion_detox.decoding.session import CalibratorSession, plain_mode
-from fusion_detox.decoding.target_columns import TargetColumns, fit
-from fusion_detox.decoding.text_context import Position, TextContext
+from fusion_detox.decoding.session import CalibratorSession, Reading, plain_mode
+from fusion_detox.decoding.target_columns import TargetColumns
+from fusion_detox.decoding.text_context import Covers, TextContext
 from fusion_detox.errors import ConfigError
-from fusion_detox.fusion import Fusion, prepare
-from fusion_detox.vocabulary.map import Mode, VocabularyMap
+from fusion_detox.fusion import Fusion, fit, prepare
+from fusion_detox.vocabulary.map import VocabularyMap
 from fusion_detox.vocabulary.token_table import TokenTable, encode
 
 if TYPE_CHECKING:
@@ -40,32 +38,35 @@ class FusionLogitsProcessor(LogitsProcessor):
         processor = FusionLogitsProcessor(calibrator, tokenizer)
         model.generate(**inputs, logits_processor=[processor])
 
-    The result is a pure function of ``(input_ids, scores)``: the KV cache inside is only a memo.
+    The result is a pure function of ``(input_ids, scores)``; the KV cache inside is only a memo.
     One instance serves any number of calls, batches, beams and threads, and needs no reset.
-    ``generate`` runs it before temperature, top-k and top-p, and hands it no attention mask:
-    left padding is recognised by ``pad_token_id``. Text that it is not shown (``inputs_embeds``, an
-    encoder's source, what is already in ``past_key_values``) can be handed over, see ``following``.
+
+    ``generate`` runs it before temperature, top-k and top-p and passes it no attention mask, so
+    left padding is recognised by ``pad_token_id``. Text that ``generate`` does not show it
+    (``inputs_embeds``, an encoder's source, the ids behind ``past_key_values``) can be supplied
+    with :meth:`following`. ``generate(cache_implementation="paged")`` drops all logits processors;
+    use ``fusion_detox.integrations.continuous_batching`` instead.
 
     Args:
         calibrator: A ``Calibrator``, or the path, hub id or shipped name of one.
         tokenizer: The target's tokenizer.
-        config: Fusion settings; the calibrator's recommended ones by default.
-        device: Where the calibrator runs; where the scores are by default.
-        pad_token_id: The target's padding; the tokenizer's by default.
+        config: Fusion settings; by default those recommended by the calibrator.
+        device: Where the calibrator runs; by default on the device of the scores.
+        pad_token_id: The target's padding; by default the tokenizer's.
         assistant_tokenizer: The tokenizer given to ``generate`` under the same name, if any. Drafts
             in its vocabulary pass unchanged, and the target's check of them is fused.
-        target: The target itself, for the aligned rules, which need its output layer; it is run
-            once on a few tokens. No other rule looks at it.
-        alignment: How they carry the calibrator's vectors over to it; by default what
-            ``fusion-detox align`` saved for the two.
+        target: The target itself. Only the aligned rules need it, for its output layer; it is run
+            once on a few tokens.
+        alignment: How the aligned rules project the calibrator's vectors into the target's space;
+            by default the alignment that ``fusion-detox align`` saved for the two.
 
     Raises:
         AlignmentError: An aligned rule has no alignment, or one of other models.
         CalibratorError: The calibrator cannot be used.
-        ConfigError: A contrast rule or ``context_kl`` is asked of a calibrator without a reference,
-            or an aligned rule without a target.
-        ModelError: The calibrator's models cannot be run with a cache that can be taken back, or
-            the target's hidden states cannot be fused.
+        ConfigError: A contrast rule or ``context_kl`` needs a reference that the calibrator lacks,
+            or an aligned rule needs a target.
+        ModelError: The calibrator's models cannot run with a cache that can be rolled back, or the
+            target's hidden states cannot be fused.
         VocabularyError: The two vocabularies cannot be mapped onto each other.
     """
 
@@ -101,26 +102,25 @@ class FusionLogitsProcessor(LogitsProcessor):
             pad_token_id = tokenizer.pad_token_id
         self._tokenizer = tokenizer
         tokens = TokenTable.from_tokenizer(tokenizer)
-        with plain_mode(calibrator.clean.device):  # it is kept for processes without autocast
+        with plain_mode(calibrator.clean.device):  # it is cached for processes without autocast
             self.vocabulary = VocabularyMap.build(calibrator, tokens, tokenizer)
         identity = self.vocabulary.kind == "identity"
         self._context = TextContext(calibrator, tokens, identity, pad_token_id)
         self._device = None if device is None else torch.device(device)
         self._sessions: dict[tuple[torch.device, bool], CalibratorSession] = {}
-        self._mapped = self.vocabulary.mapped
         assistant = 0 if assistant_tokenizer is None else len(assistant_tokenizer)
-        self._columns = TargetColumns(self._mapped, assistant)
+        self._columns = TargetColumns(self.vocabulary.mapped, assistant)
+        self._width: int | None = None  # of the last scores that matched
         self._starts = tokens.reset_ids | {pad_token_id}
         self._before: list[tuple[int, ...]] = []
-        self._warned: set[str] = set()  # copies share it
-        watch_paged_generation()
+        self._warned: set[str] = set()  # shared by copies
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores after fusion.
+        """Fuses one step.
 
         Args:
-            input_ids: ``(batch, length)`` token ids of the target, left padded or not.
-            scores: ``(batch, vocab)`` logits or log-probs; not changed.
+            input_ids: ``(batch, length)`` token ids of the target, with or without left padding.
+            scores: ``(batch, vocab)`` logits or log-probs; not modified.
 
         Returns:
             ``(batch, vocab)`` log-probs on the device and in the dtype of ``scores``, or ``scores``
@@ -132,10 +132,10 @@ class FusionLogitsProcessor(LogitsProcessor):
         return self.fuse_rows(self._rows(input_ids), scores)
 
     def fuse_rows(self, rows: Sequence[Sequence[int]], scores: Tensor) -> Tensor:
-        """What calling it does, for rows of any lengths: to serve other engines than ``generate``.
+        """Fuses one step for rows of any lengths, for engines other than ``generate``.
 
         Args:
-            rows: For each row all ids of its text so far; no padding is needed.
+            rows: For each row, all ids of its text so far; padding is not needed.
             scores: See ``__call__``.
 
         Returns:
@@ -144,70 +144,70 @@ class FusionLogitsProcessor(LogitsProcessor):
         Raises:
             VocabularyError: See ``__call__``.
         """
-        if self.config.strength == 0 or not self._columns.hold(scores):
+        if self.config.strength == 0 or not self._matches(scores):
             return scores
-        return self._prepare(rows, scores).fused()
+        return self._step(rows, scores).fused()
 
     def with_strength(self, input_ids: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """The scores after fusion, and how strongly each row was fused.
+        """Fuses one step and says how strongly each row was fused.
 
         Args:
             input_ids: See ``__call__``.
             scores: See ``__call__``.
 
         Returns:
-            What ``__call__`` returns, and ``(batch,)`` strengths in float32: those of the settings,
-            or less where ``context_kl`` or ``kl_budget`` lowers them.
+            What ``__call__`` returns, and ``(batch,)`` float32 strengths: the configured strength,
+            or less if ``context_kl`` or ``kl_budget`` lowers it.
 
         Raises:
             VocabularyError: See ``__call__``.
         """
-        if self.config.strength == 0 or not self._columns.hold(scores):
+        if self.config.strength == 0 or not self._matches(scores):
             return scores, torch.zeros(len(scores), device=scores.device)
-        step = self._prepare(self._rows(input_ids), scores)
+        step = self._step(self._rows(input_ids), scores)
         return step.fused(), step.strength()
 
     def following(self, text: str | Sequence[str]) -> FusionLogitsProcessor:
-        """A processor for rows that go on from text which ``generate`` does not show it.
+        """A processor for rows that continue text which ``generate`` does not show it.
 
-        For prompts given as ``inputs_embeds`` alone, for the source of an encoder-decoder, and for
-        the ids behind ``past_key_values`` where only new ones are passed. It shares this
+        Use it for prompts given only as ``inputs_embeds``, for the source of an encoder-decoder,
+        and for the ids behind ``past_key_values`` if only new ids are passed. It shares this
         processor's models and caches.
 
         Args:
-            text: What comes before every row, or for each prompt of the batch what comes before
-                its rows. It is joined as it stands: end it with a line break where the rows begin
-                a text of their own.
+            text: The text before every row, or one text for each prompt of the batch. It is joined
+                as it is; end it with a line break if the rows begin a text of their own.
 
         Raises:
-            ConfigError: There is no text, or (when it is called) rows cannot be shared out evenly.
+            ConfigError: No text is given, or (when called) the number of rows is not a multiple of
+                the number of texts.
         """
         texts = [text] if isinstance(text, str) else list(text)
         if not texts:
-            raise ConfigError("following() was given no text: give one, or one for each prompt")
+            raise ConfigError("following() was given no text: pass one, or one for each prompt")
         result = copy.copy(self)
         result._before = [tuple(ids) for ids in encode(self._tokenizer, texts)]
         return result
 
     @property
     def alignment(self) -> Alignment | None:
-        """What the aligned rules carry the calibrator's vectors over with; else ``None``."""
+        """The alignment that the aligned rules use; ``None`` for the other rules."""
         return None if self._aligned is None else self._aligned.alignment
 
     @property
     def prompts_followed(self) -> int:
-        """How many texts ``following`` was given; 0 for a processor of its own."""
+        """How many texts :meth:`following` was given; 0 if it was not used."""
         return len(self._before)
 
     def with_settings(self, **changes: Any) -> FusionLogitsProcessor:
-        """A processor with other settings, which shares this one's models and caches.
+        """A processor with other settings that shares this one's models and caches.
 
         Args:
-            changes: Settings of :class:`FusionConfig`, say ``strength=0.5``.
+            changes: Settings of :class:`FusionConfig`, such as ``strength=0.5``.
 
         Raises:
-            ConfigError: A setting is unknown or out of range, or needs a reference model that the
-                calibrator does not have, or a target that this processor was not given.
+            ConfigError: A setting is unknown or out of range, or needs a reference model or a
+                target that this processor lacks.
         """
         result = copy.copy(self)
         result.config = self.config.replace(**changes)
@@ -220,99 +220,101 @@ class FusionLogitsProcessor(LogitsProcessor):
         for session in list(self._sessions.values()):
             session.reset()
 
-    def _check_rule(self) -> None:
-        check_rule(self.config, self.calibrator.reference is not None)
-        if not self.config.aligned:
-            return
-        if self._aligned is None:
-            raise ConfigError(
-                f"the rule {self.config.rule!r} works on the target's output layer: give the model "
-                f"that generates, FusionLogitsProcessor(..., FusionConfig(rule="
-                f"{self.config.rule!r}), target=model)"
+    def _step(self, rows: Sequence[Sequence[int]], scores: Tensor) -> Fusion:
+        """Rows, text ends, the calibrator's log-probs and divergence, vocabulary map, rule."""
+        positions = [self._context.read(ids) for ids in self._texts(rows)]
+        paths = [position.path for position in positions]
+        divergence_of = paths if self.config.context_kl is not None else []
+        session = self._session(self._device or scores.device)
+        if self._aligned is not None and self.config.aligned:
+            # No healing here: a partial word keeps its current tokens.
+            reading = session.read(paths, divergence_of=divergence_of, hidden=True)
+            hidden = reading.values if self.config.contrasts else reading.values[:1]
+            strength_scale = self._strength_scale(reading, scores)
+            return self._aligned.prepare(scores, hidden, self.config, strength_scale)
+        covers = Covers.of(positions)
+        reading = session.read(covers.prefixes, divergence_of=divergence_of)
+        with plain_mode(reading.values.device):
+            projected = self.vocabulary.project(
+                reading.values.exp(),
+                covers.covers,
+                covers.weights(reading.values),
+                len(positions),
+                mode="prefix" if self.config.contrasts else "transfer",
             )
-        self._aligned.check_rule(self.config)
+        clean, *reference = fit(projected, scores.shape[-1]).to(scores.device)
+        mapped = fit(self.vocabulary.mapped.to(scores.device), scores.shape[-1])
+        return prepare(
+            scores,
+            clean,
+            reference[0] if reference else None,
+            mapped,
+            self.config,
+            self._strength_scale(reading, scores),
+        )
+
+    def _session(self, device: torch.device) -> CalibratorSession:
+        """The session of a device; without the reference model if these settings ignore it."""
+        reference = self.config.contrasts or self.config.context_kl is not None
+        session = self._sessions.get((device, reference))
+        if session is None:
+            session = CalibratorSession(self.calibrator, device=device, reference=reference)
+            session = self._sessions.setdefault((device, reference), session)
+        return session
+
+    def _strength_scale(self, reading: Reading, scores: Tensor) -> Tensor | None:
+        """``(batch,)`` factors of the strength from ``context_kl``, or ``None`` without it."""
+        full = self.config.context_kl
+        if full is None:
+            return None
+        scales = [min(1.0, nats / full) for nats in reading.divergence]
+        return torch.tensor(scales, dtype=torch.float32, device=scores.device)
+
+    def _matches(self, scores: Tensor) -> bool:
+        width = scores.shape[-1]
+        if width == self._width:
+            return True
+        matches = self._columns.match(width)
+        if matches:
+            self._width = width
+        return matches
 
     def _rows(self, input_ids: Tensor) -> list[list[int]]:
         if input_ids.shape[-1] == 0 and not self._before and not self._warned:
             self._warned.add("no ids")
             logger.warning(
-                "input_ids are empty, as with inputs_embeds alone, whose text cannot be read: the "
-                "calibrator sees only what is written from here on. Give input_ids beside "
+                "input_ids are empty, as with inputs_embeds alone, so the prompt cannot be read "
+                "and the calibrator sees only what is written from here on. Pass input_ids beside "
                 "inputs_embeds, or use processor.following(text)"
             )
         rows: list[list[int]] = input_ids.tolist()
         return rows
 
     def _texts(self, rows: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
-        """The rows' ids, with those of the text that comes before them."""
+        """The rows' ids, preceded by the ids of the text that they follow."""
         texts = [tuple(row) for row in rows]
         if not self._before:
             return texts
-        share, rest = divmod(len(texts), len(self._before))
+        rows_per_text, rest = divmod(len(texts), len(self._before))
         if rest:
             raise ConfigError(
                 f"following() was given {len(self._before)} texts, but there are {len(texts)} "
-                "rows: give one text, or one for each prompt of the batch"
+                "rows: pass one text, or one for each prompt of the batch"
             )
         for index, ids in enumerate(texts):
-            # What starts a text would hide the one before it.
+            # A token that starts a text would hide the text before it.
             start = next((i for i, id in enumerate(ids) if id not in self._starts), len(ids))
-            texts[index] = self._before[index // share] + ids[start:]
+            texts[index] = self._before[index // rows_per_text] + ids[start:]
         return texts
 
-    def _prepare(self, rows: Sequence[Sequence[int]], scores: Tensor) -> Fusion:
-        positions = [self._context.read(ids) for ids in self._texts(rows)]
-        share = self._share(positions, scores)
+    def _check_rule(self) -> None:
+        check_rule(self.config, self.calibrator.reference is not None)
         if not self.config.aligned:
-            return prepare(scores, *self._distributions(positions, scores), self.config, share)
-        assert self._aligned is not None
-        both = self.config.contrasts
-        session = self._session(scores, both=both or share is not None)
-        # A half-written word stands there as the tokens that it has so far.
-        hidden = session.hidden([position.path for position in positions])
-        hidden = hidden if both else hidden[:1]
-        return self._aligned.prepare(scores, hidden, self.config, share)
-
-    def _share(self, positions: list[Position], scores: Tensor) -> Tensor | None:
-        """``(batch,)`` of the strength that each text calls for, or ``None`` for all of it."""
-        whole = self.config.context_kl
-        if whole is None:
-            return None
-        recent = self._session(scores).recent_divergence([one.path for one in positions])
-        shares = [min(1.0, nats / whole) for nats in recent]
-        return torch.tensor(shares, dtype=torch.float32, device=scores.device)
-
-    def _session(self, scores: Tensor, *, both: bool = True) -> CalibratorSession:
-        """The session of a device; of the clean model alone where the rule reads no other."""
-        key = self._device or scores.device, both
-        session = self._sessions.get(key)
-        if session is None:
-            calibrator = self.calibrator
-            if not both:
-                calibrator = copy.copy(calibrator)
-                calibrator.reference = None
-            session = CalibratorSession(calibrator, device=key[0])
-            session = self._sessions.setdefault(key, session)
-        return session
-
-    def _distributions(
-        self, positions: list[Position], scores: Tensor
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Clean and reference probabilities and what is mapped, in the columns of ``scores``."""
-        width = scores.shape[-1]
-        device = self._device or scores.device
-        session = self._session(scores)
-        wanted: dict[tuple[int, ...], int] = {}
-        for position in positions:
-            for back in range(len(position.word) + 1):
-                wanted.setdefault(position.path[: len(position.path) - back], len(wanted))
-        log_probs = session.log_probs(list(wanted))
-        covers, weights = weigh_covers(positions, wanted, log_probs)
-        mode: Mode = "prefix" if self.config.contrasts else "transfer"
-        with plain_mode(device):
-            projected = self.vocabulary.project(
-                log_probs.exp(), covers, weights, len(positions), mode=mode
+            return
+        if self._aligned is None:
+            raise ConfigError(
+                f"the rule {self.config.rule!r} works on the target's output layer: pass the model "
+                f"that generates, FusionLogitsProcessor(..., FusionConfig(rule="
+                f"{self.config.rule!r}), target=model)"
             )
-        projected = fit(projected, width).to(scores.device)
-        mapped = fit(self._mapped.to(scores.device), width)
-        return projected[0], projected[1] if len(projected) > 1 else None, mapped
+        self._aligned.check_rule(self.config)

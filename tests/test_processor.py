@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -12,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TextIteratorStreamer
 
+import fusion_detox
 from fusion_detox import Calibrator, FusionConfig, FusionLogitsProcessor
 from fusion_detox.errors import ConfigError, VocabularyError
 
@@ -62,24 +66,30 @@ def test_strength_zero_returns_the_very_scores(
 
 
 def test_same_vocabulary_uses_the_calibrator_as_it_is(
-    calibrator: Calibrator, byte_tokenizer: PreTrainedTokenizerFast
+    calibrator: Calibrator,
+    byte_tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     processor = fresh(calibrator, byte_tokenizer)
     assert processor.vocabulary.kind == "identity"
     ids = byte_tokenizer("You are a complete", return_tensors="pt")["input_ids"]
     scores = torch.randn(1, len(byte_tokenizer))
-    positions = [processor._context.read(tuple(row)) for row in ids.tolist()]
-    clean, reference, _ = processor._distributions(positions, scores)
+    projected, project = [], processor.vocabulary.project
+    monkeypatch.setattr(
+        processor.vocabulary,
+        "project",
+        lambda *args, **kwargs: projected.append(project(*args, **kwargs)) or projected[-1],
+    )
+    fused = processor(ids, scores)
+    ((clean, reference),) = projected
     bos = torch.tensor([[calibrator.bos_id]])
     with torch.no_grad():
         logits = calibrator.clean(input_ids=torch.cat([bos, ids], 1)).logits[:, -1]
     torch.testing.assert_close(clean, torch.softmax(logits, -1), atol=1e-6, rtol=1e-5)
-    assert reference is not None
     wanted = torch.log_softmax(scores, -1) + 1.5 * torch.nn.functional.softshrink(
         torch.log((clean + CONFIG.floor) / (reference + CONFIG.floor)), 0.05
     ).clamp(-3, 3)
-    # Special tokens are not judged and keep their probability.
-    fused = processor(ids, scores)
+    # Special tokens are no candidates and keep their probability.
     mapped = processor.vocabulary.mapped
     mass = torch.log_softmax(scores, -1)[:, mapped].exp().sum()
     torch.testing.assert_close(
@@ -317,7 +327,7 @@ def test_tokenizer_of_another_model_is_an_error_at_the_first_step(
     calibrator: Calibrator, other_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     processor = fresh(calibrator, other_tokenizer)
-    message = "scores have 9000 columns, but the tokenizer given has 441 tokens"
+    message = "scores have 9000 columns, but the tokenizer has 441 tokens"
     with pytest.raises(VocabularyError, match=message):
         processor(torch.tensor([[20]]), torch.randn(1, 9000))
 
@@ -363,3 +373,27 @@ def test_with_strength_is_call_and_the_strength_of_each_row(calibrator, other_to
     same, none = off.with_strength(ids, scores)
     assert same is scores
     assert none.tolist() == [0.0, 0.0, 0.0]
+
+
+def test_a_warm_step_runs_through_few_files(
+    calibrator: Calibrator, other_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Someone who follows one decoding step through the code opens at most seven files."""
+    processor = fresh(calibrator, other_tokenizer).with_settings(context_kl=0.1)
+    ids = other_tokenizer("You are a complete", return_tensors="pt")["input_ids"]
+    scores = torch.randn(1, len(other_tokenizer))
+    processor(ids[:, :-1], scores)
+    root, files = str(Path(fusion_detox.__file__).parent), set()
+
+    def note(frame: FrameType, event: str, argument: object) -> None:
+        if frame.f_code.co_filename.startswith(root):
+            files.add(Path(frame.f_code.co_filename).relative_to(root).as_posix())
+
+    sys.setprofile(note)
+    try:
+        processor(ids, scores)
+    finally:
+        sys.setprofile(None)
+    assert "processor.py" in files
+    assert "fusion.py" in files
+    assert len(files) <= 7, " ".join(sorted(files))

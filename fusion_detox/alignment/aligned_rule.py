@@ -15,9 +15,8 @@ from fusion_detox.alignment.store import find_alignment
 from fusion_detox.alignment.target_head import TargetHead
 from fusion_detox.decoding.head_inputs import output_layer
 from fusion_detox.decoding.session import plain_mode
-from fusion_detox.decoding.target_columns import fit
 from fusion_detox.errors import AlignmentError, ConfigError
-from fusion_detox.fusion import Fusion, prepare, prepare_aligned
+from fusion_detox.fusion import Fusion, fit, prepare, prepare_aligned
 from fusion_detox.vocabulary.token_table import TokenTable
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""How a calibrator's models are run: generically, or two Llamas at once."""
+"""Chooses how to run a calibrator's models: two Llamas at once, or any models one by one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fusion_detox.decoding.generic_decoder import GenericDecoder, check_configurations
-from fusion_detox.decoding.slots import Decoder, Row, SlotStore
+from fusion_detox.decoding.slots import Decoder
 from fusion_detox.decoding.stacked_llama import StackedLlamaDecoder
 
 if TYPE_CHECKING:
@@ -15,24 +15,21 @@ if TYPE_CHECKING:
 
     from fusion_detox.calibrator.calibrator import Calibrator
 
-__all__ = [
-    "Decoder",
-    "GenericDecoder",
-    "Row",
-    "SlotStore",
-    "StackedLlamaDecoder",
-    "build_decoder",
-    "check_calibrator",
-]
 
-
-def build_decoder(calibrator: Calibrator, device: torch.device) -> Decoder:
+def build_decoder(
+    calibrator: Calibrator, device: torch.device, *, reference: bool = True
+) -> Decoder:
     """The fastest decoder that runs a calibrator's models on a device.
 
+    Args:
+        calibrator: Its models are read, never changed.
+        device: Where to run.
+        reference: Whether to run the reference model too, if there is one.
+
     Raises:
-        ModelError: None can; the message says why.
+        ModelError: No decoder can run them; the message says why.
     """
-    models = _models(calibrator)
+    models = _models(calibrator) if reference else [calibrator.clean]
     length = calibrator.context_length
     if StackedLlamaDecoder.supports(models):
         return StackedLlamaDecoder(models, length, calibrator.vocabulary_size, device)
@@ -40,10 +37,12 @@ def build_decoder(calibrator: Calibrator, device: torch.device) -> Decoder:
 
 
 def check_calibrator(calibrator: Calibrator) -> None:
-    """Refuse, without running them, models of which ``build_decoder`` would refuse the settings.
+    """Refuses models whose configuration shows that ``build_decoder`` would refuse them.
+
+    No model is run.
 
     Raises:
-        ModelError: A model keeps no cache that can be taken back, or it is too short.
+        ModelError: A model has no cache that can be rolled back, or too short a context.
     """
     check_configurations(_models(calibrator), calibrator.context_length)
 

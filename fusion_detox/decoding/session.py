@@ -1,149 +1,206 @@
-"""A calibrator's log-probs or hidden states after any texts, with a KV cache as a mere memo."""
+"""``CalibratorSession``: a calibrator's log-probs after any texts, and the KV cache behind them.
+
+From top to bottom: the session, the log-probs that it remembers, how far the two models have
+lately differed, and the planner that decides which slot of the KV cache serves which text.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import threading
+from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fusion_detox.decoding.decoder import Row, build_decoder
-from fusion_detox.decoding.divergence import RecentDivergence
-from fusion_detox.decoding.heap import Heap
-from fusion_detox.decoding.slot_plan import Ids, Path, Planner, split_into_paths
+from fusion_detox.decoding.decoder import build_decoder
+from fusion_detox.decoding.slots import Row
 from fusion_detox.errors import ConfigError
+from fusion_detox.fusion import kl_divergence
 
 if TYPE_CHECKING:
     from fusion_detox.calibrator.calibrator import Calibrator
 
+Ids = tuple[int, ...]
+
+RECENT = 16
+"""Positions that the divergence looks back on; 32, or all, separate toxic text no better."""
+# Log-probs of at least so many texts are remembered, up to so many bytes.
 _MEMO_ENTRIES, _MEMO_BYTES = 64, 256 * 2**20
+_DIVERGENCE_ENTRIES, _DIVERGENCE_PARENTS = 4096, 4
+# Rows with more new tokens than this are run apart from rows with few.
 _FEW_TOKENS = 8
-_FORWARD_TOKENS = 8192
+# Bounds of one forward pass: tokens fed, and bytes of log-probs returned.
+_FORWARD_TOKENS, _FORWARD_BYTES = 8192, 128 * 2**20
+# A slot may be taken over if at most this many of its tokens are lost.
+_EXPENDABLE = 16
+_PARENTS = 4
+# Slots that this many calls have not used are reused before the cache grows.
+_IDLE_CALLS = 8
+
+
+class Reading(NamedTuple):
+    """What a session says about the texts of one step.
+
+    Attributes:
+        values: ``(distributions, prefixes, vocabulary_size)`` float32 log-probs, or hidden states
+            ``(distributions, prefixes, width)``; the clean model first, then the reference.
+        divergence: Mean ``KL(reference ‖ clean)`` of each text that it was asked for, in nats.
+    """
+
+    values: Tensor
+    divergence: list[float]
 
 
 class CalibratorSession:
-    """Next-token log-probs of a calibrator's distributions.
+    """Next-token log-probs of a calibrator's distributions, computed incrementally.
 
-    A pure function of each prefix: what was computed before only saves time. A prefix that
-    extends, shortens or branches off an earlier one costs its new tokens; one that was asked for
-    lately costs nothing. All prefixes of a call are run in one batch.
+    The result is a pure function of each prefix; the cache only saves time. A prefix that extends,
+    shortens or branches off an earlier one costs its new tokens, and one that was asked for
+    recently costs nothing. All prefixes of a call run in one batch.
 
-    Longer texts than the calibrator's context are cut at the front in strides of half of it, so
-    that the window of a growing text moves seldom and depends on nothing but its length.
+    Texts longer than the calibrator's context are cut at the front in strides of half of it, so the
+    window of a growing text rarely moves and depends only on the text's length.
 
     Safe to use from several threads. Copies and pickles carry no cache.
 
     Args:
-        calibrator: Its models are read, never changed; where they are on another device, or in half
-            precision and the device is the CPU (which then computes in float32), they are copied.
+        calibrator: Its models are read, never changed. Models on another device, or in half
+            precision for a CPU (which computes in float32), are copied.
         device: Where to run.
-        max_rows: Most texts whose keys and values are kept.
+        reference: Whether to run the reference model too, if there is one.
+        max_rows: Maximum number of texts whose keys and values are kept.
 
     Raises:
         ConfigError: ``max_rows`` is less than 1.
-        ModelError: A model cannot be run with a cache that can be taken back.
+        ModelError: A model cannot run with a cache that can be rolled back.
     """
 
     def __init__(
-        self, calibrator: Calibrator, *, device: torch.device, max_rows: int = 256
+        self,
+        calibrator: Calibrator,
+        *,
+        device: torch.device,
+        reference: bool = True,
+        max_rows: int = 256,
     ) -> None:
         if max_rows < 1:
             raise ConfigError(f"max_rows must be at least 1, but is {max_rows}")
         self._calibrator = calibrator
-        # With its index, so that it compares equal to that of a tensor there.
+        # With its index, so that it compares equal to the device of a tensor there.
         self._device = torch.empty(0, device=device).device
+        self._reference = reference
         self._max_rows = max_rows
         self._lock = threading.Lock()
         with plain_mode(self._device):
-            self._decoder = build_decoder(calibrator, self._device)
-        self._heap = Heap()
+            self._decoder = build_decoder(calibrator, self._device, reference=reference)
         self._forget()
 
-    def log_probs(self, prefixes: Sequence[Ids]) -> Tensor:
-        """Log-probs of the token after each prefix.
+    def read(
+        self,
+        prefixes: Sequence[Ids],
+        *,
+        divergence_of: Sequence[Ids] = (),
+        hidden: bool = False,
+    ) -> Reading:
+        """Runs the models on whatever part of these texts is new.
 
         Args:
-            prefixes: Calibrator ids without BOS; equal ones, and prefixes of others, cost nothing
-                extra.
+            prefixes: Calibrator ids without BOS. Equal prefixes, and prefixes of others, cost
+                nothing extra.
+            divergence_of: Texts whose recent divergence is wanted; this needs the reference.
+            hidden: Return last hidden states (the output layer's inputs) instead of log-probs.
 
         Returns:
-            ``(distributions, len(prefixes), vocabulary_size)`` in float32 on the session's device:
-            the clean distribution, then the reference's if there is one.
-        """
-        return self._ask(prefixes, hidden=False)
-
-    def hidden(self, prefixes: Sequence[Ids]) -> Tensor:
-        """Last hidden states after each prefix: what the output layer makes its logits of.
-
-        Args:
-            prefixes: As in ``log_probs``.
-
-        Returns:
-            ``(distributions, len(prefixes), width)`` in float32, otherwise as ``log_probs``.
+            See :class:`Reading`; the values are on the session's device.
 
         Raises:
-            ModelError: A model names no output layer.
+            ModelError: Hidden states are wanted of a model without an output layer.
         """
-        return self._ask(prefixes, hidden=True)
-
-    def recent_divergence(self, prefixes: Sequence[Ids]) -> list[float]:
-        """By how much the two models have lately differed on each prefix.
-
-        Args:
-            prefixes: As in ``log_probs``; there must be a reference.
-
-        Returns:
-            ``KL(reference ‖ clean)`` of the next token in nats, averaged over the last 16 positions
-            of each prefix.
-        """
-        return self._recent(prefixes, self.log_probs)
-
-    def _ask(self, prefixes: Sequence[Ids], *, hidden: bool) -> Tensor:
-        texts = [self._window(prefix) for prefix in prefixes]
         with self._lock, plain_mode(self._device):
-            memo = self._hidden_memo if hidden else self._memo
-            found: dict[Ids, _Entry] = {}
-            missing = set()
-            for text in texts:
-                entry = memo.get(text)
-                if entry is None:
-                    missing.add(text)
-                else:
-                    found[text] = entry
-            paths = split_into_paths(missing)
-            for start in range(0, len(paths), self._max_rows):
-                found.update(self._run(paths[start : start + self._max_rows], memo))
-            memo.trim(max(_MEMO_ENTRIES, 8 * len(found)), _MEMO_BYTES)
-            self._heap.watch()
-            return self._gather([found[text] for text in texts])
+            texts = [self._window(prefix) for prefix in prefixes]
+            unknown = {one: self._window(one) for one in self._recent.unknown(divergence_of)}
+            measured = set(unknown.values())
+            if hidden:
+                nats = self._compute((), self._memo, measured)[1] if measured else {}
+                found = self._compute(texts, self._hidden_memo)[0]
+            else:
+                found, nats = self._compute(texts, self._memo, measured)
+            values = {one: nats[window] for one, window in unknown.items()}
+            divergence = self._recent.means(divergence_of, values)
+            return Reading(self._gather([found[text] for text in texts]), divergence)
+
+    def log_probs(self, prefixes: Sequence[Ids]) -> Tensor:
+        """The log-probs alone, see :meth:`read`."""
+        return self.read(prefixes).values
+
+    def hidden(self, prefixes: Sequence[Ids]) -> Tensor:
+        """The last hidden states alone, see :meth:`read`."""
+        return self.read(prefixes, hidden=True).values
+
+    def recent_divergence(self, texts: Sequence[Ids]) -> list[float]:
+        """The divergence alone, see :meth:`read`."""
+        return self.read((), divergence_of=texts).divergence
 
     def reset(self) -> None:
-        """Free the memory of the cache. Results do not depend on it."""
+        """Frees the memory of the cache. Results do not depend on it."""
         with self._lock:
             self._forget()
             self._decoder.resize(0)
 
     def _forget(self) -> None:
         self._memo, self._hidden_memo = _Memo(), _Memo()
-        calibrator = self._calibrator
-        self._recent = RecentDivergence(calibrator.context_length, calibrator.vocabulary_size)
+        self._recent = RecentDivergence(self._calibrator.context_length)
         self._planner = Planner(self._max_rows)
         self._allocated = 0
 
     def _window(self, prefix: Ids) -> Ids:
-        """What the calibrator sees of a prefix: BOS and the end, from a multiple of the stride."""
+        """What the calibrator sees of a prefix: BOS, then its end from a multiple of the stride."""
         length = self._calibrator.context_length
         stride = length // 2
         excess = max(0, len(prefix) + 1 - length)
         start = -(-excess // stride) * stride
         return (self._calibrator.bos_id, *prefix[start:])
 
-    def _run(self, wanted: list[Path], memo: _Memo) -> Iterator[tuple[Ids, _Entry]]:
+    def _compute(
+        self, texts: Collection[Ids], memo: _Memo, measured: Collection[Ids] = ()
+    ) -> tuple[dict[Ids, _Entry], dict[Ids, float]]:
+        """Entries of ``texts``, and ``KL(reference ‖ clean)`` after each of ``measured``."""
+        found: dict[Ids, _Entry] = {}
+        nats: dict[Ids, float] = {}
+        missing = set()
+        for text in {*texts, *measured}:
+            entry = memo.get(text)
+            if entry is None:
+                missing.add(text)
+            else:
+                found[text] = entry
+        if known := [text for text in measured if text in found]:
+            nats.update(_measure(known, self._gather([found[text] for text in known])))
+        paths = split_into_paths(missing)
+        kept = set(texts)
+        for start in range(0, len(paths), self._max_rows):
+            run = self._run(paths[start : start + self._max_rows], memo is self._hidden_memo)
+            for asked, values in run:
+                columns = [column for column, text in enumerate(asked) if text in measured]
+                if columns:
+                    nats.update(_measure([asked[n] for n in columns], values[:, columns]))
+                # Log-probs that only the divergence needed are not worth their memory.
+                columns = [column for column, text in enumerate(asked) if text in kept]
+                block = _Block(values if len(columns) == len(asked) else values[:, columns])
+                for number, column in enumerate(columns):
+                    entry = _Entry(block, number)
+                    memo.put(asked[column], entry)
+                    found[asked[column]] = entry
+        memo.trim(max(_MEMO_ENTRIES, 8 * len(found)), _MEMO_BYTES)
+        return found, nats
+
+    def _run(self, wanted: list[Path], hidden: bool) -> Iterator[tuple[list[Ids], Tensor]]:
+        """One forward pass after the other: the texts asked for, and their values."""
         planner = self._planner
         plan = planner.plan(wanted)
         if self._allocated != len(planner):
@@ -152,24 +209,20 @@ class CalibratorSession:
         for copied in plan.copies:
             self._decoder.copy(*copied)
         texts = {row.slot: path.text for row, path in zip(plan.rows, wanted, strict=True)}
-        for rows in _batches(plan.rows):
-            block = _Block(self._values(rows, memo is self._hidden_memo))
+        size = self._decoder.distributions * self._calibrator.vocabulary_size * 4
+        for rows in _batches(plan.rows, max(1, _FORWARD_BYTES // size)):
+            if hidden:
+                values = self._decoder.hidden(rows).float()
+            else:
+                logits = self._decoder.logits(rows)[..., : self._calibrator.vocabulary_size]
+                values = torch.log_softmax(logits, -1, dtype=torch.float32)
             for row in rows:
                 planner.hold(row.slot, plan.texts[row.slot])
             asked = [texts[row.slot][: row.start + at + 1] for row in rows for at in row.asked]
-            for column, text in enumerate(asked):
-                entry = _Entry(block, column)
-                memo.put(text, entry)
-                yield text, entry
-
-    def _values(self, rows: list[Row], hidden: bool) -> Tensor:
-        if hidden:
-            return self._decoder.hidden(rows).float()
-        logits = self._decoder.logits(rows)[..., : self._calibrator.vocabulary_size]
-        return torch.log_softmax(logits, -1, dtype=torch.float32)
+            yield asked, values
 
     def _gather(self, entries: list[_Entry]) -> Tensor:
-        """A tensor of the caller's own."""
+        """The entries' values as a tensor of the caller's own."""
         if not entries:
             size = (self._decoder.distributions, 0, self._calibrator.vocabulary_size)
             return torch.empty(size, device=self._device)
@@ -179,30 +232,43 @@ class CalibratorSession:
             return block.values.index_select(1, columns)
         return torch.stack([entry.block.values[:, entry.column] for entry in entries], 1)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Rebuild from what it was made of, for ``copy``, ``deepcopy`` and ``pickle``."""
-        make = functools.partial(CalibratorSession, device=self._device, max_rows=self._max_rows)
+    def __reduce__(self) -> tuple[Callable[..., CalibratorSession], tuple[Any, ...]]:
+        """Rebuild without the cache, for ``copy``, ``deepcopy`` and ``pickle``."""
+        make = functools.partial(
+            CalibratorSession,
+            device=self._device,
+            reference=self._reference,
+            max_rows=self._max_rows,
+        )
         return make, (self._calibrator,)
 
 
 @contextlib.contextmanager
 def plain_mode(device: torch.device) -> Iterator[None]:
-    """No gradients, and no trace of the caller's inference mode or autocast."""
+    """Disables gradients, and the caller's inference mode and autocast."""
     off = torch.autocast(device.type, enabled=False)
     with torch.inference_mode(False), torch.no_grad(), off:
         yield
 
 
-def _batches(rows: list[Row]) -> Iterator[list[Row]]:
-    """Rows for one forward pass each, of similar lengths, in the order of their slots."""
+def _batches(rows: list[Row], positions: int) -> Iterator[list[Row]]:
+    """Rows for one forward pass each, of similar lengths, in the order of their slots.
+
+    Args:
+        rows: What to run.
+        positions: How many positions a forward pass may ask for, unless a single row asks for more.
+    """
     few = [row for row in rows if len(row.tokens) <= _FEW_TOKENS]
     many = sorted((row for row in rows if len(row.tokens) > _FEW_TOKENS), key=_count)
     for part in (few, many):
         batch: list[Row] = []
+        asked = 0
         for row in part:
-            if batch and (len(batch) + 1) * len(row.tokens) > _FORWARD_TOKENS:
+            asked += len(row.asked)
+            tokens = (len(batch) + 1) * len(row.tokens)
+            if batch and (tokens > _FORWARD_TOKENS or asked > positions):
                 yield sorted(batch)
-                batch = []
+                batch, asked = [], len(row.asked)
             batch.append(row)
         if batch:
             yield sorted(batch)
@@ -212,8 +278,15 @@ def _count(row: Row) -> int:
     return len(row.tokens)
 
 
+def _measure(texts: Sequence[Ids], values: Tensor) -> Iterator[tuple[Ids, float]]:
+    """Each text with its ``KL(reference ‖ clean)``; ``values`` is ``(2, texts, vocab)``."""
+    clean, reference = values
+    nats: list[float] = kl_divergence(reference, clean).clamp_min(0.0).tolist()
+    return zip(texts, nats, strict=True)
+
+
 class _Block:
-    """What one forward pass gave, ``(distributions, asked, vocab)`` or ``width``."""
+    """The values of one forward pass, ``(distributions, asked, vocab or width)``."""
 
     def __init__(self, values: Tensor) -> None:
         self.values = values
@@ -226,9 +299,9 @@ class _Entry(NamedTuple):
 
 
 class _Memo:
-    """What was asked for last, by text.
+    """The most recently used values, by text.
 
-    A block's memory is free once none of its columns is kept, and counts as long.
+    A block's memory is freed once none of its columns is kept; until then all of it counts.
     """
 
     def __init__(self) -> None:
@@ -256,3 +329,221 @@ class _Memo:
             block.users -= 1
             if block.users == 0:
                 self.bytes -= block.values.nbytes
+
+
+class RecentDivergence:
+    """``KL(reference ‖ clean)`` of the next token, averaged over a text's last positions.
+
+    This is what the clean model holds back of what the reference would write: large where a text
+    is toxic or about to be, small in harmless text. The values of earlier prefixes are only a memo,
+    so one more token costs only its own log-probs.
+
+    Args:
+        context_length: The calibrator's.
+    """
+
+    def __init__(self, context_length: int) -> None:
+        self._reach = context_length + RECENT
+        self._memo: OrderedDict[tuple[int, Ids], tuple[float, ...]] = OrderedDict()
+
+    def unknown(self, texts: Iterable[Ids]) -> list[Ids]:
+        """The prefixes whose divergence must be computed before :meth:`means` can answer."""
+        found: dict[Ids, None] = {}
+        for text in texts:
+            first = self._nearest(text)[1]
+            found.update(dict.fromkeys(text[:end] for end in range(first, len(text) + 1)))
+        return list(found)
+
+    def means(self, texts: Sequence[Ids], values: Mapping[Ids, float]) -> list[float]:
+        """The mean in nats over the last ``RECENT`` positions of each text, or over all of fewer.
+
+        Args:
+            texts: Calibrator ids without BOS; the position before their first token counts too.
+            values: The divergence, in nats, after each of the ``unknown`` prefixes.
+        """
+        # All are looked up before any is remembered, since that may drop older ones.
+        known = [self._nearest(text) for text in texts]
+        means = []
+        for text, (recent, first) in zip(texts, known, strict=True):
+            new = [values[text[:end]] for end in range(first, len(text) + 1)]
+            recent = (*recent, *new)[-RECENT:]
+            key = self._key(text, len(text))
+            self._memo[key] = recent
+            self._memo.move_to_end(key)
+            means.append(sum(recent) / len(recent))
+        while len(self._memo) > max(_DIVERGENCE_ENTRIES, len(texts)):
+            self._memo.popitem(last=False)
+        return means
+
+    def _key(self, text: Ids, length: int) -> tuple[int, Ids]:
+        """What decides the values of a prefix: its end, and its length, which sets the window."""
+        return length, text[max(0, length - self._reach) : length]
+
+    def _nearest(self, text: Ids) -> tuple[tuple[float, ...], int]:
+        """The known values of a slightly shorter prefix, and the first length without a value."""
+        for missing in range(min(_DIVERGENCE_PARENTS, len(text)) + 1):
+            recent = self._memo.get(self._key(text, len(text) - missing))
+            if recent is not None:
+                return recent, len(text) - missing + 1
+        return (), max(0, len(text) + 1 - RECENT)
+
+
+class Path(NamedTuple):
+    """A text to run, and its prefixes (by length) whose next token is asked for."""
+
+    text: Ids
+    lengths: tuple[int, ...]
+
+
+def split_into_paths(texts: Iterable[Ids]) -> list[Path]:
+    """Drops texts that are prefixes of others; their lengths are asked for along the way."""
+    paths: list[Path] = []
+    # In this order, a text directly follows those that it is a prefix of.
+    for text in sorted(texts, reverse=True):
+        if paths and paths[-1].text[: len(text)] == text:
+            last = paths.pop()
+            paths.append(Path(last.text, (len(text), *last.lengths)))
+        else:
+            paths.append(Path(text, (len(text),)))
+    return paths
+
+
+class Plan(NamedTuple):
+    """What to do for the texts of a call.
+
+    Attributes:
+        rows: The work on each text's slot, in the order of the texts.
+        copies: Source slot, target slot, first and last column; to be done first, in this order.
+        texts: What each slot of ``rows`` holds once its work is done.
+    """
+
+    rows: list[Row]
+    copies: list[tuple[int, int, int, int]]
+    texts: dict[int, Ids]
+
+
+class Planner:
+    """Knows which slot holds which text, and chooses the best slot for a new text."""
+
+    def __init__(self, max_slots: int) -> None:
+        self._max_slots = max_slots
+        self._texts: list[Ids] = []  # () for an empty slot
+        self._used: list[int] = []  # number of the last call that used the slot
+        self._slot: dict[Ids, int] = {}
+        self._call = 0
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def hold(self, slot: int, text: Ids) -> None:
+        """Records what a slot's columns hold."""
+        old = self._texts[slot]
+        if self._slot.get(old) == slot:
+            del self._slot[old]
+        self._texts[slot] = text
+        if text:
+            self._slot[text] = slot
+
+    def plan(self, paths: Sequence[Path]) -> Plan:
+        """Chooses a slot for each text (at most ``max_slots`` of them) and what to copy first.
+
+        A text that extends another takes over its slot. Other texts take over the slot with the
+        longest common prefix if little else is lost, or get a copy of that prefix. Until the work
+        is done, slots are recorded as holding only what is certainly right, in case it fails.
+        """
+        self._call += 1
+        free = set(range(len(self)))
+        found: dict[int, tuple[int, int]] = {}  # by index in paths: slot, and columns in it
+        for index, (text, _) in enumerate(paths):
+            for length in range(len(text), max(0, len(text) - _PARENTS - 1), -1):
+                slot = self._slot.get(text[:length])
+                if slot is not None and slot in free:
+                    free.remove(slot)
+                    found[index] = slot, length
+                    break
+        copies: list[tuple[int, int, int, int]] = []
+        if len(found) < len(paths):
+            self._search(paths, free, found, copies)
+        safe = {target: start for _, target, start, _ in copies}
+        rows, texts = [], {}
+        for index, (text, lengths) in enumerate(paths):
+            slot, start = found[index]
+            start = min(start, lengths[0] - 1)
+            asked = tuple(length - 1 - start for length in lengths)
+            rows.append(Row(slot, start, text[start:], asked))
+            old = self._texts[slot]
+            whole = slot not in safe and old[: len(text)] == text
+            texts[slot] = old if whole else text
+            self.hold(slot, text[: min(start, safe.get(slot, start))])
+            self._used[slot] = self._call
+        return Plan(rows, copies, texts)
+
+    def _search(
+        self,
+        paths: Sequence[Path],
+        free: set[int],
+        found: dict[int, tuple[int, int]],
+        copies: list[tuple[int, int, int, int]],
+    ) -> None:
+        """Assigns slots to paths whose parent is not cached or already taken."""
+        sources = sorted((text, slot) for slot, text in enumerate(self._texts) if text)
+        targets = [pair for pair in sources if pair[1] in free]
+        for index, (text, _) in enumerate(paths):
+            if index in found:
+                continue
+            (_, source), common = _nearest(sources, text)
+            (old, slot), kept = _nearest(targets, text)
+            if kept == 0 or (kept < len(text) and len(old) - kept > _EXPENDABLE):
+                slot = self._vacate(free, len(paths))
+                old, kept = self._texts[slot], common if slot == source else 0
+            free.remove(slot)
+            if old:
+                targets.remove((old, slot))
+            if common > kept:
+                copies.append((source, slot, kept, common))
+                if old:  # overwritten, so it can no longer be copied
+                    sources.remove((old, slot))
+            found[index] = slot, max(common, kept)
+
+    def _vacate(self, free: set[int], wanted: int) -> int:
+        """An empty slot, or the one that has not been used for longest."""
+        empty = min((slot for slot in free if not self._texts[slot]), default=None)
+        if empty is not None:
+            return empty
+        oldest = min(free, key=self._used.__getitem__, default=None)
+        if oldest is not None and self._call - self._used[oldest] > _IDLE_CALLS:
+            return oldest
+        size = len(self)
+        more = min(self._max_slots, max(2 * size, wanted)) - size
+        if more > 0:
+            self._texts += [()] * more
+            self._used += [0] * more
+            free.update(range(size, size + more))
+            return size
+        assert oldest is not None
+        return oldest
+
+
+def _nearest(ordered: list[tuple[Ids, int]], text: Ids) -> tuple[tuple[Ids, int], int]:
+    """Of sorted texts, the one with the longest common prefix, and the length of that prefix."""
+    place = bisect_left(ordered, (text, -1))
+    best: tuple[tuple[Ids, int], int] = ((), -1), 0
+    for pair in ordered[max(0, place - 1) : place + 1]:
+        common = _common(pair[0], text)
+        if common > best[1]:
+            best = pair, common
+    return best
+
+
+def _common(one: Ids, other: Ids) -> int:
+    """Length of the longest common prefix."""
+    low, high = 0, min(len(one), len(other))
+    if one[:high] == other[:high]:
+        return high
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

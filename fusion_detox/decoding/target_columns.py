@@ -1,10 +1,9 @@
-"""Which scores are of the target: heads are padded or cut, and assistants have their own."""
+"""Checks that scores match the target's vocabulary: heads are padded, and assistants differ."""
 
 from __future__ import annotations
 
 import logging
 
-import torch
 from torch import Tensor
 
 from fusion_detox.errors import VocabularyError
@@ -15,11 +14,11 @@ _PADDING = 2048
 
 
 class TargetColumns:
-    """The widths that scores of a target may have.
+    """The widths that a target's scores may have.
 
     Args:
-        mapped: ``(tokens,)`` which tokens the calibrator can judge.
-        assistant: Tokens of the assistant's tokenizer, 0 without.
+        mapped: ``(tokens,)`` bool, the tokens that the vocabulary map reaches.
+        assistant: Number of tokens of the assistant's tokenizer; 0 without an assistant.
     """
 
     def __init__(self, mapped: Tensor, assistant: int) -> None:
@@ -28,41 +27,37 @@ class TargetColumns:
         self._assistant = assistant
         self._warned = False
 
-    def hold(self, scores: Tensor) -> bool:
-        """Whether scores can be of the target; those of another vocabulary pass.
+    def match(self, width: int) -> bool:
+        """Whether scores with this many columns can be the target's.
+
+        Scores of another vocabulary, such as an assistant's drafts, are passed on unchanged.
 
         Raises:
             VocabularyError: They are far wider than the tokenizer's vocabulary.
         """
-        width, widest = scores.shape[-1], _padded(self._tokens)
+        widest = _max_width(self._tokens)
         if self._narrowest <= width <= widest:
             return True
-        if width <= _padded(self._assistant):  # some of its columns may be cut off
+        if width <= _max_width(self._assistant):  # some of its columns may be cut off
             return False
         if width > widest:
             raise VocabularyError(
-                f"scores have {width} columns, but the tokenizer given has {self._tokens} tokens: "
-                "give the tokenizer of the model that generates; where they are drafts of an "
-                "assistant with a vocabulary of its own, give assistant_tokenizer too"
+                f"scores have {width} columns, but the tokenizer has {self._tokens} tokens. Pass "
+                "the tokenizer of the model that generates. If the scores are drafts of an "
+                "assistant with its own vocabulary, pass assistant_tokenizer too"
             )
         if not self._warned:
             self._warned = True
             logger.warning(
-                "scores have %d columns, but the target's tokenizer has %d tokens: they belong to "
-                "another model and are passed on unchanged. Where it is an assistant with a "
-                "vocabulary of its own, give assistant_tokenizer",
+                "scores have %d columns, but the target's tokenizer has %d tokens. They belong to "
+                "another model and are passed on unchanged. If that model is an assistant with its "
+                "own vocabulary, pass assistant_tokenizer",
                 width,
                 self._narrowest,
             )
         return False
 
 
-def fit(tensor: Tensor, width: int) -> Tensor:
-    """Zeros for columns that the tensor lacks, or without those that the scores lack."""
-    missing = width - tensor.shape[-1]
-    return torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor
-
-
-def _padded(tokens: int) -> int:
-    """Widest head of a model with so many tokens."""
+def _max_width(tokens: int) -> int:
+    """Widest head of a model with this many tokens."""
     return tokens + max(_PADDING, tokens // 20) if tokens else 0

@@ -1,4 +1,8 @@
-"""What a target's token ids say to the calibrator: text, retokenised at its end only."""
+"""Where each row's text ends, in the calibrator's tokens; only the end is tokenised again.
+
+``TextContext`` reads rows of target ids as text; ``Covers`` lists the ways in which a calibrator
+token can continue the last, perhaps unfinished, word.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,13 @@ import re
 import threading
 from bisect import bisect_left
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusion_detox.vocabulary.map import Cover
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -19,14 +29,14 @@ if TYPE_CHECKING:
 Ids = tuple[int, ...]
 
 _LONGEST_WORD = 4  # tokens
-# Pre-tokens at the end that more text may change; two with the patterns below, one to spare.
+# Pre-tokens at the end that more text can change: two with the patterns below, one to spare.
 _UNSETTLED = 3
 _ENTRIES, _ENTRY_IDS = 4096, 2**21
 _PARENTS = 4
 
-# Patterns that split a text from left to right so that more text changes its last two pre-tokens
-# at most: those of GPT-2, of Llama 3, Qwen 2 and cl100k, and of o200k and Tekken. Any other
-# pattern could look arbitrarily far ahead. Contractions are left out of all but the first.
+# Patterns under which more text changes at most the last two pre-tokens: those of GPT-2, of
+# Llama 3, Qwen 2 and cl100k, and of o200k and Tekken. Any other pattern might look arbitrarily far
+# ahead. All but the first are compared without their contractions.
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _START, _UPPER, _LOWER = (
     r"[^\r\n\p{L}\p{N}]?",
@@ -49,8 +59,8 @@ class Position(NamedTuple):
     Attributes:
         path: Calibrator ids of the whole visible text, without BOS: the canonical tokenisation of
             its complete characters.
-        word: Bytes of the last tokens of ``path`` from the start of the last pre-token on, newest
-            last, at most four; empty where the vocabularies are the same.
+        word: The bytes of each of the last tokens of ``path``, from the start of the last pre-token
+            on; at most four tokens, and none if the vocabularies are the same.
         pending: Bytes of an unfinished UTF-8 character at the end, at most three.
     """
 
@@ -59,13 +69,76 @@ class Position(NamedTuple):
     pending: bytes
 
 
+class Covers(NamedTuple):
+    """All ways to read the ends of some texts, and the prefixes whose next token they need.
+
+    The next calibrator token may start at the end of a text, or at an earlier token boundary of its
+    last word and extend beyond the end (Vieira et al. 2024; Hayase et al. 2025).
+
+    Attributes:
+        prefixes: Calibrator ids, each once.
+        covers: For each text one cover per boundary, the earliest first.
+        steps: For each cover the prefixes (by index) and tokens that lead from the start of the
+            word to its boundary.
+    """
+
+    prefixes: list[Ids]
+    covers: list[Cover]
+    steps: list[list[tuple[int, int]]]
+
+    @classmethod
+    def of(cls, positions: Sequence[Position]) -> Covers:
+        """The covers of each text end."""
+        index: dict[Ids, int] = {}
+        covers: list[Cover] = []
+        steps: list[list[tuple[int, int]]] = []
+        for row, position in enumerate(positions):
+            depth = len(position.word)
+            taken: list[tuple[int, int]] = []
+            for back in range(depth, -1, -1):
+                cut = len(position.path) - back
+                prefix = index.setdefault(position.path[:cut], len(index))
+                remainder = b"".join(position.word[depth - back :]) + position.pending
+                covers.append(Cover(row, prefix, remainder))
+                steps.append(list(taken))
+                if back:
+                    taken.append((prefix, position.path[cut]))
+        return cls(list(index), covers, steps)
+
+    def weights(self, log_probs: Tensor) -> Tensor:
+        """How much each cover weighs: the probability of the tokens that lead to its boundary.
+
+        Args:
+            log_probs: ``(distributions, prefixes, vocab)`` of the next token.
+
+        Returns:
+            ``(distributions, covers)``; only the proportions within a row matter.
+        """
+        longest = max(map(len, self.steps))
+        if longest == 0:
+            return log_probs.new_ones(len(log_probs), len(self.covers))
+        # The ragged lists are padded with entries that are masked.
+        padded = [steps + [(0, 0)] * (longest - len(steps)) for steps in self.steps]
+        used = [[True] * len(steps) + [False] * (longest - len(steps)) for steps in self.steps]
+        device = log_probs.device
+        prefix, token = torch.tensor(padded).to(device).unbind(-1)
+        unused = ~torch.tensor(used).to(device)
+        weights = log_probs[:, prefix, token].masked_fill(unused, 0.0).sum(-1)
+        # Relative to the largest weight of the row, none underflows.
+        row_of = torch.tensor([cover.row for cover in self.covers], device=device)
+        row_of = row_of.expand_as(weights)
+        largest = weights.new_full((len(weights), self.covers[-1].row + 1), -torch.inf)
+        largest = largest.scatter_reduce(1, row_of, weights, "amax")
+        return (weights - largest.gather(1, row_of)).exp()
+
+
 class _State(NamedTuple):
-    """All that the ids after some prefix need to know of it."""
+    """What is known of a row's text so far, enough to continue it."""
 
     position: Position
     settled: int  # leading tokens of the path that no further text can change
     tail: str  # the text after those
-    padded: bool  # nothing but padding so far
+    padded: bool  # only padding so far
     begun: bool  # a text has begun
 
 
@@ -76,17 +149,17 @@ _START_OF_ROW = _START_OF_TEXT._replace(padded=True)
 class TextContext:
     """Reads rows of target ids as text for the calibrator.
 
-    A pure function of each row; states of prefixes are only a memo, so that one more token
-    costs the tokenisation of the last few words. Bytes are joined, never decoded token by token,
-    so characters that are split over tokens come out whole; invalid UTF-8 becomes U+FFFD.
+    A pure function of each row. The states of earlier prefixes are only a memo, so one more token
+    costs the tokenisation of the last few words. Bytes are joined and never decoded token by token,
+    so a character that is split over tokens comes out whole; invalid UTF-8 becomes U+FFFD.
 
-    A leading run of padding is skipped. Tokens that begin or end a text let it begin anew, other
-    special tokens (and ids that mean nothing: of a padded head, or below 0) count as a line break.
+    Leading padding is skipped. A token that begins or ends a text starts it over. Other special
+    tokens count as a line break, and so do ids without a meaning (of a padded head, or below 0).
 
     Args:
-        calibrator: Gives the tokenizer and its token table.
+        calibrator: Provides the tokenizer and its token table.
         target_tokens: The bytes of the target's tokens.
-        identity: Whether both vocabularies are the same id for id; then ids are passed on as
+        identity: Whether both vocabularies are the same, id for id; then ids are passed on as
             they are.
         pad_id: The target's padding.
     """
@@ -118,7 +191,7 @@ class TextContext:
         """Where the text of a row ends.
 
         Args:
-            ids: The row's target ids, padding and special tokens included.
+            ids: The row's target ids, including padding and special tokens.
         """
         with self._lock:
             state = self._memo.get(ids)
@@ -130,17 +203,17 @@ class TextContext:
             return state.position
 
     def read_uncached(self, ids: Ids) -> Position:
-        """The same without memo, retokenising the whole text; slow, for checks."""
+        """The same without the memo, tokenising the whole text; slow, for checks."""
         return self._advance(_START_OF_ROW, ids, settle=False).position
 
     def reset(self) -> None:
-        """Free the memory of the memo. Results do not depend on it."""
+        """Frees the memory of the memo. Results do not depend on it."""
         with self._lock:
             self._memo.clear()
             self._size = 0
 
     def _nearest(self, ids: Ids) -> tuple[_State, Ids]:
-        """The state of a prefix only a few ids shorter, and those ids."""
+        """The state of a slightly shorter prefix, and the ids that follow it."""
         for missing in range(1, min(_PARENTS, len(ids)) + 1):
             state = self._memo.get(ids[:-missing])
             if state is not None:
@@ -185,7 +258,7 @@ class TextContext:
         added, used = codecs.utf_8_decode(data, "replace", False)
         pending = bytes(data[used:])
         if pending[:1] == b"\xed" and pending[1:] >= b"\xa0":
-            # The codec waits for the rest of half a surrogate pair, which UTF-8 does not have.
+            # The codec waits for the other half of a surrogate pair, which UTF-8 does not have.
             added, pending = added + "\ufffd" * len(pending), b""
         if not added:
             position = state.position._replace(pending=pending)
@@ -209,13 +282,13 @@ class TextContext:
             if word != words[-1] or piece is None or len(found) == _LONGEST_WORD:
                 break
             found.append(piece)
-            # Other kinds may have no pre-tokens, or the whole text as one.
+            # Other kinds of tokenizer may have no pre-tokens, or one for the whole text.
             if not self._byte_level and piece[:1].isspace():
                 break
         return tuple(reversed(found))
 
     def _is_boundary(self, id: int) -> bool:
-        # Ids below 0 hold the places of images in some models.
+        # Some models mark the places of images by ids below 0.
         known = 0 <= id < len(self._token_bytes) and id not in self._special
         return not known or self._token_bytes[id] is None
 
@@ -232,7 +305,7 @@ class TextContext:
         self._lock: threading.Lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the memo, which is worth nothing elsewhere."""
+        """Without the memo, which is useless elsewhere."""
         return {
             name: value
             for name, value in self.__dict__.items()
@@ -245,7 +318,7 @@ class TextContext:
 
 
 def _plain(backend: Tokenizer) -> tuple[Tokenizer, bool]:
-    """A copy that takes all text as plain text; whether text can be split at its pre-tokens."""
+    """A copy that treats special tokens as plain text, and whether it splits text locally."""
     from tokenizers import Tokenizer
 
     definition = json.loads(backend.to_str())
@@ -265,7 +338,7 @@ def _plain(backend: Tokenizer) -> tuple[Tokenizer, bool]:
 
 
 def _splits_locally(part: dict[str, Any] | None) -> bool:
-    """Whether text behind the last few pre-tokens can be tokenised by itself."""
+    """Whether the text after the last few pre-tokens can be tokenised by itself."""
     if part is None:
         return False
     if part["type"] == "ByteLevel":

@@ -334,7 +334,7 @@ def test_context_kl_shares_the_strength_out(case: Case) -> None:
     close(fused[0], case.hooked(ids, strength=EXACT.strength))
     assert float(whole) == pytest.approx(EXACT.strength)
     context = case.processor()._context.read(tuple(ids)).path
-    (recent,) = processor._session(scores).recent_divergence([context])
+    (recent,) = processor._session(scores.device).recent_divergence([context])
     fused, half = processor.with_settings(context_kl=2 * recent).with_strength(
         torch.tensor([ids]), scores
     )

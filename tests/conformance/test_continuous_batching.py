@@ -1,7 +1,5 @@
 """Continuous batching: the adapter against the definition, and what drops a processor."""
 
-import logging
-
 import pytest
 import torch
 from transformers import GenerationConfig
@@ -96,20 +94,16 @@ def test_generate_batch_of_the_model_takes_no_processor(one):
     assert output.generated_tokens == by_definition(one, ids, fused=lambda row, scores: scores)
 
 
-def test_paged_generation_warns(one, caplog):
-    """transformers drops the processor without a word of it; the warning comes before the text."""
-    with caplog.at_level(logging.WARNING):
-        found = one.generate(
-            input_ids=torch.tensor(prompts(one)[1:2]),
-            cache_implementation="paged",
-            processor=FusionLogitsProcessor(one.calibrator, one.tokenizer, CONFIG),
-            continuous_batching_config=plain(),
-        )
+def test_paged_generation_drops_the_processor(one):
+    """transformers does so silently; if it ever stops, the documentation must say so."""
+    found = one.generate(
+        input_ids=torch.tensor(prompts(one)[1:2]),
+        cache_implementation="paged",
+        processor=FusionLogitsProcessor(one.calibrator, one.tokenizer, CONFIG),
+        continuous_batching_config=plain(),
+    )
     unfused = by_definition(one, prompts(one)[1], fused=lambda row, scores: scores)
     assert found[0, 0, -5:].tolist() == unfused
-    ours = [r.getMessage() for r in caplog.records if r.name.startswith("fusion_detox")]
-    assert len(ours) == 1
-    assert "drops every logits processor, so nothing is fused" in ours[0]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from fusion_detox.decoding.decoder import GenericDecoder, Row, StackedLlamaDecoder
+from fusion_detox.decoding.generic_decoder import GenericDecoder
+from fusion_detox.decoding.slots import Row
+from fusion_detox.decoding.stacked_llama import StackedLlamaDecoder
 from fusion_detox.errors import ModelError
 
 CPU = torch.device("cpu")

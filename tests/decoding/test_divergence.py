@@ -13,8 +13,8 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from fusion_detox import Calibrator, FusionConfig, FusionLogitsProcessor
-from fusion_detox.decoding.divergence import RecentDivergence
-from fusion_detox.decoding.session import CalibratorSession
+from fusion_detox.decoding.session import CalibratorSession, RecentDivergence
+from fusion_detox.decoding.slots import Row
 from fusion_detox.errors import ConfigError
 
 Ids = tuple[int, ...]
@@ -72,52 +72,66 @@ def test_no_order_of_asking_changes_it(calibrator: Calibrator, session: Calibrat
 
 
 def test_one_more_token_costs_one_more_position() -> None:
-    asked: list[Ids] = []
+    recent, ids = RecentDivergence(32), text(1, 40)
 
-    def log_probs(prefixes: Sequence[Ids]) -> torch.Tensor:
-        asked.extend(prefixes)
-        return torch.randn(2, len(prefixes), 7).log_softmax(-1)
+    def ask(*texts: Ids) -> list[Ids]:
+        unknown = recent.unknown(texts)
+        recent.means(texts, dict.fromkeys(unknown, 1.0))
+        return unknown
 
-    recent, ids = RecentDivergence(32, 7), text(1, 40)
-    recent([ids[:30], ids[:30]], log_probs)
-    assert asked == [ids[:end] for end in range(15, 31)]
-    asked.clear()
-    recent([ids[:31]], log_probs)
-    assert asked == [ids[:31]]
-    asked.clear()
-    recent([ids[:33], ids[:31]], log_probs)  # a few at a time, as with a vocabulary of its own
-    assert asked == [ids[:32], ids[:33]]
+    assert ask(ids[:30], ids[:30]) == [ids[:end] for end in range(15, 31)]
+    assert ask(ids[:31]) == [ids[:31]]
+    assert ask(ids[:33], ids[:31]) == [ids[:32], ids[:33]]  # a few at a time, across vocabularies
 
 
-def nothing(prefixes: Sequence[Ids]) -> torch.Tensor:
-    return torch.zeros(2, len(prefixes), 7)
+def remember(recent: RecentDivergence, ids: Ids) -> None:
+    recent.means([ids], dict.fromkeys(recent.unknown([ids]), 0.0))
 
 
 def test_what_it_remembers_is_bounded() -> None:
-    recent = RecentDivergence(32, 7)
+    recent = RecentDivergence(32)
     for number in range(9000):
-        recent([(number,)], nothing)
+        remember(recent, (number,))
     assert len(recent._memo) <= 4096
 
 
-def test_what_it_remembers_of_long_texts_is_no_more() -> None:
+def test_what_it_remembers_of_long_texts_is_bounded() -> None:
     """Only what the calibrator's window can hold, and how long the text is."""
-    recent, ids = RecentDivergence(32, 7), text(2, 3000)
+    recent, ids = RecentDivergence(32), text(2, 3000)
     for end in range(2900, 3001):
-        recent([ids[:end]], nothing)
+        remember(recent, ids[:end])
     assert all(len(end) == 32 + 16 for _, end in recent._memo)
 
 
-def test_a_large_prefill_is_asked_for_in_few_parts() -> None:
+def test_a_large_prefill_runs_in_parts_and_leaves_little_behind(
+    calibrator: Calibrator, session: CalibratorSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The log-probs of the sixteen positions are needed once; none outlives the call."""
+    size = 2 * calibrator.vocabulary_size * 4
+    monkeypatch.setattr("fusion_detox.decoding.session._FORWARD_BYTES", 20 * size)
+    texts = [text(seed, 20) for seed in range(4)]
     sizes: list[int] = []
+    inner = session._decoder.logits
 
-    def log_probs(prefixes: Sequence[Ids]) -> torch.Tensor:
-        sizes.append(len(prefixes))
-        return torch.zeros(2, len(prefixes), 7)
+    def logits(rows: Sequence[Row]) -> torch.Tensor:
+        found = inner(rows)
+        sizes.append(found.shape[1])
+        return found
 
-    recent = RecentDivergence(32, 1_000_000)  # 8 MB a prefix
-    recent([text(seed, 20) for seed in range(10)], log_probs)
-    assert sizes == [40, 40, 40, 40]
+    monkeypatch.setattr(session._decoder, "logits", logits)
+    reading = session.read([texts[0]], divergence_of=texts)
+    assert sizes == [16, 16, 16, 16]
+    assert session._memo.bytes == size
+    for ids, found in zip(texts, reading.divergence, strict=True):
+        assert found == pytest.approx(by_definition(calibrator, ids), rel=1e-4)
+
+
+def test_one_call_gives_what_two_calls_give(session: CalibratorSession) -> None:
+    texts = [text(seed, 25) for seed in range(3)]
+    reading = session.read(texts, divergence_of=texts)
+    session.reset()
+    torch.testing.assert_close(reading.values, session.log_probs(texts))
+    assert reading.divergence == pytest.approx(session.recent_divergence(texts), rel=1e-4)
 
 
 def test_a_session_that_is_dropped_is_gone_at_once(calibrator: Calibrator) -> None:

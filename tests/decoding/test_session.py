@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fusion_detox.decoding import session as session_module
-from fusion_detox.decoding import slot_plan as session_plan
-from fusion_detox.decoding.decoder import GenericDecoder, StackedLlamaDecoder
+from fusion_detox.decoding.generic_decoder import GenericDecoder
 from fusion_detox.decoding.session import CalibratorSession
+from fusion_detox.decoding.stacked_llama import StackedLlamaDecoder
 from fusion_detox.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -143,8 +143,8 @@ histories = st.lists(
 )
 def test_cached_equals_uncached(sessions, monkeypatch, name, examples):
     if "tight" in name:
-        monkeypatch.setattr(session_plan, "_EXPENDABLE", 1)
-        monkeypatch.setattr(session_plan, "_IDLE_CALLS", 2)
+        monkeypatch.setattr(session_module, "_EXPENDABLE", 1)
+        monkeypatch.setattr(session_module, "_IDLE_CALLS", 2)
         monkeypatch.setattr(session_module, "_FEW_TOKENS", 2)
         monkeypatch.setattr(session_module, "_FORWARD_TOKENS", 16)
 
@@ -227,7 +227,7 @@ def test_positions_on_one_path_are_one_row(session, work):
 
 
 def test_interleaved_conversations_keep_their_slots(session, work, monkeypatch):
-    monkeypatch.setattr(session_plan, "_EXPENDABLE", 1)
+    monkeypatch.setattr(session_module, "_EXPENDABLE", 1)
     one, two = (5,) * 9, (5, 6, 7, 8)
     check(session, [one])
     check(session, [two])

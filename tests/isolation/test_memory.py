@@ -34,7 +34,7 @@ def test_memory_stays_flat_over_a_days_calls_in_miniature(
     monkeypatch.setattr("fusion_detox.decoding.text_context._ENTRIES", 64)
     monkeypatch.setattr("fusion_detox.vocabulary.healing._MOST_TABLES", 64)
     monkeypatch.setattr("fusion_detox.decoding.session._MEMO_ENTRIES", 16)
-    monkeypatch.setattr("fusion_detox.decoding.divergence._ENTRIES", 64)
+    monkeypatch.setattr("fusion_detox.decoding.session._DIVERGENCE_ENTRIES", 64)
     tokenizer = request.getfixturevalue("other_tokenizer")
     processor = copy.deepcopy(fresh(pristine("other_tokenizer", "context")))
     generator = torch.Generator().manual_seed(0)
