@@ -349,7 +349,7 @@ def check_session(calibrator: Calibrator) -> None:
     history = [
         [first[:long], second[:short], third[:1]],
         [first[: long + 1], second[: short + 1], third[:2]],  # one more token each
-        [first[:short], second[:long], branch],  # taken back, a jump ahead, a branch
+        [first[:short], second[:long], branch],  # rolled back, a jump ahead, a branch
         [first, second[:1], ()],  # up to the last position, and the beginning
         [(*first[:short], third[0]), second[: long + 1], branch[:-1]],
     ]
@@ -394,7 +394,7 @@ def test_calibrator_is_refused_with_reason_and_remedy(name: str) -> None:
     if not family.encoder_decoder and "does not run" not in message:
         with pytest.raises(ModelError, match=re.escape(message)):
             check_calibrator(calibrator_of(name))
-    remedies = ("context_length of 8 at most", "use a full-attention model", "Give a causal")
+    remedies = ("context_length of at most 8", "use a full-attention model", "Give a causal")
     assert any(remedy in message for remedy in remedies), message
 
 
@@ -405,7 +405,7 @@ def test_what_the_refusal_of_a_window_advises_works(name: str) -> None:
 
 def test_local_layers_narrower_than_the_context_are_refused() -> None:
     calibrator = calibrator_of("GPT-Neo", window_size=16)
-    with pytest.raises(ModelError, match=r"window_size of 16 .* context_length of 8 at most"):
+    with pytest.raises(ModelError, match=r"window_size of 16 .* context_length of at most 8"):
         check_calibrator(calibrator)
     check_calibrator(
         calibrator_of("GPT-Neo", window_size=16, attention_types=[[["global", "global"], 1]])

@@ -1,4 +1,4 @@
-"""Any full-attention causal language model, through the public interface of ``transformers``."""
+"""Runs any full-attention causal language model through the public API of ``transformers``."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ if TYPE_CHECKING:
 
 _ATTENTIONS = {"full_attention", "sliding_attention", "chunked_attention"}
 _REMEDY = "use a full-attention model such as GPT-2 or Llama as calibrator"
-# More positions than this are asked for at once only where all rows ask for the same ones.
-_MOST_OFFSETS = 8
+# Rows that ask for more different positions than this are run in two passes.
+_MAX_OFFSETS = 8
 
 
 class GenericDecoder(Decoder):
-    """One forward pass a model, over a cache that is put together from the slots.
+    """One forward pass per model, over a cache that is assembled from the slots.
 
-    Rows of different lengths stand side by side in the cache, padded behind their texts; the
-    attention mask hides the padding and explicit positions bridge it. A model that takes a token's
-    column for its position (MPT) runs rows of one length at a time.
+    Rows of different lengths stand side by side in the cache, padded after their texts. The
+    attention mask hides the padding and explicit positions skip it. A model that uses a token's
+    column as its position (MPT) runs rows of one length at a time.
 
     Args:
-        models: One, or two that read the same text.
+        models: One model, or two that read the same text.
         context_length: Longest text in tokens.
-        device: Where they run. A model that is elsewhere, or in half precision where the device
-            is the CPU, is copied; the caller's stays as it is.
+        device: Where to run. A model on another device, or in half precision for a CPU, is copied;
+            the caller's stays as it is.
 
     Raises:
-        ModelError: A model's cache cannot be shortened and continued, so that a text could not be
-            taken back, or it has fewer positions than ``context_length``.
+        ModelError: A model's cache cannot be rolled back and continued, or the model has fewer
+            positions than ``context_length``.
     """
 
     def __init__(
@@ -62,17 +62,17 @@ class GenericDecoder(Decoder):
             model.store.copy(source, target, start, stop)
 
     def logits(self, rows: Sequence[Row]) -> Tensor:  # noqa: D102
-        rows = self._fed(rows)
+        rows = self._split(rows)
         return torch.stack([model.forward(rows) for model in self._models])
 
     def hidden(self, rows: Sequence[Row]) -> Tensor:  # noqa: D102
-        rows = self._fed(rows)
+        rows = self._split(rows)
         return torch.stack([model.forward(rows, hidden=True) for model in self._models])
 
-    def _fed(self, rows: Sequence[Row]) -> Sequence[Row]:
-        """Rows that ask for few different offsets; what comes before those is fed."""
-        if len({offset for row in rows for offset in row.asked}) > _MOST_OFFSETS:
-            # The head runs at the same offsets of all rows: first feed what comes before them.
+    def _split(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """Rows that ask for few different offsets; the tokens before those are run here."""
+        if len({offset for row in rows for offset in row.asked}) > _MAX_OFFSETS:
+            # The head runs at the same offsets of all rows, so run what comes before them first.
             before = [row._replace(tokens=row.tokens[: row.asked[0]], asked=()) for row in rows]
             before = [row for row in before if row.tokens]
             for model in self._models:
@@ -82,7 +82,7 @@ class GenericDecoder(Decoder):
 
 
 class _CachedModel:
-    """A model with the slots of its keys and values."""
+    """A model and the slots of its keys and values."""
 
     def __init__(self, model: PreTrainedModel, context_length: int, device: torch.device) -> None:
         self._device = device
@@ -90,12 +90,12 @@ class _CachedModel:
         parameters = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in parameters
         self._slices_logits = "logits_to_keep" in parameters
-        self._bridges = True
+        self._skips_padding = True
         self.store = _empty_store(self._model, context_length, device)
 
     def forward(self, rows: Sequence[Row], *, hidden: bool = False) -> Tensor:
-        """``(asked, vocab)`` logits, or hidden states; the new columns go into the slots."""
-        if self._bridges:
+        """``(asked, vocab)`` logits, or hidden states; stores the new columns in the slots."""
+        if self._skips_padding:
             return self._forward(rows, hidden)
         groups: dict[int, list[Row]] = {}
         for row in rows:
@@ -114,7 +114,7 @@ class _CachedModel:
         ids, positions, mask = [], [], []
         for row in rows:
             filler = width - len(row.tokens)
-            # Fillers stand behind the row's tokens, so that they see something and stay finite.
+            # Fillers come after the row's tokens, so they attend to something and stay finite.
             ids.append([*row.tokens, *(row.tokens[-1:] * filler)])
             positions.append([*range(row.start, row.stop), *([row.stop - 1] * filler)])
             gap = held - row.start
@@ -155,7 +155,7 @@ class _CachedModel:
         return cache
 
     def _keep(self, cache: DynamicCache, rows: Sequence[Row], held: int) -> None:
-        """Store the columns that a forward pass has added, fillers left out."""
+        """Stores the columns that a forward pass added, without fillers."""
         columns = self.store.columns
         where: list[int] = []
         index: list[int] = []
@@ -173,26 +173,25 @@ class _CachedModel:
         return torch.tensor(values, dtype=torch.long, device=self._device)
 
     def check_numbers(self) -> None:
-        """Find out how rows of different lengths can be run, by comparison with no cache.
+        """Determines how rows of different lengths can run, by comparing with runs without a cache.
 
         Raises:
-            ModelError: In no way.
+            ModelError: No way gives the same numbers.
         """
         error = self._error()
         if error > 1:
-            self._bridges = False
+            self._skips_padding = False
             error = self._error()
         if error > 1:
             raise ModelError(
-                f"{type(self._model).__name__} cannot serve as calibrator: texts that it continues "
-                f"from a cache come out differently than whole ({error:.2g} times what rounding "
-                f"explains); {_REMEDY}"
+                f"{type(self._model).__name__} cannot serve as calibrator: with a cache it gives "
+                f"other numbers than without ({error:.2g} times what rounding explains); {_REMEDY}"
             )
 
     def _error(self) -> float:
         """Largest deviation of two texts, the longest and a short one, in units of the tolerance.
 
-        Both are continued, and the short one is taken back before.
+        Both are continued from a cache, and the short one is rolled back first.
         """
         model, longest = self._model, self.store.columns
         known = min(50, logits_width(model))
@@ -208,13 +207,13 @@ class _CachedModel:
         for row, text in zip(found.float(), texts, strict=True):
             whole = model(input_ids=self._tensor([text]), use_cache=False).logits[0, -1].float()
             deviation = (row - whole).abs().max() / (tolerance * (1 + whole.abs().max()))
-            # A comparison with NaN is false, and must not let it pass.
+            # Comparisons with NaN are false, so a NaN would pass.
             worst = max(worst, float(deviation.detach().nan_to_num(torch.inf)))
         return worst
 
 
 def _rest(row: Row) -> Row:
-    """What is left once the tokens before the first asked position are fed."""
+    """What is left of a row once the tokens before its first asked position have run."""
     fed = row.asked[0]
     asked = tuple(offset - fed for offset in row.asked)
     return Row(row.slot, row.start + fed, row.tokens[fed:], asked)
@@ -237,7 +236,7 @@ def _columns(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
 
 
 def _empty_store(model: PreTrainedModel, context_length: int, device: torch.device) -> SlotStore:
-    """An empty store of the shape of the model's cache."""
+    """An empty store shaped like the model's cache."""
     cache = DynamicCache()
     try:
         model(
@@ -245,25 +244,25 @@ def _empty_store(model: PreTrainedModel, context_length: int, device: torch.devi
         )
         held = _columns(cache)
         fits = bool(held) and all(tensor.shape[-2] == 2 for pair in held for tensor in pair)
-    except Exception as error:  # models fail in their own ways without their cache
+    except Exception as error:  # models fail in many ways on an unfamiliar cache
         raise ModelError(
             f"{type(model).__name__} cannot serve as calibrator: it does not run on a plain "
             f"key-value cache ({type(error).__name__}: {error}); {_REMEDY}"
         ) from error
     if not fits:
         raise ModelError(
-            f"{type(model).__name__} cannot serve as calibrator: its state is not a column of keys "
-            f"and values per token, so tokens cannot be taken back; {_REMEDY}"
+            f"{type(model).__name__} cannot serve as calibrator: its state is not one column of "
+            f"keys and values per token, so it cannot be rolled back; {_REMEDY}"
         )
     shapes = [((k.shape[1], k.shape[3]), (v.shape[1], v.shape[3])) for k, v in held]
     return SlotStore(shapes, context_length, device, held[0][0].dtype)
 
 
 def check_configurations(models: Sequence[PreTrainedModel], context_length: int) -> None:
-    """Refuse models whose settings already tell that they cannot serve; no model is run.
+    """Refuses models whose configuration shows that they cannot serve; no model is run.
 
     Raises:
-        ModelError: A model's cache cannot be taken back, or it is too short for the context.
+        ModelError: A model's cache cannot be rolled back, or is too short for the context.
     """
     for model in models:
         _check_configuration(model, context_length)
@@ -277,30 +276,30 @@ def _check_configuration(model: PreTrainedModel, context_length: int) -> None:
         raise ModelError(f"{name} cannot serve as calibrator: it is an encoder-decoder; {_REMEDY}")
     if "past_key_values" not in inspect.signature(model.forward).parameters:
         raise ModelError(
-            f"{name} cannot serve as calibrator: it has no key-value cache (a recurrent state "
-            f"cannot take tokens back); {_REMEDY}"
+            f"{name} cannot serve as calibrator: it has no key-value cache, and a recurrent state "
+            f"cannot be rolled back; {_REMEDY}"
         )
     unknown = set(getattr(config, "layer_types", None) or ()) - _ATTENTIONS
     if unknown:
         raise ModelError(
-            f"{name} cannot serve as calibrator: tokens cannot be taken back from its layers of "
-            f"type {', '.join(sorted(unknown))}; {_REMEDY}"
+            f"{name} cannot serve as calibrator: its layers of type {', '.join(sorted(unknown))} "
+            f"cannot be rolled back; {_REMEDY}"
         )
     # Padding inside the cache puts up to twice the text's length between two tokens.
     for setting in ("sliding_window", "attention_chunk_size", "window_size"):
         window = getattr(config, setting, None)
         used = getattr(config, "use_sliding_window", True) is not False
-        if setting == "window_size":  # GPT-Neo's, of its local layers
+        if setting == "window_size":  # of GPT-Neo's local layers
             used = "local" in (getattr(config, "attention_layers", None) or ())
         if window is not None and used and window < 2 * context_length:
             raise ModelError(
                 f"{name} cannot serve as calibrator: its {setting} of {window} is less than twice "
                 f"the calibrator's context_length of {context_length}; choose a context_length of "
-                f"{window // 2} at most"
+                f"at most {window // 2}"
             )
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and positions < context_length:
         raise ModelError(
             f"{name} has {positions} positions, fewer than the calibrator's context_length of "
-            f"{context_length}; choose a context_length of {positions} at most"
+            f"{context_length}; choose a context_length of at most {positions}"
         )

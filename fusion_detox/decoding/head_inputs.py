@@ -1,4 +1,4 @@
-"""What a model's output layer is given: its last hidden states, whatever the family."""
+"""Captures the inputs of a model's output layer: its last hidden states, in any family."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 
 
 def output_layer(model: PreTrainedModel) -> torch.nn.Module:
-    """The layer that makes logits of hidden states.
+    """The layer that turns hidden states into logits.
 
     Raises:
-        ModelError: The model names none.
+        ModelError: The model does not name one.
     """
     untyped: Any = model
     layer = untyped.get_output_embeddings()
     if layer is None:
         raise ModelError(
-            f"{type(model).__name__} names no output embeddings, so that its last hidden states "
-            "cannot be fused: use another rule, such as contrast"
+            f"{type(model).__name__} does not name its output embeddings, so its last hidden "
+            "states cannot be fused: use another rule, such as contrast"
         )
     found: torch.nn.Module = layer
     return found
@@ -35,7 +35,7 @@ def output_layer(model: PreTrainedModel) -> torch.nn.Module:
 
 @contextlib.contextmanager
 def head_inputs(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """Collects what the output layer is given in the block, by the thread that entered it.
+    """Records the inputs of the output layer while the block runs, for the entering thread only.
 
     Yields:
         A list to which each call of the layer appends its input, ``(..., width)``.

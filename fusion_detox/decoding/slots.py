@@ -1,4 +1,4 @@
-"""What a decoder is, and the slots that hold the keys and values of its rows."""
+"""The interface of a decoder, and the KV cache: slots that hold the keys and values of texts."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 
 class Row(NamedTuple):
-    """Work on one slot.
+    """Work to do on one slot.
 
     Attributes:
         slot: The slot's number.
-        start: Its leading columns that are filled and right; may be 0.
+        start: Number of leading columns that are already correct; may be 0.
         tokens: Ids for the columns from ``start`` on; at least one.
-        asked: Ascending offsets into ``tokens`` after which the next token is asked for.
+        asked: Ascending offsets into ``tokens`` whose next token is asked for.
     """
 
     slot: int
@@ -27,14 +27,14 @@ class Row(NamedTuple):
 
     @property
     def stop(self) -> int:
-        """Filled columns afterwards."""
+        """Number of filled columns afterwards."""
         return self.start + len(self.tokens)
 
 
 class SlotStore:
-    """Keys and values of many texts, one slot each; the column of a token is its position.
+    """Keys and values of many texts, one slot each; a token's column is its position.
 
-    Shortening a text needs no change here: columns beyond its end are masked.
+    A text can be shortened without any change here, since columns beyond its end are masked.
 
     Args:
         shapes: For each layer, ``(heads, head_dim)`` of its keys and of its values.
@@ -65,7 +65,7 @@ class SlotStore:
         return len(self.keys[0])
 
     def resize(self, slots: int) -> None:
-        """Have this many slots; what the first ones hold stays."""
+        """Changes the number of slots; the first ones keep what they hold."""
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):
                 # Zeros, because masked values are multiplied by 0, and 0 * NaN is NaN.
@@ -75,19 +75,19 @@ class SlotStore:
                 tensors[layer] = new
 
     def copy(self, source: int, target: int, start: int, stop: int) -> None:
-        """Copy the columns ``start`` to ``stop`` of one slot to another."""
+        """Copies the columns ``start`` to ``stop`` of one slot to another."""
         for tensors in (self.keys, self.values):
             for tensor in tensors:
                 tensor[target, start:stop] = tensor[source, start:stop]
 
     def write(self, layer: int, where: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Store new columns.
+        """Stores new columns.
 
         Args:
             layer: The layer's number.
             where: ``(tokens,)`` of ``slot * columns + column``.
             keys: ``(tokens, heads, head_dim)``.
-            values: Likewise.
+            values: The same shape.
         """
         self.keys[layer].flatten(0, 1).index_copy_(0, where, keys)
         self.values[layer].flatten(0, 1).index_copy_(0, where, values)
@@ -104,27 +104,27 @@ class Decoder(ABC):
 
     @abstractmethod
     def resize(self, slots: int) -> None:
-        """Have this many slots; what the first ones hold stays."""
+        """Changes the number of slots; the first ones keep what they hold."""
 
     @abstractmethod
     def copy(self, source: int, target: int, start: int, stop: int) -> None:
-        """Copy the columns ``start`` to ``stop`` of one slot to another."""
+        """Copies the columns ``start`` to ``stop`` of one slot to another."""
 
     @abstractmethod
     def logits(self, rows: Sequence[Row]) -> Tensor:
-        """Feed the rows' tokens, in one forward pass, and fill their columns.
+        """Runs the rows' tokens in one forward pass and fills their columns.
 
         Args:
-            rows: At least one, of different slots.
+            rows: At least one row; each has its own slot.
 
         Returns:
-            ``(distributions, asked, vocab)``; the asked positions of the first row, then those
-            of the second and so on.
+            ``(distributions, asked, vocab)``: the asked positions of the first row, then those
+            of the second, and so on.
         """
 
     @abstractmethod
     def hidden(self, rows: Sequence[Row]) -> Tensor:
-        """The same, but instead of logits what the output layer makes them of.
+        """The same, but returns the output layer's inputs instead of logits.
 
         Returns:
             ``(distributions, asked, width)`` last hidden states, after the final norm.

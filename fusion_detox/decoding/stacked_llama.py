@@ -1,4 +1,4 @@
-"""Two Llamas of the same shape in one forward pass, on weights stacked along a leading axis."""
+"""Runs two Llamas of one shape in a single forward pass, on weights stacked along a new axis."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from fusion_detox.errors import ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# The weights are copied, which costs more memory than it saves time for large models.
-_MOST_PARAMETERS = 250_000_000
+# The weights are copied; for larger models this costs more memory than the time is worth.
+_MAX_PARAMETERS = 250_000_000
 _SAME = (
     "vocab_size",
     "hidden_size",
@@ -34,7 +34,7 @@ _SAME = (
 class _Layer(NamedTuple):
     """Weights ``(models, in, out)`` and biases ``(models, 1, out)`` of a layer.
 
-    The norms' scales are multiplied into the weights behind them.
+    The scales of the norms are multiplied into the weights that follow them.
     """
 
     qkv: Tensor
@@ -48,33 +48,33 @@ class _Layer(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """Where the tokens of a ragged batch stand; they are packed for all but the attention."""
+    """Where the tokens of a ragged batch are; all but the attention runs on packed tokens."""
 
     ids: Tensor  # (tokens,)
     columns: Tensor  # (tokens,) positions
     where: Tensor  # (tokens,) slot * columns + column
-    asked: Tensor  # (asked,) tokens whose successor is asked for
+    asked: Tensor  # (asked,) tokens whose next token is asked for
     length: int  # columns that the attention reads
-    slots: slice | Tensor  # of the rows, fillers included
+    slots: slice | Tensor  # of the rows, including fillers
     rows: int
     width: int  # tokens of the longest row
-    gather: Tensor | None  # (rows * width,) token in each place; None where all are in order
+    gather: Tensor | None  # (rows * width,) token in each place; None if all are in order
     back: Tensor | None  # (tokens,) place of each token
     mask: Tensor | None  # (rows, 1, groups * width, length), added to the attention's scores
 
 
 class StackedLlamaDecoder(Decoder):
-    """Runs the clean and the reference model as one; the models' heads stand side by side.
+    """Runs the clean and the reference model as one, with their attention heads side by side.
 
-    Same numbers as ``LlamaForCausalLM`` up to rounding. The weights are copied once, at
-    construction; later changes to the models are not seen. In half precision on the CPU they are
-    converted to float32.
+    The numbers are those of ``LlamaForCausalLM`` up to rounding. The weights are copied once, at
+    construction; later changes to the models have no effect. On a CPU, half precision is converted
+    to float32.
 
     Args:
-        models: One or two for which ``supports`` is true.
+        models: One or two models that ``supports`` accepts.
         context_length: Longest text in tokens.
-        vocabulary_size: Logits to compute, from the first on.
-        device: Where it runs; the models may be elsewhere.
+        vocabulary_size: Number of logits to compute.
+        device: Where to run; the models may be elsewhere.
 
     Raises:
         ModelError: The models have fewer positions than ``context_length``.
@@ -82,7 +82,7 @@ class StackedLlamaDecoder(Decoder):
 
     @staticmethod
     def supports(models: Sequence[PreTrainedModel]) -> bool:
-        """Whether they are plain Llamas of one shape with unscaled rotary positions."""
+        """Whether the models are plain Llamas of one shape with unscaled rotary positions."""
         if not all(type(model) is LlamaForCausalLM for model in models):
             return False
         first = models[0].config
@@ -98,7 +98,7 @@ class StackedLlamaDecoder(Decoder):
             floating = all(tensor.is_floating_point() for tensor in state.values())
             if not floating or model.dtype != models[0].dtype:
                 return False
-        return sum(p.numel() for p in models[0].parameters()) <= _MOST_PARAMETERS
+        return sum(p.numel() for p in models[0].parameters()) <= _MAX_PARAMETERS
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class StackedLlamaDecoder(Decoder):
             raise ModelError(
                 f"the models have {config.max_position_embeddings} positions, fewer than the "
                 f"calibrator's context_length of {context_length}; choose a context_length of "
-                f"{config.max_position_embeddings} at most"
+                f"at most {config.max_position_embeddings}"
             )
         self.distributions = len(models)
         self._device = device
@@ -133,7 +133,7 @@ class StackedLlamaDecoder(Decoder):
         exponents = torch.arange(0, self._head_dim, 2).float() / self._head_dim
         angles = torch.arange(context_length).float()[:, None] / theta**exponents
         cosine, sine = angles.cos(), angles.sin()
-        # (columns, 1, head_dim); the sine with the sign that rotating by halves gives it.
+        # (columns, 1, head_dim); the sign of the sine is that of rotation by halves.
         self._cosine = torch.cat([cosine, cosine], -1)[:, None].to(device, dtype)
         self._sine = torch.cat([-sine, sine], -1)[:, None].to(device, dtype)
         shape = (self.distributions * self._key_heads, self._head_dim)
@@ -153,7 +153,7 @@ class StackedLlamaDecoder(Decoder):
         return self._normed(rows) * self._scale
 
     def _normed(self, rows: Sequence[Row]) -> Tensor:
-        """``(models, asked, width)``, without the final norm's scale, which is in the head."""
+        """``(models, asked, width)`` without the final norm's scale, which is part of the head."""
         at = self._layout(rows)
         hidden = self._embeddings.index_select(1, at.ids)  # (models, tokens, width)
         size = (hidden.shape[-1],)
@@ -195,7 +195,7 @@ class StackedLlamaDecoder(Decoder):
         )
         if at.gather is not None:
             queries = queries.index_select(1, at.gather)
-        # Query heads that share a key head become further queries of that head.
+        # Query heads that share a key head become additional queries of that head.
         queries = queries.reshape(models, at.rows, at.width, heads, groups, dim)
         queries = queries.permute(1, 0, 3, 4, 2, 5).reshape(at.rows, models * heads, -1, dim)
         result = F.scaled_dot_product_attention(
@@ -213,7 +213,7 @@ class StackedLlamaDecoder(Decoder):
         width = max(len(row.tokens) for row in rows)
         length = max(row.stop for row in rows)
         low, high = min(row.slot for row in rows), max(row.slot for row in rows) + 1
-        # Idle slots in between cost less than copying keys and values together.
+        # Idle slots in between cost less than gathering keys and values.
         dense = high - low <= len(rows) + len(rows) // 2 + 1
         count = high - low if dense else len(rows)
         place = [row.slot - low if dense else index for index, row in enumerate(rows)]
@@ -234,7 +234,7 @@ class StackedLlamaDecoder(Decoder):
             first[index] = row.start
         chosen = [] if dense else [row.slot for row in rows]
         lists = (ids, positions, where, asked, back, gather, first, chosen)
-        # One copy to the device.
+        # A single copy to the device.
         together = torch.tensor([value for values in lists for value in values], device="cpu")
         parts = torch.split(together.to(self._device), [len(values) for values in lists])
         in_order = gather == list(range(len(ids)))
@@ -254,7 +254,7 @@ class StackedLlamaDecoder(Decoder):
         )
 
     def _mask(self, first: Tensor, width: int, length: int) -> Tensor:
-        """Each query sees the columns up to its own."""
+        """Lets each query attend to the columns up to its own."""
         columns = torch.arange(length, device=self._device)
         hidden = columns > (first[:, None] + columns[:width])[:, :, None]
         mask = torch.zeros(hidden.shape, device=self._device, dtype=self._cosine.dtype)
@@ -276,7 +276,7 @@ class _Weights:
         return torch.stack([state[name].to(self._device).float() for state in self._states])
 
     def joined(self, place: str, names: list[str], norm: str | None = None) -> Tensor:
-        """Linear maps side by side, ``(models, in, out)``, behind a norm's scale."""
+        """Linear maps side by side, ``(models, in, out)``, times the scale of the norm before."""
         joined = torch.cat([self.stack(f"{place}{name}.weight") for name in names], 1)
         joined = joined.transpose(1, 2)
         if norm is not None:
@@ -284,7 +284,7 @@ class _Weights:
         return joined.to(self._dtype).contiguous()
 
     def biases(self, place: str, names: list[str]) -> Tensor | None:
-        """Their biases side by side, ``(models, 1, out)``."""
+        """Their biases side by side, ``(models, 1, out)``, if they have any."""
         if f"{place}{names[0]}.bias" not in self._states[0]:
             return None
         joined = torch.cat([self.stack(f"{place}{name}.bias") for name in names], 1)
@@ -312,7 +312,7 @@ def _affine(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _columns(tensor: Tensor, at: _Layout) -> Tensor:
-    """``(rows, heads, length, head_dim)``, without a copy where the slots are neighbours."""
+    """``(rows, heads, length, head_dim)``, without a copy if the slots are contiguous."""
     held = tensor[:, : at.length]
     held = held[at.slots] if isinstance(at.slots, slice) else held.index_select(0, at.slots)
     return held.transpose(1, 2)
@@ -324,7 +324,7 @@ def _head_dim(config: Any) -> int:
 
 
 def _rope(config: Any) -> tuple[str, float]:
-    """Kind and base of the rotary positions, as transformers 4 and 5 name them."""
+    """Kind and base of the rotary positions, under the names of transformers 4 or 5."""
     settings = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
     settings = settings or {}
     kind = settings.get("rope_type", settings.get("type", "default"))
@@ -333,7 +333,7 @@ def _rope(config: Any) -> tuple[str, float]:
 
 
 def _expected(config: Any) -> set[str]:
-    """Names of all tensors that a plain Llama may have."""
+    """Names of all tensors that a plain Llama can have."""
     names = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
     linear = [f"self_attn.{part}_proj" for part in "qkvo"]
     linear += [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
