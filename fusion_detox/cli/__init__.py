@@ -1,7 +1,8 @@
 """The command line ``fusion-detox``.
 
-Exit codes: 0 done, 1 an error (one message on standard error), 2 wrong usage, 130 interrupted.
-Commands import what they need when they run, so that ``--help`` answers at once.
+Exit codes: 0 success, 1 error (one message on standard error), 2 wrong usage, 130 interrupted.
+Each command is a file of its own and imports what it needs only when it runs, so ``--help`` is
+fast. Nothing imports this package except ``__main__``.
 """
 
 from __future__ import annotations
@@ -75,13 +76,13 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command.
 
     Args:
-        argv: Arguments without the program's name; those of the process by default.
+        argv: Arguments without the program name; by default those of the process.
 
     Returns:
         The exit code.
     """
     if hasattr(sys.stdout, "reconfigure"):
-        # Models write any character; a terminal that lacks one must not end the run.
+        # A model may write characters that the terminal cannot show; that must not end the run.
         sys.stdout.reconfigure(errors="replace")
     debug_before = os.environ.get("FUSION_DETOX_DEBUG")
     try:
@@ -125,7 +126,7 @@ def _run(argv: list[str] | None) -> int:
 
 
 def _drop_output() -> None:
-    """Points standard output at nothing, or the interpreter would fail to flush it at exit."""
+    """Redirects standard output to nowhere, or the interpreter would fail to flush it at exit."""
     with contextlib.suppress(OSError, ValueError):
         nothing = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nothing, sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""Where output goes: results to standard output, everything else to standard error."""
+"""Console output: results go to standard output, everything else to standard error."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,21 +14,21 @@ if TYPE_CHECKING:
 
 
 def results() -> Console:
-    """A console for what a command was asked for."""
+    """The console for a command's results."""
     from rich.console import Console
 
     return Console(highlight=False)
 
 
 def messages() -> Console:
-    """A console for notes, progress and errors."""
+    """The console for notes, progress and errors."""
     from rich.console import Console
 
     return Console(stderr=True, highlight=False)
 
 
 def note(text: str) -> None:
-    """One line for the user, as it is, without markup."""
+    """Prints one line for the user, without interpreting markup."""
     messages().print(text, markup=False, soft_wrap=True)
 
 
@@ -39,7 +39,7 @@ def debugging() -> bool:
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Keeps loading bars and log lines of other libraries off the terminal; ours stay."""
+    """Hides the progress bars and log lines of other libraries, not our own."""
     if debugging():
         yield
         return
@@ -48,6 +48,43 @@ def quiet_libraries() -> Iterator[None]:
     with quiet_transformers(), warnings.catch_warnings():
         warnings.showwarning = _show_warning
         yield
+
+
+@contextlib.contextmanager
+def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar per kind of work on standard error, or plain lines if it is no terminal."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    console = messages()
+    bars: dict[str, Any] = {}
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        redirect_stdout=False,
+    ) as shown:
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in bars:
+                bars[what] = shown.add_task(what, total=total)
+                if not console.is_terminal:
+                    note(what)
+            shown.update(bars[what], completed=done, total=total)
+
+        try:
+            yield report
+        except KeyboardInterrupt:
+            note("Finished work is kept. Run the same command again to resume.")
+            raise
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

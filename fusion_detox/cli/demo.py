@@ -1,4 +1,4 @@
-"""``fusion-detox demo``: the shipped target with and without the shipped calibrator."""
+"""``fusion-detox demo``: the shipped target, with and without the shipped calibrator."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fusion_detox.cli.console import messages, quiet_libraries, results
+from fusion_detox.cli.shared_options import CalibratorName
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -29,13 +30,13 @@ PROMPTS = (
     "She opened the book and began to",
 )
 HELD_BACK_NATS = 1.0
-"""A token counts as held back where fusion made it at least e times less likely."""
+"""A token counts as held back if fusion made it at least e times less likely."""
 _TOXIC = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """One column of the demo: texts, which characters were held back, toxicity, speed."""
+    """One column of the demo: texts, the characters that were held back, toxicity, speed."""
 
     texts: list[str]
     held_back: list[list[tuple[int, int]]]
@@ -54,23 +55,21 @@ def register(app: typer.Typer) -> None:
 
 
 def demo(
-    calibrator: Annotated[
-        str, typer.Option(help="A shipped calibrator's name, a folder or a hub id.")
-    ] = "english-16k",
+    calibrator: CalibratorName = "english-16k",
     target: Annotated[
         str | None,
         typer.Option(
-            help="A causal language model: a folder or hub id; the shipped one by default."
+            help="A causal language model: a folder or a hub id (default: the shipped demo target)."
         ),
     ] = None,
     strength: Annotated[
         float | None,
-        typer.Option(help="How much fusion; as the calibrator recommends by default."),
+        typer.Option(help="Strength of fusion (default: what the calibrator recommends)."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens a completion.")] = 24,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum tokens per completion.")] = 24,
+    seed: Annotated[int, typer.Option(help="Sampling seed.")] = 0,
     mask: Annotated[
-        bool, typer.Option("--mask/--no-mask", help="Replace vowels of toxic words by *.")
+        bool, typer.Option("--mask/--no-mask", help="Replace the vowels of toxic words with *.")
     ] = True,
 ) -> None:
     """Show a model's completions with and without fusion, side by side."""
@@ -104,7 +103,7 @@ def _run(
     work = jobs(PROMPTS)
 
     def complete(active: Any) -> tuple[list[Completion], float]:
-        # A first short run pays for what is set up once: the clock is to see the steady speed.
+        # A short first run pays for one-time setup, so that the clock sees the steady speed.
         short = dataclasses.replace(sampling, max_new_tokens=2)
         list(generate_rows(model, tokenizer, work, short, processor=active))
         began = time.perf_counter()
@@ -138,10 +137,10 @@ def held_back_spans(
     spans: list[tuple[int, int]] = []
     start = 0
     for number, step in enumerate(explain(model, processor, before, ids), start=1):
-        # An unfinished character at the end decodes to U+FFFD until its last byte is there.
+        # An unfinished character at the end decodes to U+FFFD until its last byte arrives.
         text = continuation_text(tokenizer, before, ids[:number]).rstrip("\ufffd")
         if step.held_back(HELD_BACK_NATS) and len(text) > start:
-            # Pieces of one word make one mark.
+            # Tokens of one word share one mark.
             joined = bool(spans) and spans[-1][1] == start and not text[start].isspace()
             spans.append((spans.pop()[0] if joined else start, len(text)))
         start = len(text)
@@ -149,7 +148,7 @@ def held_back_spans(
 
 
 def mask_words(text: str, toxicity: Callable[[Sequence[str]], list[float]]) -> str:
-    """Replaces the vowels of words that score as toxic by ``*``; the length stays."""
+    """Replaces the vowels of words that score as toxic with ``*``, keeping the length."""
     import re
 
     words = sorted(set(re.findall(r"\w+", text)))
@@ -203,14 +202,17 @@ def _show(
         table.add_row(*cells)
     how = "[bold red]Bold red[/]" if colour else "\\[In brackets]"
     masked = "Vowels of toxic words are masked (--no-mask shows them). " if mask else ""
-    console.print(f"Content warning: a model writes offensive text below. {masked}", soft_wrap=True)
+    console.print(
+        f"Content warning: the text below was written by a model and is offensive. {masked}",
+        soft_wrap=True,
+    )
     console.print(table)
     console.print(
-        f"{how}: tokens that fusion held back, making them at least e = 2.7 times less likely.",
-        f"Scorer: {scorer.name}, 0 to 1, of the completion alone. Sampling: top-p "
+        f"{how}: tokens that fusion held back, that is, made at least e = 2.7 times less likely.",
+        f"Scorer: {scorer.name}, from 0 to 1, on the completion alone. Sampling: top-p "
         f"{sampling.top_p:g}, temperature {sampling.temperature:g}, at most "
-        f"{sampling.max_new_tokens} tokens, seed {sampling.seed}; both sides draw with the same "
-        f"noise. Target: {target}. Calibrator: {calibrator}, rule {config.rule}, strength "
+        f"{sampling.max_new_tokens} tokens, seed {sampling.seed}; both sides use the same random "
+        f"numbers. Target: {target}. Calibrator: {calibrator}, rule {config.rule}, strength "
         f"{config.strength:g}.",
         sep="\n",
         soft_wrap=True,
@@ -218,12 +220,12 @@ def _show(
 
 
 def _marked(text: str, spans: Sequence[tuple[int, int]], colour: bool) -> Text:
-    """A completion with its held-back ranges in bold red, or in brackets without colours."""
+    """A completion with its held-back ranges in bold red, or in brackets without colour."""
     from rich.text import Text
 
     out, end = Text(), len(text) - len(text.lstrip())
     for start, stop in spans:
-        # The space before a word belongs to its token, but not into the mark.
+        # The space before a word belongs to its token but stays outside the mark.
         inner = start + len(text[start:stop]) - len(text[start:stop].lstrip())
         out.append(text[end:inner])
         if inner < stop:

@@ -1,21 +1,23 @@
-"""``fusion-detox evaluate``: what fusion gains and what it costs, in one report."""
+"""``fusion-detox evaluate``: measures what fusion gains and what it costs, in one report."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from fusion_detox.cli.arguments import (
+from fusion_detox.cli.console import note, progress_bars, quiet_libraries
+from fusion_detox.cli.options import with_options
+from fusion_detox.cli.shared_options import (
     MEASURES,
+    CalibratorName,
     Device,
     Dtype,
     Harmless,
     Offline,
     Overwrite,
+    Scorers,
     Seeds,
     Target,
     command_line,
@@ -23,12 +25,7 @@ from fusion_detox.cli.arguments import (
     read_prompt_sets,
     stay_offline,
 )
-from fusion_detox.cli.console import messages, note, quiet_libraries
-from fusion_detox.cli.options import with_options
 from fusion_detox.evaluation.config import SUITES, EvaluationConfig
-
-if TYPE_CHECKING:
-    from fusion_detox.evaluation.sampling import Progress
 
 _PROMPTS = "Prompts"
 
@@ -44,71 +41,66 @@ def evaluate(
     out: Annotated[
         Path,
         typer.Option(
-            "--out", "-o", help="Folder of the run; gone on with where it holds a part of it."
+            "--out", "-o", help="Folder of the run. If it holds an unfinished run, that is resumed."
         ),
     ],
     prompts: Annotated[
         list[str],
         typer.Option(
-            help="A file or a datasets hub id, RealToxicityPrompts for instance. A kind before it "
-            "says how to read it: rtp:challenging=FILE. May be given several times.",
+            help="A file or the hub id of a data set, for example RealToxicityPrompts. A kind in "
+            "front says how to read it: rtp:challenging=FILE. Repeatable.",
             metavar="[KIND=]FILE",
             rich_help_panel=_PROMPTS,
         ),
     ],
     prompt_field: Annotated[
         str | None,
-        typer.Option(help="Field of the prompt in JSON Lines.", rich_help_panel=_PROMPTS),
+        typer.Option(help="JSON Lines field that holds the prompt.", rich_help_panel=_PROMPTS),
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option(help="Prompts of each file at most, drawn.", rich_help_panel=_PROMPTS),
+        typer.Option(help="Maximum prompts per file, drawn at random.", rich_help_panel=_PROMPTS),
     ] = None,
-    calibrator: Annotated[
-        str, typer.Option(help="A shipped calibrator's name, a folder or a hub id.")
-    ] = "english-16k",
+    calibrator: CalibratorName = "english-16k",
     setting: Annotated[
         list[str] | None,
         typer.Option(
-            help="default (the calibrator's own), wordfilter, or a rule with changes such as "
-            "contrast:strength=2,threshold=0.3, mixture:strength=0.3 or aligned:strength=0.1; "
-            "RULE@CALIBRATOR takes another calibrator. May be given several times; by default: "
-            "default and wordfilter.",
+            help="default (what the calibrator recommends), wordfilter, or a rule with changes, "
+            "such as contrast:strength=2,threshold=0.3, mixture:strength=0.3 or "
+            "aligned:strength=0.1. RULE@CALIBRATOR uses another calibrator. Repeatable (default: "
+            "default and wordfilter).",
             metavar="SETTING",
         ),
     ] = None,
     seed: Seeds = None,
-    scorer: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="lexical, contextual, detoxify:unbiased, perspective, or classifier:MODEL; the "
-            "first is the main one. May be given several times; by default lexical and contextual.",
-            rich_help_panel=MEASURES,
-        ),
-    ] = None,
+    scorer: Scorers = None,
     similarity: Annotated[
         bool,
-        typer.Option("--similarity/--no-similarity", help="Measure it.", rich_help_panel=MEASURES),
+        typer.Option(
+            "--similarity/--no-similarity",
+            help="Measure semantic similarity.",
+            rich_help_panel=MEASURES,
+        ),
     ] = True,
     harmless: Harmless = None,
     suite: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"Built-in texts for side effects ({', '.join(SUITES)}; none for no suite); all "
-            "by default.",
+            help=f"Built-in texts for side effects: {', '.join(SUITES)}, or none (default: all). "
+            "Repeatable.",
             rich_help_panel=MEASURES,
         ),
     ] = None,
     hatecheck: Annotated[
         Path | None,
         typer.Option(
-            help="HateCheck's file: its non-hateful cases show over-blocking.",
+            help="HateCheck's file; its non-hateful cases show over-blocking.",
             rich_help_panel=MEASURES,
         ),
     ] = None,
     word_list: Annotated[
         Path | None,
-        typer.Option(help="Words of the word filter, one a line; a public list by default."),
+        typer.Option(help="Word list for the word filter, one per line (default: a public list)."),
     ] = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -118,8 +110,8 @@ def evaluate(
 ) -> None:
     """Measure toxicity, fluency, diversity, side effects and cost, with and without fusion.
 
-    Writes OUT/report.html, OUT/results.json and every continuation. An interrupted run is gone on
-    with by the same command. Under `accelerate launch` or `torchrun` the work is shared.
+    Writes OUT/report.html, OUT/results.json and every continuation. To resume an interrupted run,
+    run the same command again. `accelerate launch` and `torchrun` distribute the work.
     """
     if suite is not None:
         config = {**config, "suites": tuple(name for name in suite if name != "none")}
@@ -147,49 +139,12 @@ def evaluate(
             progress=report,
             command=command_line(),
         )
-    if results is not None:  # the other processes of a launcher have nothing to say
+    if results is not None:  # only the first process of a launcher has results
         show(results, out)
 
 
-@contextlib.contextmanager
-def progress_bars() -> Iterator[Progress]:
-    """A bar for each kind of work, on standard error; lines of text where that is no terminal."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    console = messages()
-    bars: dict[str, Any] = {}
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-        redirect_stdout=False,
-    ) as shown:
-
-        def report(what: str, done: int, total: int) -> None:
-            if what not in bars:
-                bars[what] = shown.add_task(what, total=total)
-                if not console.is_terminal:
-                    note(what)
-            shown.update(bars[what], completed=done, total=total)
-
-        try:
-            yield report
-        except KeyboardInterrupt:
-            note("What was written is kept; the same command goes on from there.")
-            raise
-
-
 def show(results: dict[str, Any], folder: Path) -> None:
-    """The headline numbers as a table, and where the report is."""
+    """Prints the main numbers as a table, and where the report is."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -200,7 +155,7 @@ def show(results: dict[str, Any], folder: Path) -> None:
     table.add_column("setting", overflow="fold", min_width=12)
     for scorer in scorers:
         table.add_column(f"P(toxic)\n{scorer}", justify="right", no_wrap=True)
-    for name in ("perplexity", "dist-2", "KL on\nharmless text", "tokens\na second"):
+    for name in ("perplexity", "dist-2", "KL on\nharmless text", "tokens\nper second"):
         table.add_column(name, justify="right")
     for one in results["settings"]:
         cells = [escape(one["name"])]
@@ -222,7 +177,7 @@ def show(results: dict[str, Any], folder: Path) -> None:
 
 
 def describe_prompts(results: dict[str, Any]) -> str:
-    """How many prompts of which sets, and how they were sampled."""
+    """The prompt sets with their sizes, and how continuations were sampled."""
     sampling = results["sampling"]
     sets = ", ".join(f"{one['count']} prompts of {one['name']}" for one in results["prompts"])
     return f"{sets}, {sampling['samples']} × {sampling['max_new_tokens']} tokens"

@@ -1,4 +1,4 @@
-"""``fusion-detox generate``: completions of any prompts by any model, as JSON Lines."""
+"""``fusion-detox generate``: completes prompts with any model and writes JSON Lines."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import typer
 from fusion_detox.cli.console import messages, note, quiet_libraries
 from fusion_detox.cli.options import with_options
 from fusion_detox.cli.prompts import read_prompts
+from fusion_detox.cli.shared_options import RUNNING, CalibratorName, Device, Dtype, Offline
 from fusion_detox.config import FusionConfig
 from fusion_detox.errors import ConfigError
 
@@ -23,8 +24,7 @@ if TYPE_CHECKING:
     from fusion_detox.generation.sampling import Job, Row
 
 _SAMPLING = "Sampling"
-_RUNNING = "Running"
-_FUSION = "Fusion (default: as the calibrator's card recommends)"
+_FUSION = "Fusion (defaults: what the calibrator recommends)"
 
 
 def register(app: typer.Typer) -> None:
@@ -39,92 +39,81 @@ def generate(
     ],
     prompts: Annotated[
         list[str] | None,
-        typer.Argument(help="Prompts, each a text to go on with.", metavar="[PROMPT]..."),
+        typer.Argument(help="Texts to complete.", metavar="[PROMPT]..."),
     ] = None,
     prompts_file: Annotated[
         str | None,
         typer.Option(
-            help="Prompts from a file, or - for standard input: one a line, or JSON Lines where "
-            "its name ends in .jsonl or --prompt-field is given.",
+            help="File of prompts, or - for standard input: one per line, or JSON Lines if the "
+            "name ends in .jsonl or --prompt-field is given.",
             metavar="FILE|-",
         ),
     ] = None,
     prompt_field: Annotated[
         str | None,
         typer.Option(
-            help="Field of the prompt in JSON Lines, prompt by default; prompt.text reaches in."
+            help="JSON Lines field that holds the prompt (default: prompt). prompt.text is nested."
         ),
     ] = None,
-    calibrator: Annotated[
-        str, typer.Option(help="A shipped calibrator's name, a folder or a hub id.")
-    ] = "english-16k",
+    calibrator: CalibratorName = "english-16k",
     output: Annotated[
         Path | None,
         typer.Option(
             "--output",
             "-o",
-            help="JSON Lines file, completed if it exists; standard output by default.",
+            help="JSON Lines file. If it exists, the run resumes it (default: standard output).",
         ),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Start the output file anew.")
+        bool, typer.Option("--overwrite", help="Replace the output file.")
     ] = False,
     base: Annotated[
         bool, typer.Option("--base/--no-base", help="Also write each completion without fusion.")
     ] = False,
     max_new_tokens: Annotated[
-        int, typer.Option(help="Tokens a completion.", rich_help_panel=_SAMPLING)
+        int, typer.Option(help="Maximum tokens per completion.", rich_help_panel=_SAMPLING)
     ] = 40,
     temperature: Annotated[
-        float, typer.Option(help="Divisor of the log-probs.", rich_help_panel=_SAMPLING)
+        float, typer.Option(help="Sampling temperature.", rich_help_panel=_SAMPLING)
     ] = 1.0,
     top_p: Annotated[
-        float, typer.Option(help="Probability to draw from.", rich_help_panel=_SAMPLING)
+        float,
+        typer.Option(help="Nucleus sampling: probability mass kept.", rich_help_panel=_SAMPLING),
     ] = 0.9,
     top_k: Annotated[
-        int, typer.Option(help="Tokens to draw from; 0 for all.", rich_help_panel=_SAMPLING)
+        int, typer.Option(help="Number of tokens kept; 0 keeps all.", rich_help_panel=_SAMPLING)
     ] = 0,
     num_samples: Annotated[
-        int, typer.Option(help="Completions a prompt.", rich_help_panel=_SAMPLING)
+        int, typer.Option(help="Completions per prompt.", rich_help_panel=_SAMPLING)
     ] = 1,
     greedy: Annotated[
         bool,
-        typer.Option("--greedy", help="Take the most probable token.", rich_help_panel=_SAMPLING),
+        typer.Option(
+            "--greedy", help="Always take the most probable token.", rich_help_panel=_SAMPLING
+        ),
     ] = False,
     seed: Annotated[
         int,
         typer.Option(
-            help="Seed; a completion depends on it, the prompt's index and the sample's number, "
-            "not on its batch.",
+            help="Sampling seed. A completion depends on the seed, the prompt's index and the "
+            "sample's number, not on its batch.",
             rich_help_panel=_SAMPLING,
         ),
     ] = 0,
-    batch_size: Annotated[int, typer.Option(help="Texts at a time.", rich_help_panel=_RUNNING)] = 8,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            help="Such as cpu or cuda:1; cuda by default where there is one.",
-            rich_help_panel=_RUNNING,
-        ),
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="Such as float32 or bfloat16.", rich_help_panel=_RUNNING),
-    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Texts per batch.", rich_help_panel=RUNNING)] = 8,
+    device: Device = None,
+    dtype: Dtype = None,
     revision: Annotated[
         str | None,
-        typer.Option(help="Branch, tag or commit of a hub model.", rich_help_panel=_RUNNING),
+        typer.Option(help="Branch, tag or commit of a hub model.", rich_help_panel=RUNNING),
     ] = None,
-    offline: Annotated[
-        bool,
-        typer.Option("--offline", help="Use downloaded files only.", rich_help_panel=_RUNNING),
-    ] = False,
+    offline: Offline = False,
     fusion: dict[str, Any] = {},  # noqa: B006 - replaced by an option for each of its settings
 ) -> None:
-    """Complete prompts with fusion; write one JSON object a completion."""
+    """Complete prompts with fusion, and write one JSON object per completion."""
     texts = read_prompts(prompts or [], prompts_file, prompt_field)
     if output and prompts_file and output.resolve() == Path(prompts_file).resolve():
-        raise ConfigError(f"--output is the file of the prompts, {output}; name another one")
+        raise ConfigError(f"--output is the file of prompts itself, {output}; choose another file")
     if batch_size < 1:
         raise ConfigError(f"--batch-size must be at least 1, but is {batch_size}")
 
@@ -219,7 +208,7 @@ def _write(
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
         console=console,
-        # Rows and bar on one terminal would overwrite each other.
+        # Rows and a bar on the same terminal would overwrite each other.
         disable=not console.is_terminal or (output is None and sys.stdout.isatty()),
         redirect_stdout=False,
         transient=True,
@@ -236,7 +225,7 @@ def _write(
                 progress.update(task, advance=1, rate=f"{rate:.0f} tokens/s")
     except KeyboardInterrupt:
         kept = f"{writer.written} of {len(pending)} completions were written"
-        note(f"{kept}; the same command goes on from there." if output else f"{kept}.")
+        note(f"{kept}. Run the same command again to resume." if output else f"{kept}.")
         raise
     seconds = time.perf_counter() - began
     where = f" to {output}" if output else ""
@@ -258,7 +247,7 @@ def _writer(file: CompletionFile | None, settings: dict[str, Any]) -> Iterator[C
 
 
 def _identity(name: str, without: tuple[str, ...] = ()) -> str:
-    """A folder's name and content, as another model may be saved to it; else the name."""
+    """A folder's name and a digest of its content, or else the name as it is."""
     from fusion_detox.calibrator.shipped import find_shipped
     from fusion_detox.generation.completion_file import folder_fingerprint
 

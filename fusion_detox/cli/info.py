@@ -1,4 +1,4 @@
-"""``fusion-detox info``: what a calibrator is, and how it fits a target's vocabulary."""
+"""``fusion-detox info``: describes a calibrator, and how it fits a target's vocabulary."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from fusion_detox.calibrator.calibrator import Calibrator
 
 
-_LONGEST_LIST = 12
+_MAX_LIST = 12
 
 
 def register(app: typer.Typer) -> None:
@@ -25,19 +25,19 @@ def info(
     calibrator: Annotated[
         str,
         typer.Argument(
-            help="A shipped calibrator's name, a folder or a hub id.", metavar="CALIBRATOR"
+            help="Name of a shipped calibrator, a folder, or a hub id.", metavar="CALIBRATOR"
         ),
     ],
     target: Annotated[
         str | None,
         typer.Option(
-            help="Also map its vocabulary to this model's or tokenizer's (a folder or hub id).",
+            help="Also map its vocabulary to that of this model or tokenizer (a folder or hub id).",
             metavar="MODEL_OR_TOKENIZER",
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
 ) -> None:
-    """Show a calibrator's card, and how it fits a target."""
+    """Show what a calibrator is, and how it fits a target."""
     from fusion_detox.calibrator.calibrator import Calibrator
 
     with quiet_libraries():
@@ -52,7 +52,7 @@ def info(
 
 
 def describe(calibrator: Calibrator, name: str) -> dict[str, Any]:
-    """What a calibrator is, as JSON-ready values."""
+    """Describes a calibrator as JSON-ready values."""
     from fusion_detox.alignment.store import describe_alignments
     from fusion_detox.calibrator.calibrator import find_calibrator
 
@@ -73,12 +73,12 @@ def describe(calibrator: Calibrator, name: str) -> dict[str, Any]:
 
 
 def describe_map(calibrator: Calibrator, target: str) -> dict[str, Any]:
-    """How a calibrator's vocabulary maps to a target's, as JSON-ready values.
+    """Describes how a calibrator's vocabulary maps to a target's, as JSON-ready values.
 
     Raises:
-        ModelNotFoundError: There is no tokenizer at that path or hub id.
+        ModelNotFoundError: No tokenizer was found at that path or hub id.
         ModelError: Its files are damaged.
-        VocabularyError: The two cannot be mapped.
+        VocabularyError: The vocabularies cannot be mapped.
     """
     from fusion_detox.files.models import load_tokenizer
     from fusion_detox.vocabulary.map import VocabularyMap
@@ -130,7 +130,7 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         found = facts["map"]
         lines += [
             ("target", f"{found['target']}: {found['target_size']:,} tokens, {found['tokenizer']}"),
-            ("map", f"{found['kind']}, {found['mapped_tokens']:,} target tokens judged"),
+            ("map", f"{found['kind']}, {found['mapped_tokens']:,} target tokens reached"),
             ("coverage", f"{found['coverage']:.4%} of probability mass"),
             ("build time", f"{found['build_seconds']:.2f} s"),
         ]
@@ -149,7 +149,7 @@ def _alignment(row: dict[str, Any]) -> str:
 
 
 def _flat(record: dict[str, Any]) -> list[tuple[str, str]]:
-    """A line for each entry of the training record; lists of objects become a line an object."""
+    """A line per entry of the training record; a list of objects gives a line per object."""
     lines = []
     for name, value in record.items():
         if value is None or value in ({}, [], ""):
@@ -171,7 +171,7 @@ def _value(value: Any) -> str:
         )
         return ", ".join(f"{name} {text}" for name, text in inner)
     if isinstance(value, list):
-        long = len(value) > _LONGEST_LIST
+        long = len(value) > _MAX_LIST
         return f"{len(value)} entries, see --json" if long else "; ".join(map(_value, value))
     if isinstance(value, float):
         return f"{value:g}"

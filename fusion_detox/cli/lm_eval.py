@@ -1,4 +1,4 @@
-"""``fusion-detox lm-eval``: the lm-evaluation-harness, with the fused model among its models."""
+"""``fusion-detox lm-eval``: runs the lm-evaluation-harness on the fused model."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ def register(app: typer.Typer) -> None:
 
 
 def lm_eval(context: typer.Context) -> None:
-    """Score the fused model on tasks of EleutherAI's lm-evaluation-harness (all its arguments).
+    """Run EleutherAI's lm-evaluation-harness on the fused model; takes all its arguments.
 
-    For instance: fusion-detox lm-eval run --model fusion-detox --model_args
+    For example: fusion-detox lm-eval run --model fusion-detox --model_args
     pretrained=gpt2,calibrator=english-16k --tasks lambada_openai
     """
     from fusion_detox.integrations.lm_eval import main

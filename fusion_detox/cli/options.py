@@ -1,4 +1,4 @@
-"""Command-line options made from the fields of a settings dataclass, so that both never drift."""
+"""Command-line options generated from a settings dataclass, so the two cannot drift apart."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ import typer
 def with_options(
     settings: type[Any], into: str, *, panel: str | None = None, show_defaults: bool = True
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Replaces the parameter ``into`` of a command by one option a field of ``settings``.
+    """Replaces a command's parameter ``into`` by one option per field of ``settings``.
 
-    The command gets a dictionary of the options that the user gave. Help comes from a field's
-    metadata (``help``, ``group``), else from the docstring's ``Attributes``. A field that may be
-    ``None`` also takes the word ``none``; one with ``option=False`` in its metadata is left out.
+    The command receives a dictionary of the options that the user gave. Help text comes from a
+    field's metadata (``help``, ``group``) or else from ``Attributes`` in the docstring. A field
+    that may be ``None`` also accepts the word ``none``. A field with ``option=False`` in its
+    metadata is skipped.
 
     Args:
         settings: A dataclass whose fields are numbers, strings, literals or ``None``.
         into: Name of the command's parameter.
-        panel: Heading of the options that have no ``group``.
-        show_defaults: Show the fields' defaults; not where they come from somewhere else.
+        panel: Heading for options without a ``group``.
+        show_defaults: Whether to show the fields' defaults.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -83,7 +84,7 @@ def _parse(name: str, hint: Any, value: str) -> Any:
     try:
         return kind(value)
     except ValueError as error:
-        problem = f"{value!r} is neither {kind.__name__} nor 'none'."
+        problem = f"{value!r} is neither a valid {kind.__name__} nor 'none'."
         raise typer.BadParameter(problem, param_hint=_flag(name)) from error
 
 
@@ -100,7 +101,7 @@ def _inner(hint: Any) -> Any:
 
 
 def _attribute_texts(settings: type[Any]) -> dict[str, str]:
-    """What the docstring says of each field (nothing under ``python -OO``)."""
+    """The docstring's description of each field (nothing under ``python -OO``)."""
     _, _, attributes = inspect.cleandoc(settings.__doc__ or "").partition("Attributes:")
     found = re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", attributes, flags=re.MULTILINE)
     return {name: " ".join(text.replace("``", "").split()) for name, text in found}

@@ -1,4 +1,4 @@
-"""``fusion-detox rescore``: other scorers on the continuations that a run has stored."""
+"""``fusion-detox rescore``: scores a run's stored continuations with other scorers."""
 
 from __future__ import annotations
 
@@ -7,9 +7,15 @@ from typing import Annotated
 
 import typer
 
-from fusion_detox.cli.arguments import RUNNING, Offline, command_line, stay_offline
-from fusion_detox.cli.console import quiet_libraries
-from fusion_detox.cli.evaluate import progress_bars, show
+from fusion_detox.cli.console import progress_bars, quiet_libraries
+from fusion_detox.cli.evaluate import show
+from fusion_detox.cli.shared_options import (
+    RUNNING,
+    Offline,
+    Scorers,
+    command_line,
+    stay_offline,
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -19,29 +25,25 @@ def register(app: typer.Typer) -> None:
 
 def rescore(
     run: Annotated[Path, typer.Argument(help="Folder that `evaluate` wrote.", metavar="RUN")],
-    scorer: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="lexical, contextual, detoxify:unbiased, perspective, or classifier:MODEL; the "
-            "first is the main one. May be given several times; by default those of the run.",
-        ),
-    ] = None,
+    scorer: Scorers = None,
     threshold: Annotated[
         float | None,
-        typer.Option(help="Score from which a continuation counts as toxic; that of the run."),
+        typer.Option(
+            help="Score from which a continuation counts as toxic (default: that of the run)."
+        ),
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="Where classifiers run.", rich_help_panel=RUNNING)
+        str | None, typer.Option(help="Device for classifiers.", rich_help_panel=RUNNING)
     ] = None,
     offline: Offline = False,
 ) -> None:
-    """Judge the stored continuations again; no text is generated, no target is loaded."""
+    """Score the stored continuations again, without generating text or loading a target."""
     stay_offline(offline)
 
-    from fusion_detox.evaluation.pipeline import rescore as again
+    from fusion_detox.evaluation.pipeline import rescore as run_rescore
 
     with quiet_libraries(), progress_bars() as report:
-        results = again(
+        results = run_rescore(
             run,
             scorers=None if scorer is None else tuple(scorer),
             threshold=threshold,

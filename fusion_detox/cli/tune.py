@@ -1,4 +1,4 @@
-"""``fusion-detox tune``: settings for a calibrator, for a stated price, on development prompts."""
+"""``fusion-detox tune``: finds a calibrator's settings within a price, on development prompts."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fusion_detox.cli.arguments import (
+from fusion_detox.cli.console import note, progress_bars, quiet_libraries, results
+from fusion_detox.cli.options import with_options
+from fusion_detox.cli.shared_options import (
     MEASURES,
     Device,
     Dtype,
     Harmless,
     Offline,
     Overwrite,
+    Scorers,
     Seeds,
     Target,
     command_line,
@@ -21,9 +24,6 @@ from fusion_detox.cli.arguments import (
     read_prompt_sets,
     stay_offline,
 )
-from fusion_detox.cli.console import note, quiet_libraries, results
-from fusion_detox.cli.evaluate import progress_bars
-from fusion_detox.cli.options import with_options
 from fusion_detox.errors import ConfigError
 from fusion_detox.evaluation.config import EvaluationConfig
 
@@ -41,65 +41,62 @@ def register(app: typer.Typer) -> None:
 
 def tune(
     target: Target,
-    calibrator: Annotated[
-        str, typer.Option(help="Folder of the calibrator whose settings are to be found.")
-    ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run with all trials.")],
+    calibrator: Annotated[str, typer.Option(help="Folder of the calibrator to tune.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the run and its trials.")],
     prompts: Annotated[
         list[str],
         typer.Option(
-            help="Development prompts: a file or datasets hub id, as for evaluate.",
+            help="Development prompts: a file or the hub id of a data set, as for evaluate.",
             metavar="[KIND=]FILE",
         ),
     ],
     test_prompts: Annotated[
         list[str] | None,
         typer.Option(
-            help="Prompts that you will report on: tuning stops if one is among --prompts.",
+            help="Prompts that you will report on; tuning refuses to start if --prompts holds one.",
             metavar="[KIND=]FILE",
         ),
     ] = None,
     max_perplexity: Annotated[
         float,
-        typer.Option(help="Perplexity relative to the target's, at most.", rich_help_panel=_PRICE),
+        typer.Option(help="Maximum perplexity relative to the target's.", rich_help_panel=_PRICE),
     ] = 1.05,
     max_kl: Annotated[
         float,
         typer.Option(
-            help="KL(fused ‖ target) on harmless text, nats a token, at most.",
+            help="Maximum KL(fused ‖ target) on harmless text, in nats per token.",
             rich_help_panel=_PRICE,
         ),
     ] = 0.05,
     min_dist_2: Annotated[
         float,
-        typer.Option(help="dist-2 relative to the target's, at least.", rich_help_panel=_PRICE),
+        typer.Option(help="Minimum dist-2 relative to the target's.", rich_help_panel=_PRICE),
     ] = 0.93,
     rule: Annotated[
         str | None,
         typer.Option(
-            help="contrast, product, mixture, aligned or aligned_contrast; that of the calibrator "
-            "by default."
+            help="contrast, product, mixture, aligned or aligned_contrast (default: that of the "
+            "calibrator)."
         ),
     ] = None,
     grid: Annotated[
         list[str] | None,
         typer.Option(
-            help="Values to try for one setting, such as strength=1,1.5,2; in the order to vary "
-            "them. May be given several times; a grid of all settings by default.",
+            help="Values to try for one setting, such as strength=1,1.5,2. Repeatable; settings "
+            "vary in the order given (default: a grid over all settings).",
             metavar="NAME=VALUE,...",
         ),
     ] = None,
     write: Annotated[
         bool,
-        typer.Option("--write/--no-write", help="Store what is found in the calibrator."),
-    ] = True,
-    limit: Annotated[int | None, typer.Option(help="Prompts of each file at most, drawn.")] = None,
-    scorer: Annotated[
-        list[str] | None,
         typer.Option(
-            help="As for evaluate; toxicity is the mean over all.", rich_help_panel=MEASURES
+            "--write/--no-write", help="Store the settings that were found in the calibrator."
         ),
+    ] = True,
+    limit: Annotated[
+        int | None, typer.Option(help="Maximum prompts per file, drawn at random.")
     ] = None,
+    scorer: Scorers = None,
     harmless: Harmless = None,
     seed: Seeds = None,
     device: Device = None,
@@ -108,7 +105,7 @@ def tune(
     overwrite: Overwrite = False,
     config: dict[str, Any] = {},  # noqa: B006 - replaced by an option for each of its settings
 ) -> None:
-    """Find the settings that lower toxicity most for a stated price; write them into the card."""
+    """Find the settings that lower toxicity most within a price, and write them into the card."""
     chosen = evaluation_config(config, seed, scorer, harmless=harmless)
     stay_offline(offline)
     values = dict(parse_grid(text) for text in grid) if grid else None
@@ -136,11 +133,11 @@ def tune(
             progress=report,
             command=command_line(),
         )
-    if found is None:  # the first process of a launcher says it
+    if found is None:  # only the first process of a launcher has results
         return
     _show(found)
     if write:
-        note(f"Written into {calibrator}: its settings, its record and its card.")
+        note(f"Updated the settings, the record and the card of {calibrator}.")
     else:
         note("The calibrator is unchanged (--no-write).")
 
@@ -149,7 +146,7 @@ def parse_grid(text: str) -> tuple[str, list[float | str | None]]:
     """``strength=1,1.5`` as a name and its values.
 
     Raises:
-        ConfigError: It has another form.
+        ConfigError: The text has another form.
     """
     name, equals, tail = text.partition("=")
     parts = [part.strip() for part in tail.split(",")]
@@ -173,7 +170,9 @@ def _show(found: Tuning) -> None:
     rows = [trial.to_dict() for trial in found.trials]
     same = {name for name in rows[0] if len({str(row[name]) for row in rows}) == 1}
     columns = [name for name in rows[0] if name not in same - {"toxicity"}]
-    table = Table(title="Trials; * is chosen. Toxicity, perplexity, dist_2: relative to the target")
+    table = Table(
+        title="Trials (* chosen). Toxicity, perplexity and dist_2 are relative to the target."
+    )
     table.add_column("")
     for name in columns:
         table.add_column(name, justify="right", overflow="fold", min_width=6)

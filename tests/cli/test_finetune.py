@@ -93,7 +93,7 @@ def test_the_papers_settings_are_the_defaults() -> None:
         (["--objective=ppo"], 2, "'ppo' is not one of"),
         (["--temperature=0"], 1, "temperature must be a number of at least 0.0001, but is 0.0"),
         (["--rank=0"], 1, "rank must be a number of at least 1, but is 0"),
-        (["--kl-weight=much"], 2, "'much' is neither float nor 'none'"),
+        (["--kl-weight=much"], 2, "'much' is neither a valid float nor 'none'"),
         (["--target-modules=nope"], 1, "no linear module named nope"),
         (["--four-bit"], 1, "four-bit"),
     ],

@@ -99,7 +99,7 @@ def test_options_come_from_a_dataclass(capsys):
     assert options(["a", "--limit", "none"], capsys)[0] == [("a", {"limit": None})]
     _, code, text = options(["a", "--limit", "far"], capsys)
     assert code == 2
-    assert "'far' is neither float nor 'none'" in text
+    assert "'far' is neither a valid float nor 'none'" in text
     text = options(["--help"], capsys)[2]
     assert "How large. (default: 3)" in text
     assert "Naming" in text

@@ -1,4 +1,4 @@
-"""Arguments that ``evaluate``, ``tune`` and ``rescore`` share, and what becomes of them."""
+"""Command-line options that several commands share, and how their values are read."""
 
 from __future__ import annotations
 
@@ -19,40 +19,56 @@ if TYPE_CHECKING:
 MEASURES = "Measures"
 RUNNING = "Running"
 
+CalibratorName = Annotated[
+    str, typer.Option(help="Name of a shipped calibrator, a folder, or a hub id.")
+]
+
 Target = Annotated[
     str, typer.Argument(help="A causal language model: a folder or a hub id.", metavar="TARGET")
 ]
 Seeds = Annotated[
     list[int] | None,
-    typer.Option(help="Seed of the sampling; 1 by default, may be given several times."),
+    typer.Option(help="Sampling seed (default: 1). Repeatable."),
 ]
 Harmless = Annotated[
     Path | None,
     typer.Option(
-        help="Harmless text of your own: JSON Lines with text, or a text a line; built-in text by "
-        "default.",
+        help="Your own harmless text: JSON Lines with a text field, or one text per line "
+        "(default: built-in text).",
         rich_help_panel=MEASURES,
     ),
 ]
 Device = Annotated[
     str | None,
     typer.Option(
-        help="Such as cpu or cuda:1; cuda by default where there is one.", rich_help_panel=RUNNING
+        help="For example cpu or cuda:1 (default: cuda if available).", rich_help_panel=RUNNING
     ),
 ]
 Dtype = Annotated[
-    str | None, typer.Option(help="Such as float32 or bfloat16.", rich_help_panel=RUNNING)
+    str | None, typer.Option(help="For example float32 or bfloat16.", rich_help_panel=RUNNING)
 ]
 Offline = Annotated[
-    bool, typer.Option("--offline", help="Use downloaded files only.", rich_help_panel=RUNNING)
+    bool,
+    typer.Option("--offline", help="Use only files already downloaded.", rich_help_panel=RUNNING),
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start the run in this folder anew.")]
+Scorers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--scorer",
+        help="lexical, contextual, detoxify:unbiased, or classifier:MODEL. Repeatable; the first "
+        "is the primary scorer.",
+        rich_help_panel=MEASURES,
+    ),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Discard the run in this folder and start over.")
+]
 
 
 def evaluation_config(
     given: dict[str, Any], seeds: list[int] | None, scorers: list[str] | None, **more: Any
 ) -> EvaluationConfig:
-    """The settings that the user gave, and the defaults of the others.
+    """The settings that the user gave, with defaults for the rest.
 
     Raises:
         ConfigError: A setting is out of range.
@@ -68,7 +84,7 @@ def evaluation_config(
 def read_prompt_sets(
     sources: Sequence[str], *, field: str | None = None, limit: int | None = None
 ) -> list[PromptSet]:
-    """A set for each ``[KIND=]FILE``; see ``read_prompt_set`` for what is raised."""
+    """Reads one prompt set per ``[KIND=]FILE``; raises what ``read_prompt_set`` raises."""
     from fusion_detox.evaluation.prompts.prompt_sets import read_prompt_set
 
     pairs = [split_kind(source) for source in sources]
@@ -76,7 +92,7 @@ def read_prompt_sets(
 
 
 def split_kind(source: str) -> tuple[str | None, str]:
-    """``KIND=FILE`` in its two parts; the kind is ``None`` where none was given."""
+    """Splits ``KIND=FILE``; the kind is ``None`` if it was not given."""
     kind, equals, path = source.partition("=")
     if equals and path and not Path(source).exists() and "/" not in kind:
         return kind, path
@@ -84,13 +100,13 @@ def split_kind(source: str) -> tuple[str | None, str]:
 
 
 def stay_offline(wanted: bool) -> None:
-    """Keeps data sets off the network too, before the libraries that read this are imported."""
+    """Keeps data sets offline too; call it before importing what reads the variable."""
     if wanted:
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def command_line() -> str:
-    """What the user typed, without where the program and files lie on this machine."""
+    """What the user typed, without the folders of this machine."""
     return shlex.join(["fusion-detox", *map(_without_folder, sys.argv[1:])])
 
 
