@@ -19,7 +19,7 @@ from fusion_detox.decoding.decoder import check_calibrator
 from fusion_detox.decoding.session import CalibratorSession, Reading, plain_mode
 from fusion_detox.decoding.target_columns import TargetColumns
 from fusion_detox.decoding.text_context import Covers, TextContext
-from fusion_detox.errors import ConfigError
+from fusion_detox.errors import ConfigError, DataError
 from fusion_detox.fusion import Fusion, fit, prepare
 from fusion_detox.vocabulary.map import VocabularyMap
 from fusion_detox.vocabulary.token_table import TokenTable, encode
@@ -127,6 +127,8 @@ class FusionLogitsProcessor(LogitsProcessor):
             itself at strength 0.
 
         Raises:
+            DataError: ``input_ids`` is not two-dimensional, or has another number of rows than
+                ``scores``.
             VocabularyError: The scores are far wider than the tokenizer's vocabulary.
         """
         return self.fuse_rows(self._rows(input_ids), scores)
@@ -144,7 +146,7 @@ class FusionLogitsProcessor(LogitsProcessor):
         Raises:
             VocabularyError: See ``__call__``.
         """
-        if self.config.strength == 0 or not self._matches(scores):
+        if not self._acts_on(scores, len(rows)):
             return scores
         return self._step(rows, scores).fused()
 
@@ -162,9 +164,10 @@ class FusionLogitsProcessor(LogitsProcessor):
         Raises:
             VocabularyError: See ``__call__``.
         """
-        if self.config.strength == 0 or not self._matches(scores):
+        rows = self._rows(input_ids)
+        if not self._acts_on(scores, len(rows)):
             return scores, torch.zeros(len(scores), device=scores.device)
-        step = self._step(self._rows(input_ids), scores)
+        step = self._step(rows, scores)
         return step.fused(), step.strength()
 
     def following(self, text: str | Sequence[str]) -> FusionLogitsProcessor:
@@ -270,8 +273,18 @@ class FusionLogitsProcessor(LogitsProcessor):
         scales = [min(1.0, nats / full) for nats in reading.divergence]
         return torch.tensor(scales, dtype=torch.float32, device=scores.device)
 
-    def _matches(self, scores: Tensor) -> bool:
-        width = scores.shape[-1]
+    def _acts_on(self, scores: Tensor, rows: int) -> bool:
+        """Whether there is anything to fuse; refuses scores that do not belong to the rows."""
+        if self.config.strength == 0:
+            return False
+        if scores.dim() != 2 or len(scores) != rows:
+            raise DataError(
+                f"{rows} rows of ids came with scores of shape {tuple(scores.shape)}: pass scores "
+                "of shape (batch, vocab) with one row for each row of ids"
+            )
+        return rows > 0 and self._matches(scores.shape[-1])
+
+    def _matches(self, width: int) -> bool:
         if width == self._width:
             return True
         matches = self._columns.match(width)
@@ -280,6 +293,11 @@ class FusionLogitsProcessor(LogitsProcessor):
         return matches
 
     def _rows(self, input_ids: Tensor) -> list[list[int]]:
+        if input_ids.dim() != 2:
+            raise DataError(
+                f"input_ids have shape {tuple(input_ids.shape)}, but must be (batch, length): for "
+                "a single row, pass input_ids[None]"
+            )
         if input_ids.shape[-1] == 0 and not self._before and not self._warned:
             self._warned.add("no ids")
             logger.warning(

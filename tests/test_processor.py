@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, TextIteratorS
 
 import fusion_detox
 from fusion_detox import Calibrator, FusionConfig, FusionLogitsProcessor
-from fusion_detox.errors import ConfigError, VocabularyError
+from fusion_detox.errors import ConfigError, DataError, VocabularyError
 
 Maker = Callable[..., PreTrainedModel]
 CONFIG = FusionConfig(strength=1.5, plausibility=0.0, threshold=0.05)
@@ -382,6 +382,8 @@ def test_a_warm_step_runs_through_few_files(
     processor = fresh(calibrator, other_tokenizer).with_settings(context_kl=0.1)
     ids = other_tokenizer("You are a complete", return_tensors="pt")["input_ids"]
     scores = torch.randn(1, len(other_tokenizer))
+    same_end = other_tokenizer("It is a complete", return_tensors="pt")["input_ids"]
+    processor(same_end, scores)
     processor(ids[:, :-1], scores)
     root, files = str(Path(fusion_detox.__file__).parent), set()
 
@@ -397,3 +399,38 @@ def test_a_warm_step_runs_through_few_files(
     assert "processor.py" in files
     assert "fusion.py" in files
     assert len(files) <= 7, " ".join(sorted(files))
+
+
+def test_no_rows_give_no_rows(
+    calibrator: Calibrator, byte_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    processor = fresh(calibrator, byte_tokenizer)
+    scores = torch.randn(0, len(byte_tokenizer))
+    assert processor(torch.zeros(0, 3, dtype=torch.long), scores) is scores
+    fused, strength = processor.with_strength(torch.zeros(0, 3, dtype=torch.long), scores)
+    assert fused is scores
+    assert strength.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("ids", "scores", "message"),
+    [
+        ((4,), (1, 400), r"input_ids have shape \(4,\), but must be \(batch, length\)"),
+        ((1, 1, 4), (1, 400), "for a single row, pass"),
+        ((1, 4), (3, 400), r"1 rows of ids came with scores of shape \(3, 400\)"),
+        ((3, 4), (1, 400), r"3 rows of ids came with scores of shape \(1, 400\)"),
+        ((1, 4), (400,), r"scores of shape \(400,\)"),
+        ((0, 4), (2, 400), "one row for each row of ids"),
+    ],
+)
+def test_rows_that_do_not_belong_together_are_refused(
+    calibrator: Calibrator,
+    byte_tokenizer: PreTrainedTokenizerFast,
+    ids: tuple[int, ...],
+    scores: tuple[int, ...],
+    message: str,
+) -> None:
+    """Never a silent broadcast: each row of scores belongs to one row of ids."""
+    processor = fresh(calibrator, byte_tokenizer)
+    with pytest.raises(DataError, match=message):
+        processor(torch.ones(ids, dtype=torch.long), torch.randn(scores))

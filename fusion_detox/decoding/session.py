@@ -20,6 +20,7 @@ from torch import Tensor
 from fusion_detox.decoding.decoder import build_decoder
 from fusion_detox.decoding.slots import Row
 from fusion_detox.errors import ConfigError
+from fusion_detox.files.forks import renew_after_fork
 from fusion_detox.fusion import kl_divergence
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ class CalibratorSession:
         with plain_mode(self._device):
             self._decoder = build_decoder(calibrator, self._device, reference=reference)
         self._forget()
+        renew_after_fork(self)
 
     def read(
         self,
@@ -151,6 +153,11 @@ class CalibratorSession:
         with self._lock:
             self._forget()
             self._decoder.resize(0)
+
+    def after_fork(self) -> None:
+        """Starts afresh in a forked child, since another thread may have been at work."""
+        self._lock = threading.Lock()
+        self._forget()
 
     def _forget(self) -> None:
         self._memo, self._hidden_memo = _Memo(), _Memo()

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fusion_detox.files.forks import renew_after_fork
 from fusion_detox.vocabulary.map import Cover
 
 if TYPE_CHECKING:
@@ -299,10 +300,15 @@ class TextContext:
             oldest, dropped = self._memo.popitem(last=False)
             self._size -= len(oldest) + len(dropped.tail)
 
+    def after_fork(self) -> None:
+        """Starts afresh in a forked child, since another thread may have been at work."""
+        self._forget()
+
     def _forget(self) -> None:
         self._memo: OrderedDict[Ids, _State] = OrderedDict()
         self._size = 0
         self._lock: threading.Lock = threading.Lock()
+        renew_after_fork(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the memo, which is useless elsewhere."""
