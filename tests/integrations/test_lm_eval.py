@@ -333,11 +333,11 @@ def test_only_scored_positions_are_fused(
     [
         ({"strenght": 1.0}, "did you mean 'strength'"),
         ({"revison": "main"}, "unknown argument 'revison'"),
-        ({"config": "strong"}, "give single settings, such as strength=1.5"),
+        ({"config": "strong"}, "give single settings such as strength=1.5"),
         ({"strength": -1.0}, "strength must be a number of at least 0"),
         ({"config": {"strong": 1}}, "unknown fusion settings: strong"),
         ({"trust_remote_code": True}, "no code from a model's repository"),
-        ({"backend": "seq2seq"}, "fusion needs a causal model"),
+        ({"backend": "seq2seq"}, "use a causal model"),
     ],
 )
 def test_wrong_arguments(make: Callable[..., Any], arguments: dict[str, Any], message: str) -> None:

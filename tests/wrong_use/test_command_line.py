@@ -236,7 +236,7 @@ def test_unknown_device_or_dtype(fails, common, arguments, message):
 
 def test_prompt_too_long_for_the_model(fails, common):
     message = fails(*common, "short", "long " * 60)
-    assert re.search(r"prompt 1 has \d+ tokens, which with 4 new ones exceeds the 64", message)
+    assert re.search(r"prompt 1 has \d+ tokens, and with 4 new ones it exceeds the 64", message)
 
 
 def test_target_of_info_missing(fails, calibrator_folder):
