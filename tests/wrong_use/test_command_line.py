@@ -113,7 +113,10 @@ def test_empty_prompt(fails):
     ("arguments", "message"),
     [
         (["--batch-size", "0"], "--batch-size must be at least 1, but is 0"),
-        (["--temperature", "0"], "temperature must be a number above 0, but is 0.0; for the most"),
+        (
+            ["--temperature", "0"],
+            "temperature must be a number above 0, but is 0.0; to choose the most",
+        ),
         (["--top-p", "90"], "top_p must be a number above 0 and at most 1, but is 90.0"),
         (
             ["--max-new-tokens", "0"],
