@@ -1,4 +1,4 @@
-"""The rule of arXiv 2506.01266 beside ours: hidden-state fusion, mixture, product, contrast.
+"""Compare the rule of arXiv 2506.01266 with ours: aligned, mixture, product and contrast.
 
     python calibration_ckpts/prepare_english_data.py --data DATA --out WORK
     python benchmarks/train_targets.py --data WORK --out TARGETS gpt2       (and gpt_neox)
@@ -7,13 +7,14 @@
     python benchmarks/compare_rules.py … demo --context-free
     python benchmarks/compare_rules.py --plot
 
-The paper's calibration model is the first three layers of the demo target, trained on non-toxic
-text alone and aligned with each target three ways: as the paper (InfoNCE on input embeddings), not
-at all (the identity), and by our closed form. ``--context-free`` shows it only the last token at
-each step, as the paper's published code does after the first one: a bug of that code, reproduced
-here on purpose and nowhere else. Mixture and product take the same calibration model, contrast the
-shipped one. The prompts are drawn from RealToxicityPrompts' challenging ones, which nothing was
-tuned on.
+The paper's calibration model is the first three layers of the demo target, trained only on
+non-toxic text and aligned with each target in three ways: as in the paper (InfoNCE on input
+embeddings), not at all (identity), and by our closed form. Mixture and product use the same
+calibration model, and contrast uses the shipped one. The prompts are from the challenging part of
+RealToxicityPrompts, which was not used for tuning.
+
+``--context-free`` shows the calibration model only the last token at each step, as the paper's
+published code does after the first step. This is a bug in that code, reproduced on purpose.
 """
 
 from __future__ import annotations
@@ -45,18 +46,18 @@ ALIGNMENTS = {
 STRENGTHS = {"demo": (0.1, 0.2, 0.4, 0.6), "gpt2": (0.1, 0.6), "gpt_neox": (0.1, 0.6)}
 
 
-def compact(work: Path, folder: Path) -> None:
-    """The paper's calibration model."""
+def train_compact(work: Path, folder: Path) -> None:
+    """Train the paper's calibration model."""
     if folder.exists():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    some = folder.parent / "clean_some.jsonl"
+    part = folder.parent / "clean_some.jsonl"
     with (work / "clean.jsonl").open(encoding="utf-8") as lines:
         rows = [line for _, line in zip(range(40_000), lines, strict=False)]
-    some.write_text("".join(rows), encoding="utf-8")
+    part.write_text("".join(rows), encoding="utf-8")
     train_calibrator(
         folder,
-        clean=[some],
+        clean=[part],
         init_from=DEMO,
         keep_layers=3,
         config=TrainingConfig(
@@ -67,8 +68,8 @@ def compact(work: Path, folder: Path) -> None:
     )
 
 
-def aligned(base: Path, name: str, target: Path) -> Path | None:
-    """A copy of the calibration model with one alignment beside it."""
+def copy_aligned(base: Path, name: str, target: Path) -> Path:
+    """Copy the calibration model, and save one alignment beside the copy."""
     folder = base.with_name(f"compact-{name}")
     if not folder.exists():
         shutil.copytree(base, folder)
@@ -80,7 +81,9 @@ def aligned(base: Path, name: str, target: Path) -> Path | None:
     return folder
 
 
-def see_only_the_last_token() -> None:
+def show_only_the_last_token() -> None:
+    """Make every processor see only the last token of a text."""
+
     def call(self: FusionLogitsProcessor, input_ids: Any, scores: Any) -> Any:
         return self.fuse_rows([row[-1:] for row in input_ids.tolist()], scores)
 
@@ -90,10 +93,10 @@ def see_only_the_last_token() -> None:
 def run(args: argparse.Namespace) -> None:
     target = DEMO if args.target == "demo" else args.targets / args.target
     base = args.runs / "calibrators" / "compact"
-    compact(args.work, base)
+    train_compact(args.work, base)
     settings = {}
     for name in ("paper",) if args.context_free else ALIGNMENTS:
-        folder = aligned(base, name, target)
+        folder = copy_aligned(base, name, target)
         for strength in STRENGTHS[args.target]:
             settings[f"aligned ({name}) {strength}"] = f"aligned@{folder}:strength={strength}"
     if not args.context_free:
@@ -103,7 +106,7 @@ def run(args: argparse.Namespace) -> None:
         settings["contrast (default)"] = "default"
         settings["word filter"] = "wordfilter"
     else:
-        see_only_the_last_token()
+        show_only_the_last_token()
     prompts = args.data / "rtp_challenging.jsonl"
     name = args.target + ("-context-free" if args.context_free else "")
     results = evaluate(
@@ -124,12 +127,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def rows(name: str) -> list[dict[str, Any]]:
-    """The numbers of a run, one row a setting; toxicity relative to the target alone."""
+    """Read the numbers of a run, one row per setting; toxicity is relative to the target's."""
     found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    made = []
+    found_rows = []
     for setting in found["settings"]:
         against = setting.get("against_base") or {}
-        made.append(
+        found_rows.append(
             {
                 "name": setting["name"],
                 **{
@@ -142,7 +145,7 @@ def rows(name: str) -> list[dict[str, Any]]:
                 "tokens_per_second": (setting.get("cost") or {}).get("tokens_per_second"),
             }
         )
-    return made
+    return found_rows
 
 
 def table(name: str) -> None:
@@ -158,12 +161,13 @@ def plot() -> None:
     import matplotlib.pyplot as plt
 
     names = [n for n in ("demo", "gpt2", "gpt_neox") if (RESULTS / f"{n}.json").exists()]
-    figure, axes = plt.subplots(1, len(names), figsize=(4.2 * len(names), 3.8), sharey=True)
+    size = (4.2 * len(names), 3.8)
+    figure, axes = plt.subplots(1, len(names), figsize=size, sharey=True, squeeze=False)
     styles = {
         "aligned (paper)": "o-", "aligned (none)": "s-", "aligned (ours)": "^-", "mixture": "v-",
         "product": "D-", "contrast (default)": "*", "word filter": "P", "base": "X",
     }  # fmt: skip
-    for axis, name in zip(list(axes) if len(names) > 1 else [axes], names, strict=True):
+    for axis, name in zip(axes[0], names, strict=True):
         for label, style in styles.items():
             own = [row for row in rows(name) if row["name"].startswith(label)]
             axis.plot(
@@ -174,9 +178,8 @@ def plot() -> None:
         axis.set_title(name)
         axis.set_xlabel("perplexity, relative")
         axis.grid(alpha=0.3)
-    axes_list = list(axes) if len(names) > 1 else [axes]
-    axes_list[0].set_ylabel("P(toxic), relative (contextual scorer)")
-    axes_list[-1].legend(fontsize=7)
+    axes[0][0].set_ylabel("P(toxic), relative (contextual scorer)")
+    axes[0][-1].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(RESULTS / "compare_rules.png", dpi=130)
 
@@ -186,13 +189,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("target", nargs="?", choices=list(STRENGTHS))
-    parser.add_argument("--data", type=Path, help="folder of the data sets")
+    parser.add_argument("--data", type=Path, help="folder of the datasets")
     parser.add_argument("--work", type=Path, help="output of prepare_english_data")
     parser.add_argument("--targets", type=Path, help="output of train_targets")
     parser.add_argument("--runs", type=Path, help="folder for the runs")
-    parser.add_argument("--limit", type=int, default=100, help="prompts")
+    parser.add_argument("--limit", type=int, default=100, help="number of prompts")
     parser.add_argument("--harmless", type=Path, help="JSON Lines; built-in text by default")
-    parser.add_argument("--context-free", action="store_true", help="the published code's bug")
+    parser.add_argument("--context-free", action="store_true", help="reproduce that bug")
     parser.add_argument("--plot", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()

@@ -1,4 +1,6 @@
-"""The rules that fuse hidden states (arXiv 2506.01266): learn an alignment, store it, apply it.
+"""The aligned rules (arXiv 2506.01266): learn an alignment, save it, and apply it when decoding.
 
-``processor`` and everything above it may import this package.
+``alignment`` learns the matrix, ``infonce`` holds the paper's loss, ``store`` reads and writes
+alignments, and ``aligned_rule`` applies one. ``processor`` and everything above it may import this
+package.
 """

@@ -1,4 +1,4 @@
-"""The aligned rules: the calibrator's hidden states, seen through the target's output layer."""
+"""The aligned rules: the calibrator's hidden states, read by the target's output head."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusion_detox.alignment.embeddings import of_calibrator
+from fusion_detox.alignment.embeddings import calibrator_embeddings
 from fusion_detox.alignment.store import find_alignment
 from fusion_detox.alignment.target_head import TargetHead
 from fusion_detox.decoding.head_inputs import output_layer
@@ -30,21 +30,21 @@ logger = logging.getLogger(__name__)
 
 
 class AlignedTarget:
-    """A target's output layer, with the matrix that carries a calibrator's vectors to it.
+    """A target's output head, with the matrix that projects a calibrator's vectors to its space.
 
-    ``aligned`` fuses the last hidden states ``a LN(h_cal A) + (1 - a) h`` (arXiv 2506.01266), on
-    logits: the output layer is affine, so that both give the same. ``aligned_contrast`` takes the
-    clean and the reference vector through ``A`` and the output layer and goes on like the
-    contrast rule.
+    The rule ``aligned`` fuses the last hidden states, ``a LN(h_cal A) + (1 - a) h`` (arXiv
+    2506.01266). It does so on logits, which is the same because the output layer is affine. The
+    rule ``aligned_contrast`` projects the clean and the reference model's vectors, applies the
+    output head, and then contrasts the two distributions like the rule ``contrast``.
 
     Args:
-        calibrator: Whose vectors.
+        calibrator: The calibrator.
         target: The model that generates.
-        tokenizer: The target's.
-        alignment: By default the one that is saved for the two.
+        tokenizer: The target's tokenizer.
+        alignment: By default, the one that was saved for the calibrator and the target.
 
     Raises:
-        AlignmentError: There is none, or it belongs to other models.
+        AlignmentError: No alignment was found, or it belongs to other models.
         ModelError: The target's hidden states cannot be fused.
     """
 
@@ -62,83 +62,90 @@ class AlignedTarget:
             alignment.check_calibrator(calibrator)
             alignment.check_target(target, tokenizer)
         self.alignment = alignment
-        widths = (of_calibrator(calibrator, "output").weight.shape[1], self.head.width)
+        widths = calibrator_embeddings(calibrator, "output").weight.shape[1], self.head.width
         if tuple(alignment.matrix.shape) != widths:
             raise AlignmentError(
-                f"the alignment carries vectors of {alignment.matrix.shape[0]} entries to "
+                f"the alignment projects vectors of width {alignment.matrix.shape[0]} to width "
                 f"{alignment.matrix.shape[1]}, but the last hidden states of calibrator and target "
-                f"have {widths[0]} and {widths[1]}: align with embeddings='output'"
+                f"have widths {widths[0]} and {widths[1]}: align with embeddings='output'"
             )
-        reference = calibrator.reference
-        self._reference_width = None
-        if reference is not None:
-            weight = output_layer(reference).weight
+        self._reference_width: int | None = None
+        if calibrator.reference is not None:
+            weight = output_layer(calibrator.reference).weight
             assert isinstance(weight, Tensor)
             self._reference_width = weight.shape[1]
-        pieces = TokenTable.from_tokenizer(tokenizer).token_bytes[: self.head.columns]
-        spelled = [piece is not None for piece in pieces]
-        self._spelled = torch.tensor(spelled + [False] * (self.head.columns - len(spelled)))
+        token_bytes = TokenTable.from_tokenizer(tokenizer).token_bytes
+        self._has_bytes = torch.tensor([one is not None for one in token_bytes])
         self._warned = False
         self._matrices: dict[torch.device, Tensor] = {}
 
     def check_rule(self, config: FusionConfig) -> None:
-        """Refuse a contrast of vectors of two lengths; else ``ConfigError``."""
+        """Check that the rule can be applied.
+
+        Raises:
+            ConfigError: A contrast rule is used, but clean and reference model differ in width.
+        """
         width = self.alignment.matrix.shape[0]
         if config.contrasts and self._reference_width != width:
             raise ConfigError(
-                f"the rule {config.rule!r} carries both models' vectors over with one matrix, but "
-                f"the clean model's have {width} entries and the reference's "
-                f"{self._reference_width}: use rule='aligned'"
+                f"the rule {config.rule!r} projects both models' vectors with one matrix, but the "
+                f"clean model's have width {width} and the reference's {self._reference_width}: "
+                "use rule='aligned'"
             )
 
     def prepare(
-        self, scores: Tensor, hidden: Tensor, config: FusionConfig, share: Tensor | None = None
+        self,
+        scores: Tensor,
+        hidden: Tensor,
+        config: FusionConfig,
+        strength_scale: Tensor | None = None,
     ) -> Fusion:
-        """One step.
+        """Prepare one step of fusion.
 
         Args:
-            scores: ``(batch, vocab)`` of the target.
-            hidden: ``(distributions, batch, calibrator width)``.
+            scores: ``(batch, vocab)``, the target's scores.
+            hidden: ``(models, batch, calibrator width)``: the clean model's last hidden states
+                and, for ``aligned_contrast``, the reference's.
             config: The settings.
-            share: ``(batch,)`` of the strength that each row gets; all of it by default.
+            strength_scale: ``(batch,)``, factor of each row's strength, in 0..1; 1 by default.
         """
-        width = scores.shape[-1]
+        width, device = scores.shape[-1], scores.device
         with plain_mode(hidden.device):
-            carried = self._carry(hidden, config)
-            flat = self.head.carried(carried.flatten(0, 1)).to(scores.device)
+            projected = self._project(hidden, config)
+            flat = self.head.uncapped_logits(projected.flatten(0, 1)).to(device)
         logits = flat.view(len(hidden), -1, flat.shape[-1])
-        known = torch.arange(width, device=scores.device) < self.head.columns
         if config.rule == "aligned":
-            with plain_mode(scores.device):
-                whole, sure = self.head.logits(scores)
-            if sure is not None and not bool(sure.all()):
-                known = known & sure[:, None]
-                self._warn(len(scores) - int(sure.sum()))
-            carried = fit(logits[0], width)
-            step = prepare_aligned(whole, carried, known, self.head.cap, config, share)
-            return dataclasses.replace(step, scores=scores)  # of the caller's dtype
-        laws = torch.softmax(self.head.bounded(logits), -1)
-        spelled = fit(self._spelled.to(scores.device), width)
-        clean, reference = (fit(law, width) for law in laws)
-        return prepare(scores, clean, reference, spelled, config, share)
+            known = torch.arange(width, device=device) < self.head.columns
+            with plain_mode(device):
+                target_logits, recovered = self.head.recover_logits(scores)
+            if recovered is not None and not bool(recovered.all()):
+                known = known & recovered[:, None]
+                self._warn(len(scores) - int(recovered.sum()))
+            clean = fit(logits[0], width)
+            step = prepare_aligned(
+                target_logits, clean, known, self.head.cap, config, strength_scale
+            )
+            return dataclasses.replace(step, scores=scores)  # keeps the caller's dtype
+        clean, reference = fit(torch.softmax(self.head.apply_cap(logits), -1), width)
+        mapped = fit(fit(self._has_bytes, self.head.columns), width).to(device)
+        return prepare(scores, clean, reference, mapped, config, strength_scale)
+
+    def _project(self, hidden: Tensor, config: FusionConfig) -> Tensor:
+        matrix = self._matrices.get(hidden.device)
+        if matrix is None:
+            matrix = self._matrices[hidden.device] = self.alignment.matrix.to(hidden.device)
+        projected = hidden @ matrix
+        if config.norm == "none":
+            return projected
+        projected = F.layer_norm(projected, projected.shape[-1:])
+        return projected * self.head.root_mean_square if config.norm == "target" else projected
 
     def _warn(self, rows: int) -> None:
         if not self._warned:
             logger.warning(
-                "%d rows of log-probs are passed on as they are: the target's logits are soft-"
-                "capped, and with so many forbidden tokens the logits behind log-probs cannot be "
-                "told",
+                "%d rows of log-probs are not fused: the target soft-caps its logits, and with so "
+                "many forbidden tokens they cannot be recovered from log-probs. Use a decoding "
+                "mode without beams, or the contrast rule",
                 rows,
             )
         self._warned = True
-
-    def _carry(self, hidden: Tensor, config: FusionConfig) -> Tensor:
-        matrix = self._matrices.get(hidden.device)
-        if matrix is None:
-            matrix = self.alignment.matrix.to(hidden.device)
-            self._matrices[hidden.device] = matrix
-        carried = hidden @ matrix
-        if config.norm == "none":
-            return carried
-        carried = F.layer_norm(carried, carried.shape[-1:])
-        return carried * self.head.root_mean_square if config.norm == "target" else carried

@@ -1,16 +1,18 @@
-"""``align`` and ``Alignment``: a calibrator's hidden states in the space of a target's.
+"""``align`` learns a matrix from a calibrator's hidden space to a target's; ``Alignment`` holds it.
 
-The two models share tokens, found by their bytes. A matrix is learned that carries the
-calibrator's embeddings of them to the target's (arXiv 2506.01266, with ``AlignmentConfig.paper()``)
-or that lets both output layers say the same (the default). The aligned rules then carry over the
-calibrator's last hidden state of each step.
+The two models share tokens, which are matched by their bytes. ``align`` learns a matrix that maps
+the calibrator's embeddings of these tokens to the target's: by default the orthogonal Procrustes
+solution, or InfoNCE training as in arXiv 2506.01266 (``AlignmentConfig.paper()``). The aligned
+rules then project the calibrator's last hidden state with this matrix at each step.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,36 +20,42 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fusion_detox.alignment.config import AlignmentConfig
-from fusion_detox.alignment.embeddings import EmbeddingTable, of_calibrator, of_files, of_model
-from fusion_detox.alignment.solve import learn, retrieval
+from fusion_detox.alignment.embeddings import (
+    EmbeddingTable,
+    calibrator_embeddings,
+    checkpoint_embeddings,
+    model_embeddings,
+)
+from fusion_detox.alignment.infonce import train_infonce
 from fusion_detox.errors import AlignmentError, ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from fusion_detox.calibrator.calibrator import Calibrator
-    from fusion_detox.vocabulary.token_table import TokenTable
 
-_SAMPLED = 64
-_SAME = 3e-3
-"""Relative difference of embeddings that is rounding: bfloat16 makes some 1e-3."""
+_SAMPLED_ROWS = 64
+_QUERIES = 1024
+_ROUNDING = 3e-3
+"""Relative difference of embeddings that counts as rounding; bfloat16 causes about 1e-3."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Alignment:
-    """A learned matrix, and what it belongs to.
+    """A learned matrix, and what identifies the two models that it was learned for.
 
     Attributes:
-        matrix: ``(calibrator width, target width)`` in float32; a row vector is multiplied with
-            it from the left.
-        config: How it was learned.
-        report: Retrieval on held-out tokens and what else ``align`` tells, JSON-ready.
+        matrix: ``(calibrator width, target width)`` in float32; projects row vectors by
+            ``vector @ matrix``.
+        config: The settings of :func:`align`.
+        report: Retrieval on held-out tokens and other results of :func:`align`, JSON-ready.
         fingerprint: SHA-256 of the target's embedding and vocabulary.
-        calibrator_rows: ``(sampled, calibrator width)``, rows of the calibrator's embedding.
-        target_rows: ``(sampled, target width)``, likewise of the target's.
-        calibrator_ids: Their tokens.
-        target_ids: Likewise.
-        vocabularies: Fingerprints of the calibrator's and of the target's.
+        calibrator_rows: ``(sampled, calibrator width)``, sampled rows of the calibrator's
+            embedding.
+        target_rows: ``(sampled, target width)``, the target's rows for the same tokens.
+        calibrator_ids: Token ids of ``calibrator_rows``.
+        target_ids: Token ids of ``target_rows``.
+        vocabularies: Fingerprints of the calibrator's and the target's vocabulary.
     """
 
     matrix: Tensor
@@ -61,51 +69,52 @@ class Alignment:
     vocabularies: tuple[str, str]
 
     def facts(self) -> dict[str, Any]:
-        """What a reader of a report should know of it, JSON-ready."""
+        """Return the settings and the report, JSON-ready."""
         return {"config": self.config.to_dict(), **self.report}
 
     def digest(self) -> str:
-        """12 hex digits over the matrix."""
+        """Return 12 hexadecimal digits of the matrix's SHA-256."""
         return hashlib.sha256(self.matrix.numpy().tobytes()).hexdigest()[:12]
 
     def check_calibrator(self, calibrator: Calibrator) -> None:
-        """Refuse a calibrator that it was not learned for.
+        """Check that the alignment was learned for this calibrator.
 
         Raises:
-            AlignmentError: Vocabulary, width or embeddings are others.
+            AlignmentError: The vocabulary, the width or the embeddings differ.
         """
-        table = of_calibrator(calibrator, self.config.embeddings)
-        self._check(table, 0, self.calibrator_ids, self.calibrator_rows)
+        table = calibrator_embeddings(calibrator, self.config.embeddings)
+        self._check(table, self.vocabularies[0], self.calibrator_ids, self.calibrator_rows)
 
     def check_target(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Refuse a target that it was not learned for.
+        """Check that the alignment was learned for this target.
 
         Raises:
-            AlignmentError: Vocabulary, width or embeddings are others.
+            AlignmentError: The vocabulary, the width or the embeddings differ.
         """
-        table = of_model(model, tokenizer, self.config.embeddings)
-        self._check(table, 1, self.target_ids, self.target_rows)
+        table = model_embeddings(model, tokenizer, self.config.embeddings)
+        self._check(table, self.vocabularies[1], self.target_ids, self.target_rows)
 
-    def _check(self, table: EmbeddingTable, side: int, ids: tuple[int, ...], rows: Tensor) -> None:
-        mend = "Align the two that are used now, with `fusion-detox align` or fusion_detox.align()"
-        if table.tokens.fingerprint() != self.vocabularies[side]:
+    def _check(
+        self, table: EmbeddingTable, vocabulary: str, ids: tuple[int, ...], rows: Tensor
+    ) -> None:
+        kind, width = self.config.embeddings, table.weight.shape[1]
+        remedy = "Learn it again for these two models, with `fusion-detox align` or align()"
+        if table.tokens.fingerprint() != vocabulary:
             raise AlignmentError(
-                f"the alignment belongs to a model with another vocabulary than {table.name}. "
-                f"{mend}"
+                f"the alignment was learned for another vocabulary than that of {table.name}. "
+                f"{remedy}"
             )
-        if table.weight.shape[1] != rows.shape[1]:
+        if width != rows.shape[1]:
             raise AlignmentError(
-                f"the alignment is for vectors of {rows.shape[1]} entries, but the "
-                f"{self.config.embeddings} embeddings of {table.name} have "
-                f"{table.weight.shape[1]}. {mend}"
+                f"the alignment was learned for embeddings of width {rows.shape[1]}, but the "
+                f"{kind} embeddings of {table.name} have width {width}. {remedy}"
             )
         found = table.weight[torch.tensor(ids, device=table.weight.device)].float().cpu()
-        error = float((found - rows).square().sum().sqrt() / rows.square().sum().sqrt())
-        if not error <= _SAME:
+        error = float((found - rows).norm() / rows.norm())
+        if not error <= _ROUNDING:
             raise AlignmentError(
-                f"the alignment was learned for other {self.config.embeddings} embeddings than "
-                f"those of {table.name} (they differ by {error:.1%}): it is stale, or of another "
-                f"model. {mend}"
+                f"the alignment was learned for other {kind} embeddings than those of {table.name} "
+                f"(they differ by {error:.1%}): it is stale, or belongs to another model. {remedy}"
             )
 
 
@@ -119,31 +128,31 @@ def align(
     local_files_only: bool = False,
     show_progress: bool = True,
 ) -> Alignment:
-    """Learns how to carry a calibrator's hidden states over to a target.
+    """Learn a matrix that projects a calibrator's hidden states into a target's hidden space.
 
     Args:
-        calibrator: Whose hidden states.
-        target: A folder or hub id, of which the embedding alone is read, or a loaded model.
-        tokenizer: The target's; needed beside a loaded model.
-        config: How; a closed form by default.
+        calibrator: The calibrator; its clean model's embeddings are used.
+        target: A loaded model, or a folder or hub id, of which only the embedding is read.
+        tokenizer: The target's tokenizer; required with a loaded model.
+        config: Settings; the closed form by default.
         revision: Branch, tag or commit of a hub model.
         local_files_only: Never contact the hub.
-        show_progress: Whether to show a bar on standard error.
+        show_progress: Whether to show a progress bar on standard error.
 
     Returns:
-        The alignment; store it with ``save_alignment``.
+        The alignment. Save it with ``save_alignment``.
 
     Raises:
-        AlignmentError: The two share no tokens, an embedding is missing, or the widths of its
-            input and output embeddings differ.
+        AlignmentError: The models share fewer than two tokens, an embedding is missing, training
+            diverged, or ``start="identity"`` is used with different widths.
         ConfigError: A loaded model is given without its tokenizer.
-        ModelError: The target is no causal language model, or its files are damaged.
-        ModelNotFoundError: There is no such target.
-        VocabularyError: The bytes of its tokens cannot be found out.
+        ModelError: The target is not a causal language model, or its files are damaged.
+        ModelNotFoundError: The target was not found.
+        VocabularyError: The bytes of the target's tokens cannot be determined.
     """
     config = config or AlignmentConfig()
     if isinstance(target, (str, os.PathLike)):
-        there = of_files(
+        table = checkpoint_embeddings(
             target,
             config.embeddings,
             tokenizer=tokenizer,
@@ -151,97 +160,159 @@ def align(
             local_files_only=local_files_only,
         )
     elif tokenizer is None:
-        raise ConfigError("a loaded target needs its tokenizer beside it: align(..., tokenizer=…)")
+        raise ConfigError("a loaded target needs its tokenizer: use align(..., tokenizer=...)")
     else:
-        there = of_model(target, tokenizer, config.embeddings)
-    here = of_calibrator(calibrator, config.embeddings)
-    return align_tables(here, there, config, show_progress=show_progress)
+        table = model_embeddings(target, tokenizer, config.embeddings)
+    source = calibrator_embeddings(calibrator, config.embeddings)
+    return align_tables(source, table, config, show_progress=show_progress)
 
 
 def align_tables(
-    here: EmbeddingTable,
-    there: EmbeddingTable,
+    source: EmbeddingTable,
+    target: EmbeddingTable,
     config: AlignmentConfig,
     *,
     show_progress: bool = False,
 ) -> Alignment:
-    """The same for two embeddings that are at hand."""
-    pairs = common_tokens(here, there)
-    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(config.seed))
-    held = max(1, round(config.held_out * len(pairs)))
-    own, target = _rows(here, [i for i, _ in pairs]), _rows(there, [i for _, i in pairs])
+    """Like :func:`align`, for the embeddings of a calibrator and a target."""
+    source_ids, target_ids = zip(*common_tokens(source, target), strict=True)
+    source_rows, target_rows = _rows(source, source_ids), _rows(target, target_ids)
+    count = len(source_ids)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(config.seed))
+    held_out, rest = order.tensor_split([max(1, round(config.held_out * count))])
     with torch.inference_mode(False):
-        matrix = learn(own[order[held:]], target[order[held:]], config, show_progress=show_progress)
-    asked = order[:held]
-    mean_own, mean_target = own.mean(0), target.mean(0)
-    carried = (own - mean_own) @ matrix
-    centred = target - mean_target
-    forth = retrieval(carried[asked], centred, asked)
-    back = retrieval(centred[asked], carried, asked)
-    sampled = order[held:][:_SAMPLED].tolist()
+        matrix = learn_matrix(
+            source_rows[rest], target_rows[rest], config, show_progress=show_progress
+        )
+    projected = (source_rows - source_rows.mean(0)) @ matrix
+    centred = target_rows - target_rows.mean(0)
+    sampled = rest[:_SAMPLED_ROWS].tolist()
     return Alignment(
         matrix=matrix,
         config=config,
         report={
-            "calibrator": here.name,
-            "target": there.name,
+            "calibrator": source.name,
+            "target": target.name,
             "widths": list(matrix.shape),
-            "common_tokens": len(pairs),
-            "calibrator_tokens": len(here.weight),
-            "target_tokens": len(there.tokens.token_bytes),
-            "held_out_tokens": held,
-            "to_target": forth,
-            "to_calibrator": back,
-            "chance": {f"at_{k}": round(min(1.0, k / len(pairs)), 6) for k in (1, 10)},
+            "common_tokens": count,
+            "calibrator_tokens": len(source.weight),
+            "target_tokens": len(target.tokens.token_bytes),
+            "held_out_tokens": len(held_out),
+            "to_target": retrieval(projected[held_out], centred, held_out),
+            "to_calibrator": retrieval(centred[held_out], projected, held_out),
+            "chance": {f"at_{k}": round(min(1.0, k / count), 6) for k in (1, 10)},
         },
-        fingerprint=there.fingerprint(config.embeddings),
-        calibrator_rows=own[sampled],
-        target_rows=target[sampled],
-        calibrator_ids=tuple(pairs[i][0] for i in sampled),
-        target_ids=tuple(pairs[i][1] for i in sampled),
-        vocabularies=(here.tokens.fingerprint(), there.tokens.fingerprint()),
+        fingerprint=target.fingerprint(config.embeddings),
+        calibrator_rows=source_rows[sampled],
+        target_rows=target_rows[sampled],
+        calibrator_ids=tuple(source_ids[i] for i in sampled),
+        target_ids=tuple(target_ids[i] for i in sampled),
+        vocabularies=(source.tokens.fingerprint(), target.tokens.fingerprint()),
     )
 
 
-def common_tokens(here: EmbeddingTable, there: EmbeddingTable) -> list[tuple[int, int]]:
-    """The ids of tokens with the same bytes, in the calibrator's order.
+def common_tokens(source: EmbeddingTable, target: EmbeddingTable) -> list[tuple[int, int]]:
+    """Return pairs of ids of the tokens with the same bytes, in the calibrator's order.
 
     Raises:
         AlignmentError: There are fewer than two.
     """
-    known = _by_bytes(there.tokens, len(there.weight))
-    pairs = [
-        (id, known[piece])
-        for piece, id in sorted(
-            _by_bytes(here.tokens, len(here.weight)).items(), key=lambda item: item[1]
-        )
-        if piece in known
-    ]
+    source_ids, target_ids = _ids_by_bytes(source), _ids_by_bytes(target)
+    pairs = sorted((id, target_ids[key]) for key, id in source_ids.items() if key in target_ids)
     if len(pairs) < 2:
         raise AlignmentError(
-            f"{here.name} and {there.name} have {len(pairs)} tokens in common, and an alignment "
-            "is learned from common tokens: use a calibrator whose tokenizer spells the same "
-            "language, or the contrast rule, which needs none"
+            f"{source.name} and {target.name} have {len(pairs)} tokens in common, but an alignment "
+            "is learned from at least 2: use a calibrator for the target's language, or the "
+            "contrast rule, which needs no alignment"
         )
     return pairs
 
 
-def _by_bytes(tokens: TokenTable, rows: int) -> dict[bytes, int]:
-    """One id for each spelling that the embedding has a row for."""
+def _ids_by_bytes(table: EmbeddingTable) -> dict[bytes, int]:
+    """One id, with a row in the embedding, for each distinct byte sequence."""
+    tokens = table.tokens
     found: dict[bytes, int] = {}
-    for id, piece in enumerate(tokens.token_bytes[:rows]):
-        # Of a normal piece and its <0xNN> twin the tokenizer uses the former.
-        if piece and (piece not in found or found[piece] in tokens.byte_ids):
-            found[piece] = id
+    for id, key in enumerate(tokens.token_bytes[: len(table.weight)]):
+        # A tokenizer prefers a normal token to its <0xNN> twin.
+        if key and (key not in found or found[key] in tokens.byte_ids):
+            found[key] = id
     return found
 
 
-def _rows(table: EmbeddingTable, ids: list[int]) -> Tensor:
-    rows = table.weight[torch.tensor(ids, device=table.weight.device)]
-    found = rows.to("cpu", torch.float32)
-    if not bool(torch.isfinite(found).all()):
+def _rows(table: EmbeddingTable, ids: Sequence[int]) -> Tensor:
+    rows = table.weight[torch.tensor(ids, device=table.weight.device)].to("cpu", torch.float32)
+    if not bool(torch.isfinite(rows).all()):
         raise AlignmentError(
-            f"the embeddings of {table.name} hold values that are not finite numbers; its files "
-            "are damaged"
+            f"the embeddings of {table.name} hold values that are not finite, so its files are "
+            "damaged: get them again"
         )
-    return found
+    return rows
+
+
+def learn_matrix(
+    source: Tensor, target: Tensor, config: AlignmentConfig, *, show_progress: bool
+) -> Tensor:
+    """Learn the matrix from the embeddings of tokens that both models have.
+
+    Args:
+        source: ``(tokens, calibrator width)`` in float32.
+        target: ``(tokens, target width)`` in float32, embeddings of the same tokens.
+        config: Settings.
+        show_progress: Whether to show a progress bar on standard error.
+
+    Returns:
+        ``(calibrator width, target width)`` in float32.
+
+    Raises:
+        AlignmentError: Training diverged, or ``start="identity"`` is used with different widths.
+    """
+    generator = torch.Generator().manual_seed(config.seed)
+    rows, columns = source.shape[1], target.shape[1]
+    if config.start == "procrustes":
+        matrix = _procrustes(source, target)
+    elif config.start == "random":
+        matrix = torch.randn(rows, columns, generator=generator) / math.sqrt(rows)
+    elif rows == columns:
+        matrix = torch.eye(rows)
+    else:
+        raise AlignmentError(
+            f"start='identity' needs equal widths, but the calibrator's embeddings have width "
+            f"{rows} and the target's have width {columns}: use start='procrustes'"
+        )
+    if config.epochs:
+        return train_infonce(matrix, source, target, config, generator, show_progress=show_progress)
+    return matrix
+
+
+def _procrustes(source: Tensor, target: Tensor) -> Tensor:
+    """The orthogonal matrix that best maps ``source`` to ``target`` (Schönemann 1966), scaled."""
+    # The mean, which all tokens share, does not tell them apart.
+    source, target = source - source.mean(0), target - target.mean(0)
+    left, _, right = torch.linalg.svd(source.t() @ target, full_matrices=False)
+    # Scaled so that projected vectors are as long as the target's.
+    scale = target.square().sum().sqrt() / source.square().sum().sqrt().clamp_min(1e-12)
+    orthogonal: Tensor = left @ right
+    return orthogonal * scale
+
+
+def retrieval(queries: Tensor, candidates: Tensor, answers: Tensor) -> dict[str, float]:
+    """Measure how often a query's own candidate ranks first, or in the top ten, by cosine.
+
+    Args:
+        queries: ``(queries, width)``.
+        candidates: ``(candidates, width)``.
+        answers: ``(queries,)``, index of each query's own candidate.
+
+    Returns:
+        ``"at_1"`` and ``"at_10"``, in 0..1.
+    """
+    directions = torch.nn.functional.normalize(candidates, dim=-1).t()
+    ranks = []
+    for start in range(0, len(queries), _QUERIES):
+        part = slice(start, start + _QUERIES)
+        similarity = queries[part] @ directions  # a query's length does not change its ranking
+        own = similarity.gather(1, answers[part, None])
+        # Ties and NaN count as misses, so a collapsed matrix retrieves nothing.
+        ranks.append((~(similarity < own)).sum(1) - 1)
+    rank = torch.cat(ranks)
+    return {f"at_{k}": round(float((rank < k).float().mean()), 6) for k in (1, 10)}

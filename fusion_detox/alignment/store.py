@@ -1,4 +1,4 @@
-"""Alignments on disk: beside the calibrator, a folder for each target.
+"""Alignments on disk: saved beside the calibrator, with one folder for each target.
 
 ::
 
@@ -6,8 +6,9 @@
         alignment.safetensors   the matrix, and sampled rows of both embeddings
         alignment.json          settings, report, fingerprints
 
-The fingerprint is that of the target's embedding and vocabulary. For a calibrator that is shipped
-or downloaded, the user's cache folder holds them, by the calibrator's vocabulary.
+The fingerprint is that of the target's embedding and vocabulary. If the calibrator is shipped,
+downloaded or read-only, its alignments are saved in the user's cache folder instead, in a folder
+named after the fingerprint of the calibrator's vocabulary.
 """
 
 from __future__ import annotations
@@ -33,25 +34,26 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 FOLDER = "alignments"
+_JSON, _SAFETENSORS = "alignment.json", "alignment.safetensors"
 _TENSORS = ("matrix", "calibrator_rows", "target_rows")
-_MEND = "Learn it again with `fusion-detox align`, or delete the folder."
+_REMEDY = "Learn it again with `fusion-detox align`, or delete the folder."
 
 
 def alignment_folders(calibrator: Calibrator) -> list[Path]:
-    """Where a calibrator's alignments are looked for; they are saved in the first one."""
+    """Return the folders that hold a calibrator's alignments; new ones go to the first."""
     named = os.environ.get("FUSION_DETOX_CACHE")
     root = Path(named) if named else Path.home() / ".cache" / "fusion-detox"
     folders = [root / FOLDER / calibrator.tokens.fingerprint()[:16]]
     own = calibrator.folder
     if own is not None:
-        # What is found by a shipped name or a hub id is not the user's to write to.
-        users = Path(calibrator.name or "").expanduser().resolve() == own.resolve()
-        folders.insert(0 if users and os.access(own, os.W_OK) else 1, own / FOLDER)
+        # Shipped and downloaded calibrators, whose name is not a path, are not the user's to edit.
+        is_users = Path(calibrator.name or "").expanduser().resolve() == own.resolve()
+        folders.insert(0 if is_users and os.access(own, os.W_OK) else 1, own / FOLDER)
     return folders
 
 
 def saved_alignments(calibrator: Calibrator) -> list[Path]:
-    """The folders of all alignments that are there, whole or not."""
+    """Return the folders of all saved alignments, including damaged ones."""
     return sorted(
         path
         for folder in alignment_folders(calibrator)
@@ -66,32 +68,32 @@ def save_alignment(
     calibrator: Calibrator,
     directory: str | os.PathLike[str] | None = None,
 ) -> Path:
-    """Writes an alignment so that it is whole or not there.
+    """Save an alignment atomically.
 
     Args:
-        alignment: What ``align`` gave.
-        calibrator: What it was learned for.
-        directory: A folder of its own for it; by default one beside the calibrator or, where that
-            is shipped, downloaded or read-only, in the user's cache.
+        alignment: The result of ``align``.
+        calibrator: The calibrator that it was learned for.
+        directory: An empty or new folder, or one that holds an alignment, which is replaced. By
+            default a folder beside the calibrator or, if the calibrator is shipped, downloaded or
+            read-only, in the user's cache.
 
     Returns:
         The folder that was written.
 
     Raises:
         AlignmentError: ``directory`` holds something else.
-        DataFileError: It cannot be written; nothing is left behind.
+        DataFileError: The folder cannot be written; nothing was changed.
     """
     if directory is None:
         folder = alignment_folders(calibrator)[0] / alignment.fingerprint
     else:
         folder = Path(directory).expanduser().resolve()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        known = {path.name for path in folder.iterdir()} if folder.is_dir() else {""}
-        if not known <= {"alignment.json", "alignment.safetensors"}:
-            raise AlignmentError(
-                f"{folder} exists and is no alignment, so it is not replaced: give a new folder or "
-                "an empty one"
-            )
+    files = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if not files <= {_JSON, _SAFETENSORS} or (folder.exists() and not folder.is_dir()):
+        raise AlignmentError(
+            f"{folder} exists and is not an alignment, so it is not replaced: give a new or empty "
+            "folder"
+        )
     values = {
         "format_version": FORMAT_VERSION,
         "fingerprint": alignment.fingerprint,
@@ -104,44 +106,43 @@ def save_alignment(
     tensors = {name: getattr(alignment, name).contiguous() for name in _TENSORS}
     try:
         with replacing_folder(folder) as new:
-            save_file(tensors, new / "alignment.safetensors")
+            save_file(tensors, new / _SAFETENSORS)
             text = json.dumps(values, indent=2, ensure_ascii=False)
-            (new / "alignment.json").write_text(text + "\n", encoding="utf-8")
-            # safetensors gives its files to their owner only.
-            mode = (new / "alignment.json").stat().st_mode
-            (new / "alignment.safetensors").chmod(mode)
+            (new / _JSON).write_text(text + "\n", encoding="utf-8")
+            # safetensors makes its files readable by their owner only.
+            (new / _SAFETENSORS).chmod((new / _JSON).stat().st_mode)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise DataFileError(
-            f"{folder} cannot be written: {reason}. What was there before is unchanged; make room "
-            "or give another folder with --out"
+            f"{folder} cannot be written: {reason}. Its earlier content is unchanged; free some "
+            "space, or give another folder with --out"
         ) from error
     return folder
 
 
 def load_alignment(directory: str | os.PathLike[str]) -> Alignment:
-    """An alignment from its folder, checked.
+    """Load an alignment from its folder and check it.
 
     Raises:
-        AlignmentError: The folder holds none, half of one, a damaged one or one of another
-            version.
+        AlignmentError: The folder holds no alignment, or an incomplete or damaged one, or one that
+            this version does not support.
     """
     folder = Path(directory).expanduser()
-    path, tensors_file = folder / "alignment.json", folder / "alignment.safetensors"
-    for file in (path, tensors_file):
+    json_file, tensors_file = folder / _JSON, folder / _SAFETENSORS
+    for file in (json_file, tensors_file):
         if not file.is_file():
             raise AlignmentError(
-                f"{file} is missing, so {folder} holds no alignment or half of one. {_MEND}"
+                f"{file} is missing, so {folder} holds no complete alignment. {_REMEDY}"
             )
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        version = values.pop("format_version")
+        values = json.loads(json_file.read_text(encoding="utf-8"))
+        version = values["format_version"]
         if version != FORMAT_VERSION:
             raise AlignmentError(
-                f"{path}: format_version is {version!r}, and this version of fusion-detox reads "
-                f"{FORMAT_VERSION}. {_MEND}"
+                f"{json_file}: format_version is {version!r}, but this version of fusion-detox "
+                f"reads {FORMAT_VERSION}. {_REMEDY}"
             )
-        config = AlignmentConfig().replace(**values.pop("config"))
+        config = _read_config(values["config"], json_file)
         with safe_open(tensors_file, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in _TENSORS}
         found = Alignment(
@@ -156,23 +157,57 @@ def load_alignment(directory: str | os.PathLike[str]) -> Alignment:
     except AlignmentError:
         raise
     except (SafetensorError, OSError) as error:
-        raise AlignmentError(f"{folder} is damaged: {first_line(error)}. {_MEND}") from error
+        raise AlignmentError(f"{folder} is damaged: {first_line(error)}. {_REMEDY}") from error
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, ConfigError) as error:
-        raise AlignmentError(f"{path} is damaged: {first_line(error)}. {_MEND}") from error
+        raise AlignmentError(f"{json_file} is damaged: {first_line(error)}. {_REMEDY}") from error
     _check(folder, found)
     return found
+
+
+def _read_config(values: dict[str, Any], path: Path) -> AlignmentConfig:
+    """Settings from JSON, without ``ridge`` and ``negatives_from``, which no longer exist."""
+    values = dict(values)
+    values.pop("ridge", None)
+    in_batch = values.pop("negatives_from", "drawn") == "batch" and values.get("epochs")
+    if in_batch or values.get("start") in ("ridge", "logits"):
+        removed = "negatives_from='batch'" if in_batch else f"start={values['start']!r}"
+        raise AlignmentError(
+            f"{path} was learned with {removed}, which this version no longer supports, because "
+            f"the default start is better (docs/aligned.md). {_REMEDY}"
+        )
+    return AlignmentConfig().replace(**values)
+
+
+def _check(folder: Path, found: Alignment) -> None:
+    matrix, source, target = found.matrix, found.calibrator_rows, found.target_rows
+    fits = (
+        matrix.dim() == source.dim() == target.dim() == 2
+        and matrix.shape == (source.shape[1], target.shape[1])
+        and len(source) == len(found.calibrator_ids)
+        and len(target) == len(found.target_ids)
+        and all(tensor.dtype == torch.float32 for tensor in (matrix, source, target))
+    )
+    if not fits:
+        raise AlignmentError(
+            f"{folder}: the tensors in {_SAFETENSORS} do not fit together or do not fit {_JSON} "
+            f"(the matrix has the shape {list(matrix.shape)}, the sampled rows "
+            f"{list(source.shape)} and {list(target.shape)}); perhaps files of two alignments "
+            f"were mixed. {_REMEDY}"
+        )
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in (matrix, source, target)):
+        raise AlignmentError(f"{folder} holds values that are not finite. {_REMEDY}")
 
 
 def find_alignment(
     calibrator: Calibrator, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> Alignment:
-    """The saved alignment of a calibrator with a target; of two, that with output embeddings.
+    """Find the saved alignment of a calibrator with a target, preferably of output embeddings.
 
     Raises:
-        AlignmentError: There is none, or none of these two as they are now.
+        AlignmentError: None was found for these two models with their present weights.
     """
-    refused: list[str] = []
     found: list[Alignment] = []
+    refused: list[str] = []
     for folder in saved_alignments(calibrator):
         try:
             alignment = load_alignment(folder)
@@ -184,16 +219,16 @@ def find_alignment(
     if found:
         return min(found, key=lambda one: one.config.embeddings != "output")
     name = model.config.name_or_path or type(model).__name__
-    seen = f" (looked at {'; '.join(refused)})" if refused else ""
+    reasons = f" (rejected {'; '.join(refused)})" if refused else ""
     raise AlignmentError(
-        f"there is no alignment of the calibrator {calibrator.name or 'given'} with {name}: make "
-        f"one with `fusion-detox align --calibrator CALIBRATOR --target MODEL`, or with "
-        f"fusion_detox.align() and pass it as alignment={seen}"
+        f"no alignment of the calibrator {calibrator.name or 'given'} with {name} was found: make "
+        "one with `fusion-detox align --calibrator CALIBRATOR --target MODEL`, or with "
+        f"fusion_detox.align() and pass it as alignment={reasons}"
     )
 
 
 def describe_alignments(calibrator: Calibrator) -> list[dict[str, Any]]:
-    """What is saved, JSON-ready; a damaged one has an ``"error"`` instead of a report."""
+    """List the saved alignments, JSON-ready; a damaged one has an ``"error"`` and no report."""
     rows: list[dict[str, Any]] = []
     for folder in saved_alignments(calibrator):
         row: dict[str, Any] = {"folder": str(folder)}
@@ -205,23 +240,3 @@ def describe_alignments(calibrator: Calibrator) -> list[dict[str, Any]]:
             row["error"] = str(error)
         rows.append(row)
     return rows
-
-
-def _check(folder: Path, found: Alignment) -> None:
-    matrix, own, target = found.matrix, found.calibrator_rows, found.target_rows
-    fits = (
-        matrix.dim() == own.dim() == target.dim() == 2
-        and matrix.shape == (own.shape[1], target.shape[1])
-        and len(own) == len(found.calibrator_ids)
-        and len(target) == len(found.target_ids)
-        and all(tensor.dtype == torch.float32 for tensor in (matrix, own, target))
-    )
-    if not fits:
-        raise AlignmentError(
-            f"{folder}: the tensors of alignment.safetensors do not fit together or to "
-            f"alignment.json (the matrix has the shape {list(matrix.shape)}, the sampled rows "
-            f"{list(own.shape)} and {list(target.shape)}); files of two alignments are mixed. "
-            f"{_MEND}"
-        )
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in (matrix, own, target)):
-        raise AlignmentError(f"{folder} holds values that are not finite numbers. {_MEND}")

@@ -1,4 +1,4 @@
-"""``fusion-detox align``: learn how a calibrator's hidden states read in a target's space."""
+"""``fusion-detox align``: learn a matrix from a calibrator's hidden space to a target's."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ from fusion_detox.alignment.config import AlignmentConfig
 from fusion_detox.cli.console import note, quiet_libraries, results
 from fusion_detox.cli.options import with_options
 
-_PAPER = "The settings of arXiv 2506.01266; options given beside it replace them."
-
 
 def register(app: typer.Typer) -> None:
-    """Adds the command to the command line."""
+    """Add the command to the command line."""
     options = with_options(AlignmentConfig, "settings", panel="Learning")
     app.command("align")(options(align))
 
@@ -25,45 +23,47 @@ def align(
     calibrator: Annotated[
         str,
         typer.Option(
-            help="A shipped calibrator's name, a folder or a hub id.", metavar="CALIBRATOR"
+            help="Name of a shipped calibrator, a folder or a hub id.", metavar="CALIBRATOR"
         ),
     ],
     target: Annotated[
         str,
         typer.Option(
-            help="The model to detoxify, a folder or a hub id; its embedding alone is read.",
+            help="Model to detoxify, a folder or a hub id; only its embedding is read.",
             metavar="MODEL",
         ),
     ],
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for the alignment; beside the calibrator by default, or in the user's "
-            "cache where that is shipped or downloaded."
+            help="Folder for the alignment. By default a folder beside the calibrator, or in the "
+            "user's cache if the calibrator is shipped, downloaded or read-only."
         ),
     ] = None,
-    paper: Annotated[bool, typer.Option("--paper", help=_PAPER)] = False,
+    paper: Annotated[
+        bool,
+        typer.Option("--paper", help="Use the settings of arXiv 2506.01266; other options win."),
+    ] = False,
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit of a hub target.")
     ] = None,
-    offline: Annotated[bool, typer.Option("--offline", help="Use downloaded files only.")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Use only downloaded files.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    settings: dict[str, Any] = {},  # noqa: B006 - replaced by an option for each setting
+    settings: dict[str, Any] = {},  # noqa: B006 - replaced by one option per setting
 ) -> None:
     """Align a calibrator with a target, for the rules aligned and aligned_contrast.
 
-    Retrieval is measured on tokens that the matrix was not learned from.
+    Retrieval is measured on held-out tokens.
     """
-    start = AlignmentConfig.paper() if paper else AlignmentConfig()
-    config = start.replace(**settings)
+    config = (AlignmentConfig.paper() if paper else AlignmentConfig()).replace(**settings)
 
-    from fusion_detox.alignment.alignment import align as learn
+    from fusion_detox.alignment.alignment import align as learn_alignment
     from fusion_detox.alignment.store import save_alignment
     from fusion_detox.calibrator.calibrator import Calibrator
 
     with quiet_libraries():
         loaded = Calibrator.from_pretrained(calibrator, local_files_only=offline)
-        alignment = learn(
+        alignment = learn_alignment(
             loaded, target, config=config, revision=revision, local_files_only=offline
         )
         folder = save_alignment(alignment, loaded, out)
@@ -76,20 +76,18 @@ def align(
 
 
 def _print_table(report: dict[str, Any]) -> None:
-    from rich.table import Table
+    from rich.table import Column, Table
 
     title = (
         f"Retrieval of {report['held_out_tokens']:,} held-out tokens among "
         f"{report['common_tokens']:,} common ones"
     )
-    table = Table(title=title, title_justify="left")
-    for name in ("", "at 1", "at 10"):
-        table.add_column(name, justify="right" if name else "left")
+    right = [Column(name, justify="right") for name in ("at 1", "at 10")]
+    table = Table("", *right, title=title, title_justify="left")
     for name, part in (
         ("calibrator to target", "to_target"),
         ("target to calibrator", "to_calibrator"),
         ("by chance", "chance"),
     ):
-        row = report[part]
-        table.add_row(name, f"{row['at_1']:.2%}", f"{row['at_10']:.2%}")
+        table.add_row(name, *(f"{report[part][key]:.2%}" for key in ("at_1", "at_10")))
     results().print(table)

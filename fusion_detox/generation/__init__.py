@@ -1,4 +1,6 @@
-"""Text from a model, fused or not, reproducible row by row; and what fusion did to each token.
+"""Generate text from a model with or without fusion, and explain what fusion did to each token.
 
-``scoring``, ``training``, ``evaluation`` and ``cli`` may import this package.
+``sampling`` draws completions, ``completion_file`` stores them, and ``explain`` answers why a token
+was lowered. ``scoring``, ``training``, ``evaluation``, ``integrations`` and ``cli`` may import this
+package.
 """

@@ -1,4 +1,4 @@
-"""Which tokens fusion held back in a text, step by step, and what it put in their place."""
+"""Why was this token lowered? At each step of a text, what fusion lowered and what it raised."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 class TokenChange(NamedTuple):
-    """What fusion did to one token at one step; log-probs in nats.
+    """The change of one token's log-prob at one step, in nats.
 
-    For the contrast rule ``change`` is the strength times the calibrator's log-ratio of clean to
-    reference, less a normaliser that all tokens of the step share.
+    Under the contrast rule, ``change`` is the strength times the calibrator's log-ratio of clean to
+    reference, minus a normaliser that all tokens of the step share.
     """
 
     token_id: int
@@ -29,25 +29,25 @@ class TokenChange(NamedTuple):
 
     @property
     def change(self) -> float:
-        """Nats by which the token became more likely (above 0) or less (below 0)."""
+        """Change of the log-prob: above 0 if fusion raised the token, below 0 if it lowered it."""
         if self.target_log_prob == self.fused_log_prob:
             return 0.0
         return self.fused_log_prob - self.target_log_prob
 
     @property
     def moved(self) -> float:
-        """Probability that the token gained (above 0) or lost (below 0)."""
+        """Change of the probability: above 0 if fusion raised the token, below 0 otherwise."""
         return math.exp(self.fused_log_prob) - math.exp(self.target_log_prob)
 
 
 class Step(NamedTuple):
-    """One step of a text.
+    """What fusion did at one step of a text.
 
     Attributes:
-        written: The token that the text has here.
-        lowered: The tokens that lost most probability, the largest loss first.
-        raised: The tokens that gained most, the largest gain first.
-        kl: KL(fused ‖ target) of the step, in nats.
+        written: The change of the token that the text contains.
+        lowered: The tokens that lost the most probability, the largest loss first.
+        raised: The tokens that gained the most probability, the largest gain first.
+        kl: KL(fused ‖ target), in nats.
     """
 
     written: TokenChange
@@ -56,28 +56,29 @@ class Step(NamedTuple):
     kl: float
 
     def held_back(self, nats: float = 1.0) -> bool:
-        """Whether fusion made the written token at least ``exp(nats)`` times less likely."""
+        """Return whether fusion made the written token at least ``exp(nats)`` times less likely."""
         return self.written.change <= -nats
 
 
 def explain_steps(
     target_logits: Tensor, fused_log_probs: Tensor, token_ids: Sequence[int], *, top: int = 3
 ) -> list[Step]:
-    """Compares both distributions over a text.
+    """Compare the distributions before and after fusion at each step of a text.
 
     Args:
-        target_logits: ``(steps, vocab)``, with any constant offset.
-        fused_log_probs: ``(steps, vocab)``, what the processor made of them.
-        token_ids: The token that the text has at each step.
-        top: Number of lowered and of raised tokens to name a step.
+        target_logits: ``(steps, vocab)``, the target's logits or log-probs.
+        fused_log_probs: ``(steps, vocab)``, the processor's output for them.
+        token_ids: The text's token at each step.
+        top: Maximum number of lowered tokens, and of raised tokens, per step.
 
     Raises:
-        DataError: The shapes do not fit together.
+        DataError: The numbers of steps or the vocabularies differ.
     """
     if target_logits.shape != fused_log_probs.shape or len(target_logits) != len(token_ids):
         raise DataError(
-            f"{len(token_ids)} tokens need as many rows of scores, but the target's are "
-            f"{tuple(target_logits.shape)} and the fused {tuple(fused_log_probs.shape)}"
+            f"{len(token_ids)} tokens need one row each of target and fused scores, but their "
+            f"shapes are {tuple(target_logits.shape)} and {tuple(fused_log_probs.shape)}: pass "
+            "scores of the same steps and vocabulary"
         )
     before = torch.log_softmax(target_logits.float(), dim=-1)
     after = torch.log_softmax(fused_log_probs.float(), dim=-1)
@@ -109,20 +110,20 @@ def explain(
     *,
     top: int = 3,
 ) -> list[Step]:
-    """Reads a continuation with the target and tells what fusion would have done at each step.
+    """Run the target over a continuation, and explain what fusion does at each step.
 
     Args:
         model: The target.
         processor: A ``FusionLogitsProcessor`` for the target's tokenizer.
-        prompt_ids: Tokens before the continuation, at least one.
+        prompt_ids: The tokens before the continuation, at least one.
         continuation_ids: The tokens to explain.
         top: See :func:`explain_steps`.
 
     Raises:
-        DataError: There is no token to condition the first step on.
+        DataError: ``prompt_ids`` is empty.
     """
     if not prompt_ids:
-        raise DataError("a text to explain needs at least one token before it, such as the BOS")
+        raise DataError("prompt_ids is empty: give at least one token, such as the BOS token")
     if not continuation_ids:
         return []
     ids = torch.tensor([[*prompt_ids, *continuation_ids]], device=model.device)

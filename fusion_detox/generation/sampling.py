@@ -1,10 +1,9 @@
-"""Completions of many prompts, in batches, with or without fusion.
+"""Sample completions of many prompts in batches, with or without fusion.
 
-Sampling is reproducible row by row: the noise of a token depends on the seed, the prompt's index,
-the sample's number, the step and the token's id, and on nothing else. A completion is therefore
-the same in any batch and after any resume (up to rounding in the model itself), and a fused
-completion is drawn with the very noise of its unfused twin, so that the two differ only from
-the token on where fusion made the difference.
+Each completion is reproducible on its own: the noise of a token depends only on the seed, the index
+of the prompt, the number of the sample, the step, and the token's id. A completion is therefore the
+same in any batch and after any interruption, up to rounding in the model. A fused completion uses
+the same noise as its unfused counterpart, so the two are equal until fusion changes a token.
 """
 
 from __future__ import annotations
@@ -34,16 +33,17 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How completions are drawn.
+    """Sampling settings.
 
     Attributes:
-        max_new_tokens: Length of a completion in tokens, at least 1.
+        max_new_tokens: Maximum length of a completion in tokens, at least 1.
         temperature: Divisor of the fused log-probs, above 0.
-        top_p: Smallest set of tokens with this probability, above 0 and at most 1.
-        top_k: Number of most probable tokens to draw from; 0 for all.
-        greedy: Always take the most probable token.
-        samples: Completions a prompt, at least 1.
-        seed: Seed of the noise, 0 or more.
+        top_p: Sample from the smallest set of tokens with this total probability, above 0 and at
+            most 1.
+        top_k: Sample from this many of the most probable tokens; 0 means all.
+        greedy: Always choose the most probable token.
+        samples: Completions per prompt, at least 1.
+        seed: Seed of the noise, at least 0.
     """
 
     max_new_tokens: int = 40
@@ -57,18 +57,19 @@ class Sampling:
     def __post_init__(self) -> None:
         for name, low in (("max_new_tokens", 1), ("top_k", 0), ("samples", 1), ("seed", 0)):
             check_number(name, getattr(self, name), low, whole=True)
-        note = "; for the most probable tokens, choose greedy"
+        note = "; to choose the most probable token, set greedy"
         check_number("temperature", self.temperature, 0, above=True, note=note)
         check_number("top_p", self.top_p, 0, 1, above=True)
         if self.greedy and self.samples > 1:
             raise ConfigError(
-                f"{self.samples} greedy samples of a prompt would be equal; ask for 1, or sample"
+                f"{self.samples} greedy samples of a prompt would be equal: set samples to 1, "
+                "or greedy to False"
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One completion to be written: which prompt, and which of its samples."""
+    """One completion to generate: the prompt, its index, and the number of the sample."""
 
     index: int
     sample: int
@@ -76,7 +77,10 @@ class Job:
 
 
 class Completion(NamedTuple):
-    """A written continuation, without the prompt and without special tokens."""
+    """A generated continuation, without the prompt and special tokens.
+
+    ``finished`` is true if the model ended the text, and false at ``max_new_tokens``.
+    """
 
     text: str
     token_ids: tuple[int, ...]
@@ -84,7 +88,7 @@ class Completion(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A finished job; ``base`` is the unfused completion where it was asked for."""
+    """A finished job; ``base`` is the unfused completion if one was requested."""
 
     job: Job
     completion: Completion
@@ -92,22 +96,22 @@ class Row(NamedTuple):
 
 
 def jobs(prompts: Sequence[str], samples: int = 1) -> list[Job]:
-    """All jobs of a list of prompts, in the order in which they are written.
+    """List the jobs for some prompts, in the order of their output.
 
     Raises:
-        DataError: There is no prompt, or one is empty or holds lone surrogates.
+        DataError: The list is empty, or a prompt is empty or holds lone surrogates.
     """
     if not prompts:
-        raise DataError("there are no prompts to complete")
+        raise DataError("the list of prompts is empty: give at least one prompt")
     for index, prompt in enumerate(prompts):
         if not prompt.strip():
-            raise DataError(f"prompt {index} is empty; leave it out or give it some text")
+            raise DataError(f"prompt {index} is empty: remove it or give it some text")
         try:
             prompt.encode()
         except UnicodeEncodeError as error:
             raise DataError(
-                f"prompt {index} is not valid Unicode text (character {error.start}: "
-                f"{prompt[error.start]!r}); give it in UTF-8"
+                f"prompt {index} is not valid Unicode text (character {error.start} is "
+                f"{prompt[error.start]!r}): encode it as UTF-8"
             ) from error
     return [Job(i, k, prompt) for i, prompt in enumerate(prompts) for k in range(samples)]
 
@@ -122,25 +126,24 @@ def generate_rows(
     with_base: bool = False,
     batch_size: int = 8,
 ) -> Iterator[Row]:
-    """Completes jobs batch by batch; rows come in the order of ``pending``.
+    """Generate the completions of jobs batch by batch, in the order of ``pending``.
 
     Args:
         model: The target, a causal language model.
         tokenizer: The target's tokenizer.
-        pending: What to write, see :func:`jobs`; leave out what is already there.
-        sampling: How to draw.
+        pending: The jobs that are not done yet; see :func:`jobs`.
+        sampling: Sampling settings.
         processor: Applied to the scores before temperature, top-k and top-p; usually a
             ``FusionLogitsProcessor`` built with ``pad_token_id=pad_token_id(model, tokenizer)``.
-        with_base: Complete each job a second time without ``processor``.
-        batch_size: Texts at a time.
+        with_base: Whether to generate each completion a second time without ``processor``.
+        batch_size: Completions per batch.
 
     Raises:
         ConfigError: ``batch_size`` is below 1.
-        DataError: A prompt with its completion does not fit into the model's context.
-        ModelError: The model gives no finite scores, or memory runs out.
+        DataError: A prompt and its completion do not fit into the model's context.
+        ModelError: The model's scores are not finite, or memory runs out.
     """
-    if batch_size < 1:
-        raise ConfigError(f"batch_size must be at least 1, but is {batch_size}")
+    check_number("batch_size", batch_size, 1, whole=True)
     encoded = [prompt_ids(model, tokenizer, job, sampling.max_new_tokens) for job in pending]
     for start in range(0, len(pending), batch_size):
         batch, ids = pending[start : start + batch_size], encoded[start : start + batch_size]
@@ -159,7 +162,11 @@ def complete_batch(
     sampling: Sampling,
     processor: LogitsProcessor | None,
 ) -> list[Completion]:
-    """One call of ``model.generate``; ``ids`` are the prompts' tokens, one list a job."""
+    """Generate the completions of one batch; ``ids`` are the tokens of each job's prompt.
+
+    Raises:
+        ModelError: The model's scores are not finite, or memory runs out.
+    """
     pad = pad_token_id(model, tokenizer)
     width = max(map(len, ids))
     input_ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in ids])
@@ -185,13 +192,12 @@ def complete_batch(
                 logits_processor=processors,
             )
     except RuntimeError as error:
-        if not isinstance(error, torch.cuda.OutOfMemoryError) and "allocate memory" not in str(
-            error
-        ):
+        out_of_memory = isinstance(error, torch.cuda.OutOfMemoryError)
+        if not out_of_memory and "allocate memory" not in str(error):
             raise
         raise ModelError(
-            f"memory of {model.device} ran out with {len(batch)} texts of up to "
-            f"{width + sampling.max_new_tokens} tokens; choose a smaller batch size"
+            f"the memory of {model.device} ran out with a batch of {len(batch)} texts of up to "
+            f"{width + sampling.max_new_tokens} tokens: use a smaller batch size"
         ) from error
     completions = []
     for prompt, row in zip(ids, output[:, width:].tolist(), strict=True):
@@ -204,22 +210,22 @@ def complete_batch(
 def prompt_ids(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, job: Job, new_tokens: int
 ) -> list[int]:
-    """Tokens of a prompt as the target's tokenizer begins a text.
+    """Tokenize a prompt as the start of a text.
 
     Raises:
-        DataError: Prompt and completion do not fit into the model's context.
+        DataError: The prompt and ``new_tokens`` do not fit into the model's context.
     """
     ids: list[int] = list(tokenizer(job.prompt)["input_ids"])
     stops = stop_ids(model)
-    # T5-like tokenizers close each text; a completion must start before that mark.
+    # T5-like tokenizers append an end-of-text token, after which nothing can be completed.
     while len(ids) > 1 and ids[-1] in stops:
         ids.pop()
     ids = ids or [pad_token_id(model, tokenizer)]
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit and len(ids) + new_tokens > limit:
         raise DataError(
-            f"prompt {job.index} has {len(ids)} tokens, which with {new_tokens} new ones exceeds "
-            f"the {limit} positions of the model; shorten it or ask for fewer new tokens"
+            f"prompt {job.index} has {len(ids)} tokens, and with {new_tokens} new ones it exceeds "
+            f"the {limit} positions of the model: shorten the prompt, or reduce max_new_tokens"
         )
     return ids
 
@@ -227,7 +233,7 @@ def prompt_ids(
 def continuation_text(
     tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], new: Sequence[int]
 ) -> str:
-    """Text of ``new``, with the space before it that SentencePiece drops at a text's start."""
+    """Decode ``new`` after a prompt, keeping the leading space that SentencePiece would drop."""
 
     def decode(ids: Sequence[int]) -> str:
         text: Any = tokenizer.decode(
@@ -240,7 +246,7 @@ def continuation_text(
 
 
 def stop_ids(model: PreTrainedModel) -> frozenset[int]:
-    """Ids that end a completion, from the model's generation settings."""
+    """Return the ids that end a completion, from the model's generation settings."""
     eos: Any = model.generation_config.eos_token_id
     if eos is None:
         return frozenset()
@@ -248,7 +254,7 @@ def stop_ids(model: PreTrainedModel) -> frozenset[int]:
 
 
 def pad_token_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Id to pad with on the left: the tokenizer's, else an end of text, else 0."""
+    """Return the id for left padding: the tokenizer's padding or end of text, the model's, or 0."""
     known = [tokenizer.pad_token_id, tokenizer.eos_token_id, *sorted(stop_ids(model)), 0]
     return int(next(token for token in known if token is not None))
 
@@ -270,22 +276,22 @@ def _key(seed: int, job: Job) -> int:
 
 
 class _FiniteCheck(LogitsProcessor):
-    """Refuses scores that hold no answer, which would otherwise become token 0."""
+    """Raises an error if a row has no finite maximum, which would be read as token 0."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if not torch.isfinite(scores.amax(dim=-1)).all():
             raise ModelError(
-                f"the model's scores after {input_ids.shape[1]} tokens are not finite; its weights "
-                "are damaged or its dtype is too narrow (try float32 or bfloat16)"
+                f"the model's scores after {input_ids.shape[1]} tokens are not finite: its weights "
+                "are damaged, or its dtype is too narrow (try float32 or bfloat16)"
             )
         return scores
 
 
 class _KeyedDraw(LogitsProcessor):
-    """Samples by leaving one token: the Gumbel-max trick with noise that is a hash.
+    """Samples a token by the Gumbel-max trick, with hashed noise, and forbids all others.
 
-    ``argmax(scores + Gumbel noise)`` is a draw from ``softmax(scores)`` (Gumbel 1954;
-    Maddison et al. 2014). Comes last, under greedy search.
+    ``argmax(scores + Gumbel noise)`` is a sample of ``softmax(scores)`` (Gumbel 1954; Maddison et
+    al. 2014). This processor runs last, and the search is greedy.
     """
 
     def __init__(self, keys: Sequence[int], width: int) -> None:
@@ -293,7 +299,7 @@ class _KeyedDraw(LogitsProcessor):
         self._width = width
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        # On the CPU for MPS alone, which has no float64.
+        # MPS has no float64.
         work = scores.cpu() if scores.device.type == "mps" else scores
         rows, ids = torch.isfinite(work).nonzero(as_tuple=True)
         step = input_ids.shape[1] - self._width
@@ -305,14 +311,14 @@ class _KeyedDraw(LogitsProcessor):
 
 
 def _hashed_gumbel(keys: Tensor, step: int, ids: Tensor) -> Tensor:
-    """Standard Gumbel noise in float64 from splitmix64 (Steele et al. 2014) of the arguments."""
+    """Standard Gumbel noise in float64, from a splitmix64 hash (Steele et al. 2014)."""
     state = _splitmix64(_splitmix64(keys + step) + ids)
     uniform = (_shift(state, 12).double() + 0.5) * 2.0**-52
     return -torch.log(-torch.log(uniform))
 
 
 def _splitmix64(state: Tensor) -> Tensor:
-    # The published constants as signed numbers; int64 products wrap around, as they should.
+    # The published constants as signed numbers; int64 products wrap around as intended.
     state = state + -0x61C8864680B583EB
     state = (state ^ _shift(state, 30)) * -0x40A7B892E31B1A47
     state = (state ^ _shift(state, 27)) * -0x6B2FB644ECCEEE15
@@ -320,5 +326,5 @@ def _splitmix64(state: Tensor) -> Tensor:
 
 
 def _shift(state: Tensor, bits: int) -> Tensor:
-    """Logical shift to the right, which int64 tensors lack."""
+    """Logical right shift, which int64 tensors lack."""
     return (state >> bits) & ((1 << (64 - bits)) - 1)

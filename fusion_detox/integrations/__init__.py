@@ -1,1 +1,6 @@
-"""Bridges to the tools of others; each imports its tool only when it is imported itself."""
+"""Adapters to other decoding and evaluation tools, one module per tool.
+
+``continuous_batching`` is for continuous batching in transformers, and ``lm_eval`` is for
+EleutherAI's lm-evaluation-harness. Each module imports its tool, so import it only when you use
+it. Only ``cli`` may import this package.
+"""

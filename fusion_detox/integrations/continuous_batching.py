@@ -4,12 +4,12 @@
 
     outputs = generate_batch(model, prompts, processor, max_new_tokens=40)
 
-or, for requests that come and go, ``attach(manager, processor)`` before ``manager.start()``.
+To add requests while others run, call ``attach(manager, processor)`` before ``manager.start()``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +21,7 @@ from fusion_detox.processor import FusionLogitsProcessor
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
 
-_NEEDED = "transformers 5.23 or later"
+_NEEDED = "continuous batching needs transformers 5.23 or later"
 
 
 def generate_batch(
@@ -33,45 +33,53 @@ def generate_batch(
     continuous_batching_config: Any = None,
     max_new_tokens: int | None = None,
 ) -> dict[str, Any]:
-    """``model.generate_batch`` with fusion.
+    """Call ``model.generate_batch`` with fusion.
 
     Args:
         model: The target.
         prompts: Token ids of each prompt, without padding.
-        processor: Fuses each request's next token.
-        generation_config: How to decode; the model's own by default. What ``transformers`` does
-            not support here (beams, stop strings, …) it ignores, as without fusion.
-        continuous_batching_config: A ``ContinuousBatchingConfig``; with asynchronous batching and
-            CUDA graphs off by default, as it must be.
-        max_new_tokens: Most tokens to write; those of ``generation_config`` by default.
+        processor: Fuses the next token of each request.
+        generation_config: Decoding settings; the model's own by default. Settings that
+            ``transformers`` does not support here (beams, stop strings, …) are ignored, as they
+            are without fusion.
+        continuous_batching_config: A ``ContinuousBatchingConfig``. By default asynchronous batching
+            and CUDA graphs are off, which fusion requires.
+        max_new_tokens: Maximum number of new tokens; that of ``generation_config`` by default.
 
     Returns:
-        The requests' outputs by their ids, in the order of ``prompts`` (several for each where
-        ``num_return_sequences`` asks for them).
+        The outputs by request id, in the order of ``prompts``. With ``num_return_sequences`` there
+        are several per prompt.
 
     Raises:
         ConfigError: See :func:`attach`.
-        ModelError: A request failed; the message says why.
+        ModelError: A request failed; the message gives the reason.
     """
     if not prompts:
         return {}
-    if continuous_batching_config is None:
-        continuous_batching_config = _synchronous()
-    given: Any = model
-    if not hasattr(given, "init_continuous_batching"):
+    untyped: Any = model
+    if not hasattr(untyped, "init_continuous_batching"):
         raise ConfigError(
-            f"{type(model).__name__} has no init_continuous_batching(), which needs {_NEEDED}"
+            f"{type(model).__name__} has no init_continuous_batching(): {_NEEDED} and a model "
+            "that supports it"
         )
-    manager = given.init_continuous_batching(
+    if continuous_batching_config is None:
+        try:
+            from transformers import ContinuousBatchingConfig
+        except ImportError as error:
+            raise ConfigError(f"transformers has no ContinuousBatchingConfig: {_NEEDED}") from error
+        continuous_batching_config = ContinuousBatchingConfig(
+            use_async_batching=False, use_cuda_graph=False
+        )
+    manager = untyped.init_continuous_batching(
         generation_config=generation_config, continuous_batching_config=continuous_batching_config
     )
     attach(manager, processor)
     try:
         manager.start()
         ids = manager.add_requests([list(prompt) for prompt in prompts], max_new_tokens)
-        copies = manager.num_return_sequences
+        wanted = len(ids) * manager.num_return_sequences
         found: dict[str, Any] = {}
-        while len(found) < len(ids) * copies:
+        while len(found) < wanted:
             result = manager.get_result(timeout=1)
             if result is not None and result.is_finished():
                 if result.error is not None:
@@ -79,8 +87,8 @@ def generate_batch(
                 found[result.request_id] = result
             elif result is None and not manager.is_running():
                 raise ModelError(
-                    f"continuous batching ended after {len(found)} of {len(ids) * copies} requests;"
-                    " its log says why"
+                    f"continuous batching stopped after {len(found)} of {wanted} requests; the log "
+                    "of transformers gives the reason"
                 )
     finally:
         manager.stop(block=True)
@@ -90,34 +98,43 @@ def generate_batch(
 
 
 def attach(manager: Any, processor: FusionLogitsProcessor) -> None:
-    """Makes a manager fuse, from its start on.
+    """Add fusion to a manager of continuous batching.
 
-    The processor comes where ``generate`` has it: before temperature, top-k and top-p. A request
-    may ask for a strength of its own: ``manager.add_request(ids, strength=0.5)``.
+    As in ``generate``, fusion runs before temperature, top-k and top-p. A request may set its own
+    strength: ``manager.add_request(ids, strength=0.5)``.
 
     Args:
-        manager: Of ``model.init_continuous_batching(…)``, not yet started.
-        processor: What to fuse with.
+        manager: The result of ``model.init_continuous_batching(…)``, not yet started.
+        processor: The processor that fuses.
 
     Raises:
-        ConfigError: The manager has been started or warmed up, batches asynchronously, in CUDA
-            graphs or compiled, or fuses already; or this ``transformers`` has no such manager.
+        ConfigError: The manager was started or warmed up, already fuses, or uses asynchronous
+            batching, CUDA graphs or compilation; or this version of ``transformers`` has no
+            suitable manager.
     """
     if not hasattr(manager, "logit_processor"):
         raise ConfigError(
-            f"{type(manager).__name__} is no manager of continuous batching: give that of "
-            f"model.init_continuous_batching(), which needs {_NEEDED}"
+            f"{type(manager).__name__} is not a manager of continuous batching: pass the result of "
+            f"model.init_continuous_batching(); {_NEEDED}"
         )
     if manager.is_running() or manager.batch_processor is not None:
         raise ConfigError(
-            "the manager has been started or warmed up, and its first steps were not fused: call "
+            "the manager was already started or warmed up, so its first steps were not fused: call "
             "attach() right after init_continuous_batching()"
         )
-    _check_plain(manager.continuous_batching_config)
+    config = manager.continuous_batching_config
+    compiled = config.varlen_compile_config or config.decode_compile_config
+    if config.use_async_batching or any(config.cuda_graph_booleans) or compiled is not None:
+        raise ConfigError(
+            "fusion reads the text of each step, which is not possible with asynchronous batching, "
+            "CUDA graphs or compiled steps: pass continuous_batching_config="
+            "ContinuousBatchingConfig(use_async_batching=False, use_cuda_graph=False)"
+        )
     if processor.prompts_followed > 1:
         raise ConfigError(
-            f"following() was given {processor.prompts_followed} texts, but here requests come in "
-            "no fixed order: give one text for all, or put each text into its request's ids"
+            f"following() was given {processor.prompts_followed} texts, but continuous batching "
+            "has no fixed order of requests: give one text for all, or prepend each text to the "
+            "ids of its request"
         )
     from transformers import LogitsProcessorList
     from transformers.generation.continuous_batching.cb_logits_processors import (
@@ -127,9 +144,9 @@ def attach(manager: Any, processor: FusionLogitsProcessor) -> None:
     old = manager.logit_processor
     steps = list(old.logits_processor)
     if any(getattr(step, "fuses", False) for step in steps):
-        raise ConfigError("the manager fuses already: attach one processor")
-    place = next((i for i, step in enumerate(steps) if _cuts(step)), len(steps))
-    steps.insert(place, _adapter()(processor))
+        raise ConfigError("the manager already fuses: attach only one processor")
+    place = next((i for i, step in enumerate(steps) if _follows_fusion(step)), len(steps))
+    steps.insert(place, _adapt(processor))
     new = ContinuousBatchingLogitsProcessorList(
         LogitsProcessorList(steps), per_request_processors=False, drop_unsupported_processors=False
     )
@@ -137,48 +154,26 @@ def attach(manager: Any, processor: FusionLogitsProcessor) -> None:
     manager.logit_processor = new
 
 
-def _synchronous() -> Any:
-    try:
-        from transformers import ContinuousBatchingConfig
-    except ImportError as error:
-        raise ConfigError(
-            f"this version of transformers has no ContinuousBatchingConfig; it needs {_NEEDED}"
-        ) from error
-    return ContinuousBatchingConfig(use_async_batching=False, use_cuda_graph=False)
-
-
-def _check_plain(config: Any) -> None:
-    """Refuses what runs a step before its text is known, or without running Python."""
-    compiled = config.varlen_compile_config or config.decode_compile_config
-    if config.use_async_batching or any(config.cuda_graph_booleans) or compiled is not None:
-        raise ConfigError(
-            "asynchronous batching, CUDA graphs and compiled steps leave no place for a processor "
-            "that reads text: pass continuous_batching_config=ContinuousBatchingConfig("
-            "use_async_batching=False, use_cuda_graph=False)"
-        )
-
-
-def _cuts(step: object) -> bool:
-    """Whether a processor is one of those that follow fusion in ``generate``."""
+def _follows_fusion(step: object) -> bool:
+    """Whether a processor comes after fusion in ``generate``."""
     name = type(step).__name__
     return name.endswith("Warper") or name in ("LogitNormalization", "WatermarkLogitsProcessor")
 
 
-def _adapter() -> Any:
-    """The class, made late: not every supported ``transformers`` has its base."""
+def _adapt(processor: FusionLogitsProcessor) -> Any:
+    # Some supported versions of transformers lack the base class, so it is imported late.
     from transformers.generation.continuous_batching.cb_logits_processors import (
         ContinuousBatchingLogitsProcessor,
     )
 
     class FusionForContinuousBatching(ContinuousBatchingLogitsProcessor):
-        """Keeps the texts of the step that is prepared, and fuses its rows."""
+        """Remembers the texts of the step that is being prepared, then fuses its rows."""
 
         fuses = True
         supported_kwargs: dict[str, type] = {"strength": float}  # noqa: RUF012 - as in the base
         ignored_kwargs: tuple[str, ...] = ()
 
-        def __init__(self, processor: FusionLogitsProcessor) -> None:
-            self._processor = processor
+        def __init__(self) -> None:
             self._texts: list[list[int]] = []
             self._strengths: list[float] = []
 
@@ -186,24 +181,20 @@ def _adapter() -> Any:
             int32_tensor.zero_()
 
         def prepare_tensor_args(self, requests_with_new_token: Sequence[Any]) -> Tensor:
-            """Called with the requests in the order of the rows of the scores to come."""
+            """Receive the requests in the order of the rows of scores that follow."""
             states = [request.state for request in requests_with_new_token]
-            # After a request was set back, its first tokens hold what it had written.
+            # After a request is reset, its initial tokens include those already generated.
             self._texts = [[*state.initial_tokens, *state.generated_tokens] for state in states]
-            self._strengths = [_strength(s.logit_processor_kwargs, self._processor) for s in states]
+            default = processor.config.strength
+            self._strengths = [s.logit_processor_kwargs.get("strength", default) for s in states]
             return torch.zeros(len(states), dtype=torch.int32)
 
         def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
             result = scores.clone()  # rows beyond the requests are padding
             for strength in set(self._strengths):
                 rows = [i for i, own in enumerate(self._strengths) if own == strength]
-                fused = self._processor.with_settings(strength=strength)
+                fused = processor.with_settings(strength=strength)
                 result[rows] = fused.fuse_rows([self._texts[i] for i in rows], scores[rows])
             return result
 
-    return FusionForContinuousBatching
-
-
-def _strength(options: Mapping[str, Any], processor: FusionLogitsProcessor) -> float:
-    value: float = options.get("strength", processor.config.strength)
-    return value
+    return FusionForContinuousBatching()

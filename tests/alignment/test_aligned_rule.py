@@ -1,4 +1,4 @@
-"""The aligned rule is fusion of hidden states: compared with a hook on the target's own ones."""
+"""The aligned rule equals fusion of hidden states, which a hook on the target performs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from transformers import (
 )
 
 from fusion_detox.alignment.alignment import Alignment, align
-from fusion_detox.alignment.config import AlignmentConfig
 from fusion_detox.alignment.target_head import TargetHead
 from fusion_detox.calibrator.calibrator import Calibrator
 from fusion_detox.config import FusionConfig
@@ -33,7 +32,7 @@ from fusion_detox.processor import FusionLogitsProcessor
 from fusion_detox.vocabulary.token_table import TokenTable
 
 FAMILIES = runpy.run_path(str(Path(__file__).parents[1] / "family_models.py"))
-# What is particular of each: a bias, a scale, a soft cap that matters, a head that is tied.
+# Families whose heads differ: with a bias, a scale, an effective soft cap, or tied weights.
 TARGETS: dict[str, tuple[str, dict[str, Any]]] = {
     "GPT-2": ("GPT-2", {}),
     "Llama": ("Llama 3", {}),
@@ -53,12 +52,11 @@ EXACT = FusionConfig(rule="aligned", strength=ALPHA, plausibility=0.0)
 
 
 class Case:
-    """A target with an alignment, and fusion of hidden states by definition."""
+    """A target with an alignment, and the definition of the fusion of hidden states."""
 
     def __init__(self, target: PreTrainedModel, tokenizer: Any, calibrator: Calibrator) -> None:
         self.target, self.tokenizer, self.calibrator = target, tokenizer, calibrator
-        config = AlignmentConfig(embeddings="output", start="ridge")
-        self.alignment = align(calibrator, target, tokenizer, config=config, show_progress=False)
+        self.alignment = align(calibrator, target, tokenizer, show_progress=False)
 
     def processor(self, config: FusionConfig = EXACT, **options: Any) -> FusionLogitsProcessor:
         return FusionLogitsProcessor(
@@ -71,10 +69,10 @@ class Case:
         )
 
     def calibrator_vector(self, ids: list[int], part: str = "clean") -> torch.Tensor:
-        """The last hidden state after a text that is tokenised as a whole; no cache."""
-        pieces = TokenTable.from_tokenizer(self.tokenizer).token_bytes
-        known = [pieces[id] if id < len(pieces) else None for id in ids]
-        data = b"".join(b"\n" if piece is None else piece for piece in known)
+        """The last hidden state after a text that is tokenised at once, without a cache."""
+        token_bytes = TokenTable.from_tokenizer(self.tokenizer).token_bytes
+        known = [token_bytes[id] if id < len(token_bytes) else None for id in ids]
+        data = b"".join(b"\n" if one is None else one for one in known)
         # An unfinished character at the end is left out.
         text = codecs.getincrementaldecoder("utf-8")("replace").decode(data)
         own = self.calibrator.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -143,7 +141,7 @@ def gpt2(shared: Calibrator) -> Case:
 
 
 def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
-    """Equal as distributions, to 1e-4 a token."""
+    """Equal as distributions, to 1e-4 per token."""
     torch.testing.assert_close(
         found.log_softmax(-1), wanted.float().log_softmax(-1), atol=1e-4, rtol=1e-5
     )
@@ -160,7 +158,7 @@ def test_equals_fusion_of_hidden_states(case: Case) -> None:
             assert float(kl_divergence(fused, scores.log_softmax(-1))) > 1e-4
 
 
-def test_greedy_generation_with_cache_is_a_loop_of_whole_forwards(case: Case) -> None:
+def test_greedy_generation_with_cache_equals_full_forward_passes(case: Case) -> None:
     ids = case.ids(PROMPTS[0])
     wanted = list(ids)
     for _ in range(8):
@@ -181,7 +179,7 @@ def test_greedy_generation_with_cache_is_a_loop_of_whole_forwards(case: Case) ->
         close(scores[0], case.hooked(wanted[: len(ids) + step]))
 
 
-def test_full_weight_and_weight_zero(case: Case) -> None:
+def test_strength_one_and_strength_zero(case: Case) -> None:
     ids = case.ids(PROMPTS[0])
     scores = case.logits(ids)[None]
     whole = case.processor(EXACT.replace(strength=1.0))
@@ -190,8 +188,8 @@ def test_full_weight_and_weight_zero(case: Case) -> None:
     assert none(torch.tensor([ids]), scores) is scores
 
 
-def test_log_probs_give_what_logits_give(case: Case) -> None:
-    """As in beam search; of a soft-capped head the constant has to be found again."""
+def test_log_probs_give_the_same_result_as_logits(case: Case) -> None:
+    """Beam search passes log-probs; for a soft-capped head, logits are recovered from them."""
     ids = case.ids(PROMPTS[1])
     scores = case.logits(ids)[None]
     before = scores.clone()
@@ -203,7 +201,7 @@ def test_log_probs_give_what_logits_give(case: Case) -> None:
 
 
 def test_beams_and_left_padding(case: Case) -> None:
-    """A batch with padding under beam search, checked step by step against the hook."""
+    """Each step of a padded batch under beam search equals the hook."""
     pad = case.tokenizer.pad_token_id
     pad = case.tokenizer.eos_token_id if pad is None else pad
     rows = [case.ids(prompt) for prompt in PROMPTS]
@@ -238,7 +236,7 @@ def test_beams_and_left_padding(case: Case) -> None:
     assert checked >= 8
 
 
-def test_forbidden_tokens_stay_so(gpt2: Case) -> None:
+def test_forbidden_tokens_stay_forbidden(gpt2: Case) -> None:
     ids = gpt2.ids(PROMPTS[0])
     scores = gpt2.logits(ids)[None].repeat(2, 1)
     scores[0, 5:40] = -torch.inf
@@ -257,7 +255,7 @@ def test_dtype_is_kept(gpt2: Case, dtype: torch.dtype) -> None:
 
 
 def test_norm_of_the_target(gpt2: Case) -> None:
-    """The vector gets the length of the target's own: checked against those of another text."""
+    """The vector is scaled to the length of the target's own, here those of another text."""
     ids = gpt2.ids(PROMPTS[0])
     gain = TargetHead(gpt2.target, gpt2.tokenizer).root_mean_square
     seen: list[torch.Tensor] = []
@@ -273,7 +271,7 @@ def test_norm_of_the_target(gpt2: Case) -> None:
 
 
 def test_an_unfinished_character_is_left_out(gpt2: Case) -> None:
-    """The calibrator reads the bytes up to it, and whole again when it is there."""
+    """The calibrator reads the bytes before the character until the character is complete."""
     whole = gpt2.ids("Zürich, naïve café 東京")
     processor = gpt2.processor()
     for end in range(2, len(whole) + 1):
@@ -281,7 +279,7 @@ def test_an_unfinished_character_is_left_out(gpt2: Case) -> None:
         close(processor(torch.tensor([ids]), gpt2.logits(ids)[None])[0], gpt2.hooked(ids))
 
 
-def test_aligned_contrast_is_its_definition(case: Case) -> None:
+def test_aligned_contrast_equals_its_definition(case: Case) -> None:
     config = FusionConfig(
         rule="aligned_contrast",
         strength=1.3,
@@ -293,20 +291,21 @@ def test_aligned_contrast_is_its_definition(case: Case) -> None:
     ids = case.ids(PROMPTS[0])
     logits = case.logits(ids)
     head = TargetHead(case.target, case.tokenizer)
-    laws = [
-        head.bounded(
-            head.carried((case.calibrator_vector(ids, part) @ case.alignment.matrix)[None])
+    log_probs = [
+        head.apply_cap(
+            head.uncapped_logits((case.calibrator_vector(ids, part) @ case.alignment.matrix)[None])
         ).log_softmax(-1)[0]
         for part in ("clean", "reference")
     ]
-    pieces = TokenTable.from_tokenizer(case.tokenizer).token_bytes
-    ratio = (laws[0] - laws[1]).clamp(-2.0, 2.0)
-    spelled = torch.tensor([i < len(pieces) and pieces[i] is not None for i in range(len(logits))])
+    token_bytes = TokenTable.from_tokenizer(case.tokenizer).token_bytes
+    ratio = (log_probs[0] - log_probs[1]).clamp(-2.0, 2.0)
+    spelled = [i < len(token_bytes) and token_bytes[i] is not None for i in range(len(logits))]
+    has_bytes = torch.tensor(spelled)
     target = logits.log_softmax(-1)
-    moved = target + torch.where(spelled, 1.3 * ratio, 0.0)
-    # Tokens without a spelling keep their probability, the others theirs as a group.
-    mass = target[spelled].logsumexp(0) - moved[spelled].logsumexp(0)
-    wanted = torch.where(spelled, moved + mass, target)
+    moved = target + torch.where(has_bytes, 1.3 * ratio, 0.0)
+    # Tokens without bytes keep their probability; the others keep their total probability.
+    mass = target[has_bytes].logsumexp(0) - moved[has_bytes].logsumexp(0)
+    wanted = torch.where(has_bytes, moved + mass, target)
     fused = case.processor(config)(torch.tensor([ids]), logits[None])[0]
     torch.testing.assert_close(fused, wanted, atol=1e-4, rtol=1e-4)
     assert float(kl_divergence(fused, target)) > 1e-3
@@ -326,7 +325,7 @@ def test_kl_budget_holds_and_is_used_up(case: Case, budget: float) -> None:
     close(fused[0], case.hooked(ids, strength=float(strength)))
 
 
-def test_context_kl_shares_the_strength_out(case: Case) -> None:
+def test_context_kl_scales_the_strength(case: Case) -> None:
     ids = case.ids(PROMPTS[0])
     scores = case.logits(ids)[None]
     processor = case.processor(EXACT.replace(context_kl=1e-6))
@@ -349,13 +348,13 @@ def test_settings_share_one_cache(gpt2: Case) -> None:
     other = processor.with_settings(rule="aligned_contrast", strength=1.0)
     plain = processor.with_settings(rule="contrast", strength=1.0)
     fresh = FusionLogitsProcessor(gpt2.calibrator, gpt2.tokenizer, plain.config)
-    for _ in range(2):  # in turn: hidden states and log-probs of the same texts do not mix
+    for _ in range(2):  # hidden states and log-probs of the same texts must not be mixed up
         close(processor(ids, scores)[0], gpt2.hooked(ids[0].tolist()))
         torch.testing.assert_close(plain(ids, scores), fresh(ids, scores))
         assert other(ids, scores).isfinite().all()
 
 
-def test_copies_and_pickles_do_the_same(gpt2: Case) -> None:
+def test_copies_and_pickles_give_the_same_result(gpt2: Case) -> None:
     ids = torch.tensor([gpt2.ids(PROMPTS[0])])
     scores = gpt2.logits(ids[0].tolist())[None]
     processor = gpt2.processor()
@@ -365,10 +364,10 @@ def test_copies_and_pickles_do_the_same(gpt2: Case) -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_cached_hidden_states_are_uncached_ones(
+def test_cached_hidden_states_equal_uncached_ones(
     kind: str, make_llama: Any, make_gpt2: Any, byte_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """By both decoders: growing, branching and shortened texts, and log-probs between them."""
+    """With both decoders, for growing, branching and shortened texts, between log-probs."""
     make, width = (make_llama if kind == "llama" else make_gpt2), len(byte_tokenizer)
     calibrator = Calibrator(
         make(width, seed=1), make(width, seed=2), byte_tokenizer, context_length=24
@@ -392,15 +391,15 @@ def test_cached_hidden_states_are_uncached_ones(
             for part, model in enumerate(calibrator.models.values()):
                 with torch.no_grad():
                     state = model(input_ids=window, output_hidden_states=True).hidden_states[-1]
-                    law = model(input_ids=window).logits[0, -1].log_softmax(-1)
+                    expected = model(input_ids=window).logits[0, -1].log_softmax(-1)
                 torch.testing.assert_close(hidden[part, column], state[0, -1], atol=1e-4, rtol=1e-4)
-                torch.testing.assert_close(log_probs[part, column], law, atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(log_probs[part, column], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_log_probs_of_a_capped_head_with_too_little_left(
     shared: Calibrator, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nothing tells the constant: the row is passed on, and that is said once."""
+    """Then the logits cannot be recovered: the row is not fused, with one warning."""
     family = FAMILIES["FAMILIES"]["Gemma 2"]
     tokenizer = FAMILIES["tokenizer_in_kind"](family.tokenizer)
     target = family.make(len(tokenizer), tokenizer, seed=3, final_logit_softcapping=4.0)
@@ -418,7 +417,7 @@ def test_log_probs_of_a_capped_head_with_too_little_left(
 def test_a_capped_head_with_tokens_masked_by_a_finite_value(
     shared: Calibrator, value: float
 ) -> None:
-    """Such a value is no logit: taken for one, it shifts the whole row, or makes it NaN."""
+    """Such a value is not a logit; treated as one, it would shift the row or make it NaN."""
     family = FAMILIES["FAMILIES"]["Gemma 2"]
     tokenizer = FAMILIES["tokenizer_in_kind"](family.tokenizer)
     target = family.make(len(tokenizer), tokenizer, seed=3, final_logit_softcapping=4.0)
@@ -445,14 +444,16 @@ def test_a_capped_head_keeps_the_dtype(shared: Calibrator) -> None:
     assert case.processor()(torch.tensor([ids]), scores).dtype == torch.bfloat16
 
 
-def test_wrong_use_is_said_at_construction(gpt2: Case, byte_tokenizer: Any) -> None:
+def test_wrong_use_raises_at_construction(gpt2: Case, byte_tokenizer: Any) -> None:
     calibrator, tokenizer = gpt2.calibrator, gpt2.tokenizer
     with pytest.raises(ConfigError, match=r"rule 'aligned' works on .*target=model"):
         FusionLogitsProcessor(calibrator, tokenizer, EXACT)
     plain = FusionLogitsProcessor(calibrator, tokenizer, FusionConfig())
     with pytest.raises(ConfigError, match=r"give the model that generates"):
         plain.with_settings(rule="aligned", strength=0.1)
-    with pytest.raises(AlignmentError, match=r"there is no alignment .*`fusion-detox align"):
+    with pytest.raises(
+        AlignmentError, match=r"no alignment of .* was found: .*`fusion-detox align"
+    ):
         FusionLogitsProcessor(calibrator, tokenizer, EXACT, target=gpt2.target)
     alone = Calibrator(calibrator.clean, None, byte_tokenizer, context_length=100)
     with pytest.raises(ConfigError, match="'aligned_contrast' needs a reference model"):
@@ -469,43 +470,45 @@ def test_wrong_use_is_said_at_construction(gpt2: Case, byte_tokenizer: Any) -> N
         FusionConfig(aligned_norm="rms")  # type: ignore[arg-type]
 
 
-def test_reference_of_another_width(shared: Calibrator, gpt2: Case, make_llama: Any) -> None:
+def test_a_reference_of_another_width(shared: Calibrator, gpt2: Case, make_llama: Any) -> None:
     other = make_llama(len(shared.tokenizer), seed=5, hidden_size=16, max_position_embeddings=128)
     mixed = Calibrator(shared.clean, other, shared.tokenizer, context_length=100)
     options: dict[str, Any] = {"target": gpt2.target, "alignment": gpt2.alignment}
     ids = torch.tensor([gpt2.ids(PROMPTS[0])])
     aligned = FusionLogitsProcessor(mixed, gpt2.tokenizer, EXACT, **options)
     close(aligned(ids, gpt2.logits(ids[0].tolist())[None])[0], gpt2.hooked(ids[0].tolist()))
-    with pytest.raises(ConfigError, match="the clean model's have 24 entries and the reference's"):
+    with pytest.raises(ConfigError, match="the clean model's have width 24 and the reference's"):
         aligned.with_settings(rule="aligned_contrast")
 
 
 def test_a_matrix_of_other_widths(gpt2: Case) -> None:
     wrong = dataclasses.replace(gpt2.alignment, matrix=gpt2.alignment.matrix[:, :-2])
-    with pytest.raises(AlignmentError, match=r"24 entries to 30, but .* have 24 and 32"):
+    with pytest.raises(AlignmentError, match=r"width 24 to width 30, but .* have widths 24 and 32"):
         FusionLogitsProcessor(
             gpt2.calibrator, gpt2.tokenizer, EXACT, target=gpt2.target, alignment=wrong
         )
 
 
-def test_a_foreign_alignment_is_refused(gpt2: Case, shared: Calibrator, make_llama: Any) -> None:
+def test_an_alignment_of_other_models_raises(
+    gpt2: Case, shared: Calibrator, make_llama: Any
+) -> None:
     def use(calibrator: Calibrator, target: PreTrainedModel, alignment: Alignment) -> None:
         FusionLogitsProcessor(calibrator, gpt2.tokenizer, EXACT, target=target, alignment=alignment)
 
     family = FAMILIES["FAMILIES"]["GPT-2"]
     other = family.make(len(gpt2.tokenizer), gpt2.tokenizer, seed=4)
-    with pytest.raises(AlignmentError, match="it is stale, or of another model"):
+    with pytest.raises(AlignmentError, match="it is stale, or belongs to another model"):
         use(shared, other, gpt2.alignment)
     retrained = make_llama(len(shared.tokenizer), seed=9, hidden_size=24, num_key_value_heads=4)
     changed = Calibrator(retrained, None, shared.tokenizer, context_length=32)
     with pytest.raises(AlignmentError, match=r"other output embeddings than .* stale"):
         use(changed, gpt2.target, gpt2.alignment)
-    # The same weights in half precision are no others.
+    # The same weights in half precision are accepted.
     half = copy.deepcopy(gpt2.target).to(torch.bfloat16)  # type: ignore[arg-type]
     use(shared, half, gpt2.alignment)
 
 
-def test_a_target_whose_head_is_something_else(gpt2: Case) -> None:
+def test_a_target_with_another_kind_of_head_raises(gpt2: Case) -> None:
     class Squared(torch.nn.Module):
         def __init__(self, inner: Any) -> None:
             super().__init__()
@@ -521,11 +524,13 @@ def test_a_target_whose_head_is_something_else(gpt2: Case) -> None:
             return output
 
     strange: Any = Squared(gpt2.target)
-    with pytest.raises(ModelError, match=r"logits differ by up to .* use a rule that needs no hid"):
+    with pytest.raises(
+        ModelError, match=r"the logits differ by up to .* use a rule that needs no hid"
+    ):
         TargetHead(strange, gpt2.tokenizer)
 
 
-def test_encoder_only_target(gpt2: Case) -> None:
+def test_an_encoder_target_raises(gpt2: Case) -> None:
     encoder: Any = BertForMaskedLM(
         BertConfig(
             vocab_size=len(gpt2.tokenizer),

@@ -1,4 +1,4 @@
-"""Learning an alignment: known answers, what is read of a target, what is refused."""
+"""Learning an alignment: known solutions, reading embeddings, and errors."""
 
 from __future__ import annotations
 
@@ -12,10 +12,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
-from fusion_detox.alignment.alignment import align, align_tables, common_tokens
+from fusion_detox.alignment.alignment import (
+    align,
+    align_tables,
+    common_tokens,
+    learn_matrix,
+    retrieval,
+)
 from fusion_detox.alignment.config import AlignmentConfig
-from fusion_detox.alignment.embeddings import EmbeddingTable, of_files, of_model
-from fusion_detox.alignment.solve import learn, retrieval
+from fusion_detox.alignment.embeddings import (
+    EmbeddingTable,
+    checkpoint_embeddings,
+    model_embeddings,
+)
+from fusion_detox.alignment.infonce import infonce_loss
 from fusion_detox.calibrator.calibrator import Calibrator
 from fusion_detox.errors import AlignmentError, ConfigError, ModelError, ModelNotFoundError
 from fusion_detox.vocabulary.token_table import TokenTable
@@ -25,7 +35,7 @@ TOKENS, OWN, TARGET = 300, 16, 24
 
 @pytest.fixture(scope="module")
 def rotated() -> tuple[torch.Tensor, torch.Tensor]:
-    """Embeddings, and the same in a wider space, turned there, with a little noise."""
+    """Embeddings, and the same embeddings rotated in a wider space, with a little noise."""
     generator = torch.Generator().manual_seed(0)
     own = torch.randn(TOKENS, OWN, generator=generator)
     turn, _ = torch.linalg.qr(torch.randn(TARGET, TARGET, generator=generator))
@@ -35,33 +45,30 @@ def rotated() -> tuple[torch.Tensor, torch.Tensor]:
 
 CONFIGS = {
     "procrustes": AlignmentConfig(),
-    "ridge": AlignmentConfig(start="ridge"),
-    "logits": AlignmentConfig(start="logits"),
     "paper": AlignmentConfig.paper().replace(epochs=200),
-    "in-batch": AlignmentConfig(start="random", epochs=60, batch_size=64, learning_rate=1e-2),
     "from procrustes": AlignmentConfig(epochs=2),
 }
 
 
 def found(own: torch.Tensor, target: torch.Tensor, config: AlignmentConfig) -> dict[str, float]:
-    """Retrieval of the last 60 tokens, learned from all others."""
-    matrix = learn(own[:-60], target[:-60], config, show_progress=False)
+    """Retrieval of the last 60 tokens, with a matrix learned from all others."""
+    matrix = learn_matrix(own[:-60], target[:-60], config, show_progress=False)
     assert matrix.shape == (OWN, TARGET)
     return retrieval(own[-60:] @ matrix, target, torch.arange(TOKENS - 60, TOKENS))
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_every_way_finds_a_known_map(
+def test_each_config_finds_a_known_rotation(
     config: AlignmentConfig, rotated: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
     assert found(*rotated, config)["at_1"] > 0.9
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_none_finds_what_is_not_there(
+def test_unrelated_embeddings_are_retrieved_at_chance(
     config: AlignmentConfig, rotated: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
-    """Held-out tokens of unrelated embeddings come out at chance, 1 and 10 of 300."""
+    """Chance is 1 and 10 of 300."""
     other = torch.randn(TOKENS, TARGET, generator=torch.Generator().manual_seed(1))
     accuracy = found(rotated[0], other, config)
     assert accuracy["at_1"] <= 0.05
@@ -71,32 +78,18 @@ def test_none_finds_what_is_not_there(
 def test_procrustes_is_orthogonal_up_to_a_scale(
     rotated: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
-    matrix = learn(*rotated, AlignmentConfig(), show_progress=False)
+    matrix = learn_matrix(*rotated, AlignmentConfig(), show_progress=False)
     gram = matrix @ matrix.t()
     torch.testing.assert_close(gram, gram[0, 0] * torch.eye(OWN), atol=1e-4, rtol=1e-4)
 
 
-def test_logits_start_makes_both_heads_say_the_same() -> None:
-    """A wider head whose logits a vector can reproduce: then it does, whatever the vector."""
-    generator = torch.Generator().manual_seed(2)
-    target = torch.randn(TOKENS, TARGET, generator=generator)
-    own = target @ torch.randn(TARGET, OWN, generator=generator)
-    matrix = learn(own, target, AlignmentConfig(start="logits", ridge=1e-7), show_progress=False)
-    hidden = torch.randn(5, OWN, generator=generator)
-    wanted, carried = hidden @ own.t(), hidden @ matrix @ target.t()
-    difference = (wanted - carried) - (wanted - carried).mean(1, keepdim=True)
-    assert float(difference.abs().max()) < 1e-2
-
-
 def test_loss_is_the_papers(rotated: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """One positive and K random negatives, by hand."""
-    from fusion_detox.alignment.solve import _loss
-
+    """One positive and K random negatives, computed token by token."""
     own, target = rotated
     matrix = torch.randn(OWN, TARGET, generator=torch.Generator().manual_seed(3)) / 8
-    config, batch = AlignmentConfig.paper(), torch.arange(7)
+    batch = torch.arange(7)
     drawn = torch.randint(TOKENS, (7, 10), generator=torch.Generator().manual_seed(4))
-    loss = _loss(matrix, own, target, batch, config, torch.Generator().manual_seed(4))
+    loss = infonce_loss(matrix, own, target, batch, 10, torch.Generator().manual_seed(4))
     terms = []
     for t in range(7):
         positive = float((own[t] @ matrix) @ target[t])
@@ -109,34 +102,36 @@ def test_loss_is_the_papers(rotated: tuple[torch.Tensor, torch.Tensor]) -> None:
 def test_retrieval_counts_ranks() -> None:
     candidates = torch.eye(20)
     queries = torch.eye(20)[:4].clone()
-    queries[1, :5] = torch.tensor([3.0, 1.0, 2.0, 2.0, 0.0])  # its own is the fourth
-    queries[2, 5:] = 2.0  # fifteen are nearer
+    queries[1, :5] = torch.tensor([3.0, 1.0, 2.0, 2.0, 0.0])  # the answer ranks fourth
+    queries[2, 5:] = 2.0  # fifteen candidates are nearer
     queries[2, 2] = 1.0
     assert retrieval(queries, candidates, torch.arange(4)) == {"at_1": 0.5, "at_10": 0.75}
 
 
-def test_retrieval_of_a_collapsed_matrix_is_none() -> None:
+def test_a_collapsed_matrix_retrieves_nothing() -> None:
     for value in (1.0, torch.nan):
         same = torch.full((20, 4), value)
         assert retrieval(same, torch.randn(20, 4), torch.arange(20))["at_1"] <= 0.05
         assert retrieval(torch.randn(20, 4), same, torch.arange(20))["at_1"] == 0
 
 
-def table(pieces: list[bytes | None], byte_ids: frozenset[int] = frozenset()) -> EmbeddingTable:
-    tokens = TokenTable(tuple(pieces), "byte-level", frozenset(), frozenset(), False, byte_ids)
-    return EmbeddingTable(torch.randn(len(pieces), 4), tokens, "a model")
+def table(
+    token_bytes: list[bytes | None], byte_ids: frozenset[int] = frozenset()
+) -> EmbeddingTable:
+    tokens = TokenTable(tuple(token_bytes), "byte-level", frozenset(), frozenset(), False, byte_ids)
+    return EmbeddingTable(torch.randn(len(token_bytes), 4), tokens, "a model")
 
 
-def test_common_tokens_are_found_by_bytes() -> None:
+def test_common_tokens_are_matched_by_bytes() -> None:
     here = table([b"a", None, b" the", b"\xe6", b"x", b""])
-    # A <0x61> twin before the normal piece, and one after.
+    # A <0x61> twin before the normal token, and one after it.
     there = table([b"a", b"a", b"\xe6", None, b" the", b"b"], frozenset({0}))
     assert common_tokens(here, there) == [(0, 1), (2, 4), (3, 2)]
     later = table([b"\xe6", b"a", b"a"], frozenset({2}))
     assert common_tokens(here, later) == [(0, 1), (3, 0)]
 
 
-def test_no_common_token() -> None:
+def test_no_common_tokens_raise() -> None:
     with pytest.raises(AlignmentError, match=r"a model have 0 tokens in common, .* contrast rule"):
         align_tables(table([b"a", b"b"]), table([b"c", b"d"]), AlignmentConfig())
 
@@ -147,7 +142,7 @@ def target(
     make_llama: Any,
     other_tokenizer: PreTrainedTokenizerFast,
 ) -> Path:
-    """An untied Llama in shards, one of them with the output embeddings."""
+    """An untied Llama in shards, one of which holds the output embeddings."""
     folder = tmp_path_factory.mktemp("target") / "llama"
     model = make_llama(len(other_tokenizer) + 7, seed=3, tie_word_embeddings=False)
     model.save_pretrained(folder, max_shard_size="60KB")
@@ -157,10 +152,10 @@ def target(
 
 
 @pytest.mark.parametrize("kind", ["input", "output"])
-def test_no_more_of_a_target_is_read_than_its_embedding(
+def test_only_the_embedding_of_a_target_is_read(
     kind: str, target: Path, tmp_path: Path, calibrator: Calibrator, other_tokenizer: Any
 ) -> None:
-    """All other shards are gone, and the alignment is that of the whole model."""
+    """Without all other shards, the alignment equals that of the loaded model."""
     config = AlignmentConfig(embeddings=kind)  # type: ignore[arg-type]
     model = AutoModelForCausalLM.from_pretrained(target)
     wanted = align(calibrator, model, other_tokenizer, config=config, show_progress=False)
@@ -178,24 +173,24 @@ def test_no_more_of_a_target_is_read_than_its_embedding(
     alignment.check_calibrator(calibrator)
 
 
-def test_the_fingerprint_is_of_embedding_and_vocabulary(
+def test_the_fingerprint_covers_embedding_and_vocabulary(
     target: Path, other_tokenizer: Any, byte_tokenizer: Any
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(target)
     half = AutoModelForCausalLM.from_pretrained(target, dtype=torch.bfloat16)
-    whole = of_model(model, other_tokenizer, "output").fingerprint("output")
-    assert of_model(half, other_tokenizer, "output").fingerprint("output") == whole
-    assert of_files(target, "output").fingerprint("output") == whole
-    assert of_files(target, "input").fingerprint("input") != whole
-    assert of_model(model, byte_tokenizer, "output").fingerprint("output") != whole
+    whole = model_embeddings(model, other_tokenizer, "output").fingerprint("output")
+    assert model_embeddings(half, other_tokenizer, "output").fingerprint("output") == whole
+    assert checkpoint_embeddings(target, "output").fingerprint("output") == whole
+    assert checkpoint_embeddings(target, "input").fingerprint("input") != whole
+    assert model_embeddings(model, byte_tokenizer, "output").fingerprint("output") != whole
     with torch.no_grad():
         model.lm_head.weight[5, 3] += 0.1
-    assert of_model(model, other_tokenizer, "output").fingerprint("output") != whole
+    assert model_embeddings(model, other_tokenizer, "output").fingerprint("output") != whole
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_other_names_in_the_checkpoint(
+def test_checkpoints_with_other_tensor_names(
     family: str,
     tied: bool,
     tmp_path: Path,
@@ -203,7 +198,7 @@ def test_other_names_in_the_checkpoint(
     make_llama: Any,
     other_tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    """Published files have prefixes that the module has not, and the other way round."""
+    """Published files may have prefixes that the module lacks, or lack some that it has."""
     make = make_gpt2 if family == "gpt2" else make_llama
     model = make(len(other_tokenizer), seed=3, tie_word_embeddings=tied)
     base, embedding = ("transformer", "wte") if family == "gpt2" else ("model", "embed_tokens")
@@ -224,13 +219,13 @@ def test_other_names_in_the_checkpoint(
             ("input", model.get_input_embeddings().weight),
             ("output", model.get_output_embeddings().weight),
         ):
-            found = of_files(folder, kind).weight  # type: ignore[arg-type]
+            found = checkpoint_embeddings(folder, kind).weight  # type: ignore[arg-type]
             torch.testing.assert_close(found, weight.detach())
     assert any(embedding in name for name in renamed)
 
 
 def damaged(target: Path, place: Path, name: str, **changes: Any) -> Path:
-    """A copy in one file without a tensor, or with another in its place."""
+    """A copy in one file, without one tensor or with another in its place."""
     folder = place / "damaged"
     AutoModelForCausalLM.from_pretrained(target).save_pretrained(folder)
     for path in target.glob("tokenizer*"):
@@ -241,7 +236,7 @@ def damaged(target: Path, place: Path, name: str, **changes: Any) -> Path:
     return folder
 
 
-def test_a_missing_embedding(target: Path, tmp_path: Path, calibrator: Calibrator) -> None:
+def test_a_missing_embedding_raises(target: Path, tmp_path: Path, calibrator: Calibrator) -> None:
     folder = damaged(target, tmp_path, "lm_head.weight")
     with pytest.raises(
         AlignmentError, match=r"no tensor lm_head.weight .*such as model.embed_tokens.weight"
@@ -252,12 +247,12 @@ def test_a_missing_embedding(target: Path, tmp_path: Path, calibrator: Calibrato
 @pytest.mark.parametrize(
     ("tensor", "message"),
     [
-        (torch.zeros(448, 32, dtype=torch.int8), "stored as torch.int8, as of a quantised model"),
-        (torch.zeros(448, 31), r"the shape \[448, 31\], but the configuration asks for"),
+        (torch.zeros(448, 32, dtype=torch.int8), "stored as torch.int8, so the model is quantised"),
+        (torch.zeros(448, 31), r"the shape \[448, 31\], but config.json says"),
         (torch.full((448, 32), torch.nan), "hold values that are not finite"),
     ],
 )
-def test_an_embedding_that_cannot_be_used(
+def test_an_unusable_embedding_raises(
     tensor: torch.Tensor, message: str, target: Path, tmp_path: Path, calibrator: Calibrator
 ) -> None:
     folder = damaged(target, tmp_path, "lm_head.weight", **{"lm_head.weight": tensor})
@@ -265,16 +260,16 @@ def test_an_embedding_that_cannot_be_used(
         align(calibrator, folder)
 
 
-def test_files_that_are_damaged(target: Path, tmp_path: Path, calibrator: Calibrator) -> None:
+def test_damaged_files_raise(target: Path, tmp_path: Path, calibrator: Calibrator) -> None:
     folder = Path(shutil.copytree(target, tmp_path / "copy"))
     index = folder / "model.safetensors.index.json"
     shard = folder / json.loads(index.read_text())["weight_map"]["lm_head.weight"]
     whole = shard.read_bytes()
     shard.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ModelError, match="is truncated or no safetensors file"):
+    with pytest.raises(ModelError, match="is truncated or not a safetensors file"):
         align(calibrator, folder)
     shard.unlink()
-    with pytest.raises(ModelError, match="is missing, though the index names it"):
+    with pytest.raises(ModelError, match=r"is missing, but model.safetensors.index.json lists it"):
         align(calibrator, folder)
     index.write_text('{"weight_map": {"lm_head.weight": "../x.safetensors"}}')
     with pytest.raises(ModelError, match="points outside its folder"):
@@ -287,7 +282,7 @@ def test_files_that_are_damaged(target: Path, tmp_path: Path, calibrator: Calibr
         align(calibrator, folder)
 
 
-def test_targets_that_are_none(
+def test_unusable_targets_raise(
     tmp_path: Path, calibrator: Calibrator, other_tokenizer: Any, make_llama: Any
 ) -> None:
     settings = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -310,30 +305,30 @@ def test_identity_needs_equal_widths(
     alignment = align(calibrator, same, other_tokenizer, config=config, show_progress=False)
     assert torch.equal(alignment.matrix, torch.eye(32))
     wider = make_llama(len(other_tokenizer), seed=3, hidden_size=40)
-    with pytest.raises(AlignmentError, match="have 32 entries and the target's 40"):
+    with pytest.raises(AlignmentError, match="have width 32 and the target's have width 40"):
         align(calibrator, wider, other_tokenizer, config=config, show_progress=False)
 
 
-def test_divergence_is_said(rotated: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_divergence_raises(rotated: tuple[torch.Tensor, torch.Tensor]) -> None:
     config = AlignmentConfig(start="random", epochs=2, learning_rate=1e37)
     with pytest.raises(AlignmentError, match="diverged at learning_rate 1e"):
-        learn(*rotated, config, show_progress=False)
+        learn_matrix(*rotated, config, show_progress=False)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"embeddings": "middle"}, "embeddings must be one of output, input, not 'middle'"),
-        ({"start": "zero"}, "start must be one of logits, ridge, procrustes, random, identity"),
+        ({"start": "zero"}, "start must be one of procrustes, random, identity, not 'zero'"),
         ({"epochs": -1}, "epochs must be a whole number of at least 0, but is -1"),
         ({"batch_size": 1}, "batch_size must be a whole number of at least 2, but is 1"),
         ({"held_out": 0.7}, "held_out must be a number above 0 and at most 0.5, but is 0.7"),
         ({"learning_rate": float("nan")}, "learning_rate must be a number above 0, but is nan"),
-        ({"start": "random"}, "nothing would be learned: give epochs"),
-        ({"epochs": 1, "negatives": 0, "negatives_from": "drawn"}, "nothing to tell a token apart"),
+        ({"start": "random"}, "nothing would be learned: set epochs"),
+        ({"negatives": 0}, "negatives must be a whole number of at least 1, but is 0"),
         ({"epoch": 1}, "unknown alignment settings: epoch; known are embeddings, start"),
     ],
 )
-def test_wrong_settings(changes: dict[str, Any], message: str) -> None:
+def test_invalid_settings_raise(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         AlignmentConfig().replace(**changes)

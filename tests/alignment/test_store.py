@@ -1,4 +1,4 @@
-"""Alignments on disk and on the command line: whole or not there, never a wrong one."""
+"""Alignments on disk and on the command line are complete or absent, and checked on use."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def everything(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
-def test_beside_the_calibrator_and_back(
+def test_saved_beside_the_calibrator_and_loaded_again(
     alignment: Alignment, loaded: Calibrator, calibrator_folder: Path, target: Path
 ) -> None:
     folder = save_alignment(alignment, loaded)
@@ -75,7 +75,7 @@ def test_beside_the_calibrator_and_back(
     assert torch.equal(back.matrix, alignment.matrix)
     assert (back.config, back.report) == (alignment.config, alignment.report)
     assert back.digest() == alignment.digest()
-    # A calibrator that is loaded again finds it, for the model that is loaded whole.
+    # A calibrator that is loaded again finds it for the loaded model.
     model, tokenizer = load_target(target)
     again = Calibrator.from_pretrained(calibrator_folder)
     assert find_alignment(again, model, tokenizer).digest() == alignment.digest()
@@ -85,10 +85,10 @@ def test_beside_the_calibrator_and_back(
     assert processor.alignment.digest() == alignment.digest()
 
 
-def test_a_calibrator_with_alignments_is_still_one(
+def test_a_calibrator_with_alignments_still_loads_and_saves(
     alignment: Alignment, loaded: Calibrator, calibrator_folder: Path, tmp_path: Path, target: Path
 ) -> None:
-    """It loads, is written elsewhere and over itself; other weights make the alignment stale."""
+    """It can be saved elsewhere and over itself; other weights make the alignment stale."""
     folder = save_alignment(alignment, loaded)
     loaded.save_pretrained(tmp_path / "elsewhere")
     assert not (tmp_path / "elsewhere" / "alignments").exists()
@@ -102,11 +102,13 @@ def test_a_calibrator_with_alignments_is_still_one(
         half.clean.get_output_embeddings().weight.mul_(1.5)
     half.save_pretrained(calibrator_folder)
     changed = Calibrator.from_pretrained(calibrator_folder)
-    with pytest.raises(AlignmentError, match=r"no alignment .*it is stale, or of another model"):
+    with pytest.raises(
+        AlignmentError, match=r"no alignment .*it is stale, or belongs to another model"
+    ):
         find_alignment(changed, model, tokenizer)
 
 
-def test_what_is_not_the_users_goes_to_the_cache(
+def test_alignments_of_shipped_or_read_only_calibrators_go_to_the_cache(
     alignment: Alignment,
     loaded: Calibrator,
     cache: Path,
@@ -115,7 +117,7 @@ def test_what_is_not_the_users_goes_to_the_cache(
     target: Path,
 ) -> None:
     before = everything(calibrator_folder)
-    loaded.name = "english-16k"  # found by a shipped name
+    loaded.name = "english-16k"  # a shipped name
     folder = save_alignment(alignment, loaded)
     assert folder.parent.parent == cache / "alignments"
     model, tokenizer = load_target(target)
@@ -131,7 +133,7 @@ def test_what_is_not_the_users_goes_to_the_cache(
 @pytest.mark.parametrize("where", ["save_file", "rename"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
 @pytest.mark.parametrize("older", [True, False])
-def test_nothing_is_left_of_an_interrupted_one(
+def test_an_interrupted_save_changes_nothing(
     where: str,
     error: BaseException,
     older: bool,
@@ -169,7 +171,7 @@ def test_nothing_is_left_of_an_interrupted_one(
         assert load_alignment(folder).digest() == alignment.digest()
 
 
-def test_half_written_and_damaged_ones(
+def test_incomplete_and_damaged_alignments_raise(
     alignment: Alignment, loaded: Calibrator, target: Path
 ) -> None:
     folder = save_alignment(alignment, loaded)
@@ -185,7 +187,7 @@ def test_half_written_and_damaged_ones(
         tensors_file.write_bytes(data)
 
     json_file.unlink()
-    refused(r"alignment.json is missing, so .* holds no alignment or half of one")
+    refused(r"alignment.json is missing, so .* holds no complete alignment")
     tensors_file.unlink()
     refused(r"alignment.safetensors is missing")
     tensors_file.write_bytes(data[: len(data) // 2])
@@ -195,7 +197,7 @@ def test_half_written_and_damaged_ones(
     json_file.write_text("[]")
     refused(r"alignment.json is damaged")
     json_file.write_text(json.dumps({**values, "format_version": 2}))
-    refused("format_version is 2, and this version of fusion-detox reads 1")
+    refused("format_version is 2, but this version of fusion-detox reads 1")
     json_file.write_text(json.dumps({**values, "config": {"epochs": -3}}))
     refused("epochs must be a whole number")
     save_file({**tensors, "matrix": tensors["matrix"][:-1]}, tensors_file)
@@ -206,28 +208,56 @@ def test_half_written_and_damaged_ones(
     save_file(tensors, tensors_file)
     refused("is damaged")
     load_alignment(folder)
-    # A damaged one is named where an alignment is looked for.
+    # The search for an alignment names a damaged one.
     tensors_file.unlink()
     model, tokenizer = load_target(target)
-    with pytest.raises(AlignmentError, match=r"there is no alignment .*half of one"):
+    with pytest.raises(
+        AlignmentError, match=r"no alignment of .* was found: .*holds no complete alignment"
+    ):
         find_alignment(loaded, model, tokenizer)
 
 
-def test_another_folder_is_not_replaced(
+def test_a_folder_with_other_files_is_not_replaced(
     alignment: Alignment, loaded: Calibrator, tmp_path: Path
 ) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("x")
-    with pytest.raises(AlignmentError, match="exists and is no alignment, so it is not replaced"):
+    with pytest.raises(
+        AlignmentError, match="exists and is not an alignment, so it is not replaced"
+    ):
         save_alignment(alignment, loaded, tmp_path / "mine")
     place = tmp_path / "new" / "folder"
-    for _ in range(2):  # an alignment is
+    for _ in range(2):  # an alignment is replaced
         assert save_alignment(alignment, loaded, place) == place.resolve()
     assert everything(tmp_path / "new") == {
         "folder",
         "folder/alignment.json",
         "folder/alignment.safetensors",
     }
+
+
+@pytest.mark.parametrize(
+    ("config", "removed"),
+    [
+        ({"start": "ridge"}, "start='ridge'"),
+        ({"start": "logits"}, "start='logits'"),
+        ({"start": "random", "epochs": 5}, "negatives_from='batch'"),
+    ],
+)
+def test_alignments_learned_with_removed_settings(
+    config: dict[str, Any], removed: str, alignment: Alignment, loaded: Calibrator
+) -> None:
+    """They raise; the default alignment of the earlier version, which names them, still loads."""
+    folder = save_alignment(alignment, loaded)
+    file = folder / "alignment.json"
+    values = json.loads(file.read_text())
+    values["config"] |= {"ridge": 0.01, "negatives_from": "batch"}
+    file.write_text(json.dumps(values))
+    assert load_alignment(folder).config == AlignmentConfig()
+    values["config"] |= config
+    file.write_text(json.dumps(values))
+    with pytest.raises(AlignmentError, match=f"{removed}, which this version no longer supports"):
+        load_alignment(folder)
 
 
 def test_align_on_the_command_line(
@@ -241,7 +271,7 @@ def test_align_on_the_command_line(
     assert facts["widths"] == [32, 32]
     assert facts["chance"]["at_10"] == pytest.approx(10 / facts["common_tokens"], abs=1e-5)
     assert 0 <= facts["to_target"]["at_1"] <= facts["to_target"]["at_10"] <= 1
-    # The same embedding again: it takes the place of the first.
+    # A second alignment of the same embedding replaces the first.
     options = ["--paper", "--embeddings", "output", "--epochs", "2", "--seed", "5"]
     assert main(["align", *common, *options]) == 0
     found = capsys.readouterr()
@@ -257,7 +287,8 @@ def test_align_on_the_command_line(
     assert "output embeddings" in capsys.readouterr().out
     Path(row["folder"], "alignment.safetensors").unlink()
     assert main(["info", str(calibrator_folder)]) == 0
-    assert "half of one" in " ".join(capsys.readouterr().out.split())
+    text = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
+    assert "holds no complete alignment" in text
 
 
 def test_generate_by_the_aligned_rules(
@@ -266,7 +297,7 @@ def test_generate_by_the_aligned_rules(
     common = ["generate", str(target), "The weather", "--calibrator", str(calibrator_folder)]
     aligned = ["--rule", "aligned", "--strength", "0.6", "--greedy", "--max-new-tokens", "8"]
     assert main([*common, *aligned]) == 1
-    assert "there is no alignment" in capsys.readouterr().err
+    assert "no alignment of the calibrator" in capsys.readouterr().err
     plain = [*common, "-o", str(tmp_path / "plain.jsonl"), "--max-new-tokens", "4"]
     assert main(plain) == 0
     main(["align", "--calibrator", str(calibrator_folder), "--target", str(target)])
@@ -277,7 +308,7 @@ def test_generate_by_the_aligned_rules(
     assert row["settings"]["fusion"]["rule"] == "aligned"
     assert main([*common, *aligned[2:], "--rule", "aligned_contrast"]) == 0
     capsys.readouterr()
-    # An alignment beside a calibrator does not make it another one for the other rules.
+    # An alignment does not change a calibrator's identity for the other rules.
     assert main(plain) == 0
     assert "1 of 1 completions are in" in capsys.readouterr().err
 
@@ -308,7 +339,7 @@ def test_evaluate_by_the_aligned_rules(
             progress=None,
         )
 
-    with pytest.raises(AlignmentError, match="there is no alignment"):
+    with pytest.raises(AlignmentError, match="no alignment of the calibrator"):
         run("one")
     save_alignment(alignment, loaded)
     measured = {one["name"]: one for one in run("two")["settings"]}
@@ -342,13 +373,13 @@ def wrong_target(kind: str, target: Path, place: Path, make_llama: Any, tokenize
     [
         ("encoder", [], "is an encoder (bert), which sees text both ways"),
         ("embedding", [], "holds no tensor lm_head.weight"),
-        ("width", ["--start", "identity"], "have 32 entries and the target's 40"),
+        ("width", ["--start", "identity"], "have width 32 and the target's have width 40"),
         ("nowhere", [], "there is no such folder"),
         ("width", ["--batch-size", "1"], "batch_size must be a whole number of at least 2"),
-        ("width", ["--epochs=3", "--batch-size=8", "--learning-rate=1e37"], "alignment diverged"),
+        ("width", ["--epochs=3", "--batch-size=8", "--learning-rate=1e37"], "training diverged"),
     ],
 )
-def test_wrong_use_leaves_nothing_behind(
+def test_wrong_use_of_align_writes_nothing(
     kind: str,
     options: list[str],
     message: str,
@@ -373,7 +404,7 @@ def test_wrong_use_leaves_nothing_behind(
     assert not cache.exists()
 
 
-def test_ctrl_c_while_learning(
+def test_ctrl_c_during_training(
     calibrator_folder: Path,
     target: Path,
     monkeypatch: pytest.MonkeyPatch,

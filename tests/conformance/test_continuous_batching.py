@@ -62,7 +62,7 @@ def test_manager_with_strength_by_request_and_warpers_behind(one):
         continuous_batching_config=plain(),
     )
     integration.attach(manager, one.processor)
-    with pytest.raises(ConfigError, match="fuses already"):
+    with pytest.raises(ConfigError, match="already fuses"):
         integration.attach(manager, one.processor)
     ids = prompts(one)[1]
     manager.start()
@@ -127,15 +127,17 @@ def test_settings_without_a_place_for_fusion_are_refused(one, changes, message):
 
 
 def test_wrong_use_of_attach(one):
-    with pytest.raises(ConfigError, match="LlamaForCausalLM is no manager"):
+    with pytest.raises(ConfigError, match="LlamaForCausalLM is not a manager"):
         integration.attach(one.model, one.processor)
     manager = one.model.init_continuous_batching(
         generation_config=config(one), continuous_batching_config=plain()
     )
-    with pytest.raises(ConfigError, match="given 2 texts, but here requests come in no fixed"):
+    with pytest.raises(
+        ConfigError, match="given 2 texts, but continuous batching has no fixed order"
+    ):
         integration.attach(manager, one.processor.following(["a", "b"]))
     integration.attach(manager, one.processor.following("a"))
     manager.warmup()
-    with pytest.raises(ConfigError, match="has been started or warmed up"):
+    with pytest.raises(ConfigError, match="was already started or warmed up"):
         integration.attach(manager, one.processor)
     assert integration.generate_batch(one.model, [], one.processor) == {}

@@ -1,4 +1,4 @@
-"""Completions in batches: the same in any batch, drawn from the right law, kept on disk."""
+"""Completions in batches: equal in any batch, from the right distribution, and kept on disk."""
 
 import json
 import math
@@ -36,7 +36,7 @@ SETTINGS = {"model": "tiny", "fusion": {"strength": 1.0}}
 
 
 class Ban(LogitsProcessor):
-    """Takes some tokens' probability away, without touching its input."""
+    """Forbids some tokens, without changing its input."""
 
     def __init__(self, ids):
         self.ids = ids
@@ -76,7 +76,7 @@ def test_a_completion_does_not_depend_on_its_batch(target, byte_tokenizer, sampl
     assert rows(target, byte_tokenizer, batch_size=2, **sampling) == together
 
 
-def test_what_is_left_of_a_run_equals_the_whole_run(target, byte_tokenizer):
+def test_resumed_run_equals_the_whole_run(target, byte_tokenizer):
     sampling = Sampling(max_new_tokens=6, samples=3)
     wanted = jobs(PROMPTS, 3)
     whole = list(generate_rows(target, byte_tokenizer, wanted, sampling, batch_size=4))
@@ -110,7 +110,7 @@ def test_fused_and_base_share_their_noise(target, byte_tokenizer):
     assert rows(target, byte_tokenizer, processor=Ban([banned]))[0].base is None
 
 
-def test_ends_at_the_end_of_text(target, byte_tokenizer, make_llama):
+def test_completion_stops_at_end_of_text(target, byte_tokenizer, make_llama):
     (free,) = rows(target, byte_tokenizer, PROMPTS[:1])
     model = make_llama(len(byte_tokenizer), seed=3)
     model.generation_config.eos_token_id = [free.completion.token_ids[4], 399]
@@ -119,7 +119,7 @@ def test_ends_at_the_end_of_text(target, byte_tokenizer, make_llama):
     assert row.completion.token_ids == free.completion.token_ids[:end]
     assert row.completion.finished
     assert not free.completion.finished
-    # A finished row waits for its batch, and stays as it was.
+    # A finished row waits for the rest of its batch and does not change.
     assert rows(model, byte_tokenizer)[0] == row
 
 
@@ -166,29 +166,29 @@ def test_padding_comes_from_tokenizer_or_model(target, byte_tokenizer, other_tok
     assert pad_token_id(target, other_tokenizer) == other_tokenizer.pad_token_id
 
 
-def test_scores_that_are_not_finite_are_refused(byte_tokenizer, make_llama):
+def test_scores_that_are_not_finite_raise(byte_tokenizer, make_llama):
     model = make_llama(len(byte_tokenizer))
     with torch.no_grad():
         model.lm_head.weight[5] = torch.nan
-    with pytest.raises(ModelError, match=r"scores after .* tokens are not finite; its weights"):
+    with pytest.raises(ModelError, match=r"scores after .* tokens are not finite: its weights"):
         rows(model, byte_tokenizer)
 
 
-def test_memory_that_runs_out_is_told(target, byte_tokenizer, monkeypatch):
+def test_out_of_memory_error_names_the_batch(target, byte_tokenizer, monkeypatch):
     def full(*_, **__):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
     monkeypatch.setattr(target, "generate", full)
-    with pytest.raises(ModelError, match=r"memory of cpu ran out with 5 texts .* smaller batch"):
+    with pytest.raises(ModelError, match=r"memory of cpu ran out .* 5 texts .* smaller batch"):
         rows(target, byte_tokenizer)
 
 
-def test_a_prompt_too_long_for_the_model_is_refused_before_any_work(target, byte_tokenizer):
+def test_a_prompt_too_long_for_the_model_raises_before_generation(target, byte_tokenizer):
     with pytest.raises(DataError, match=r"prompt 1 has \d+ tokens, .* exceeds the 64 positions"):
         rows(target, byte_tokenizer, ["short", "long " * 40])
 
 
-def test_an_end_mark_that_the_tokenizer_adds_is_dropped(target, byte_tokenizer, make_llama):
+def test_end_of_text_token_added_by_the_tokenizer_is_removed(target, byte_tokenizer, make_llama):
     model = make_llama(len(byte_tokenizer))
     ids = prompt_ids(model, byte_tokenizer, Job(0, 0, "She<|endoftext|>"), 4)
     assert ids == byte_tokenizer("She")["input_ids"]
@@ -201,7 +201,7 @@ def test_an_end_mark_that_the_tokenizer_adds_is_dropped(target, byte_tokenizer, 
         ({"seed": -1}, "seed must be a whole number of at least 0, but is -1"),
         ({"top_k": -5}, "top_k must be a whole number of at least 0, but is -5"),
         ({"samples": 0}, "samples must be a whole number of at least 1, but is 0"),
-        ({"temperature": 0.0}, "temperature must be a number above 0, .* choose greedy"),
+        ({"temperature": 0.0}, "temperature must be a number above 0, .* set greedy"),
         ({"temperature": math.nan}, "temperature must be a number above 0"),
         ({"top_p": 0.0}, "top_p must be a number above 0 and at most 1, but is 0.0"),
         ({"top_p": 1.5}, "top_p must be a number above 0 and at most 1, but is 1.5"),
@@ -215,7 +215,7 @@ def test_sampling_out_of_range(values, message):
 
 def test_jobs():
     assert jobs(["a", "b"], 2) == [Job(0, 0, "a"), Job(0, 1, "a"), Job(1, 0, "b"), Job(1, 1, "b")]
-    with pytest.raises(DataError, match="there are no prompts"):
+    with pytest.raises(DataError, match="list of prompts is empty"):
         jobs([])
     with pytest.raises(DataError, match="prompt 1 is empty"):
         jobs(["a", " \n"])
@@ -253,7 +253,7 @@ def test_rows_are_json_lines(tmp_path):
 
 
 @pytest.mark.parametrize("cut", [1, 2, 11, 40])
-def test_a_torn_last_line_is_written_again(tmp_path, cut):
+def test_an_incomplete_last_line_is_written_again(tmp_path, cut):
     path = tmp_path / "out.jsonl"
     write(path, row(0), row(1))
     whole = path.read_bytes()
@@ -261,18 +261,18 @@ def test_a_torn_last_line_is_written_again(tmp_path, cut):
     path.write_bytes(whole[: first + cut] if cut < 40 else whole[:-1])
     wanted = [row(i).job for i in range(3)]
     file = CompletionFile(path, SETTINGS)
-    assert path.read_bytes() != whole, "looking changes nothing"
+    assert path.read_bytes() != whole, "reading must not change the file"
     assert file.missing(wanted) == wanted[1:]
     write(path, row(1))
     assert path.read_bytes() == whole
 
 
-def test_nothing_is_created_before_it_is_opened(tmp_path):
+def test_no_file_is_created_before_open(tmp_path):
     CompletionFile(tmp_path / "out.jsonl", SETTINGS)
     assert not list(tmp_path.iterdir())
 
 
-def test_overwrite_starts_anew(tmp_path):
+def test_overwrite_starts_over(tmp_path):
     path = tmp_path / "out.jsonl"
     path.write_text("a diary\n")
     write(path, row(0), overwrite=True)
@@ -280,7 +280,7 @@ def test_overwrite_starts_anew(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["a diary", "a diary\n", '{"prompt": "x"}\n', "[1]\n", "\n\n"])
-def test_a_file_of_something_else_is_left_alone(tmp_path, content):
+def test_a_file_of_another_kind_is_not_changed(tmp_path, content):
     path = tmp_path / "out.jsonl"
     path.write_text(content)
     with pytest.raises(DataError, match=r"line 1 of .*out.jsonl is not a row of completions"):
@@ -288,14 +288,14 @@ def test_a_file_of_something_else_is_left_alone(tmp_path, content):
     assert path.read_text() == content
 
 
-def test_other_settings_are_named(tmp_path):
+def test_different_settings_raise_and_are_named(tmp_path):
     path = tmp_path / "out.jsonl"
     write(path, row(0))
     with pytest.raises(DataError, match=r"\(fusion.strength was 1.0, now 2.0\); choose another"):
         CompletionFile(path, {"model": "tiny", "fusion": {"strength": 2.0}})
 
 
-def test_other_prompts_are_refused(tmp_path):
+def test_different_prompts_raise(tmp_path):
     path = tmp_path / "out.jsonl"
     file = write(path, row(0))
     file = CompletionFile(path, SETTINGS)
@@ -303,7 +303,7 @@ def test_other_prompts_are_refused(tmp_path):
         file.missing([Job(0, 0, "q")])
 
 
-def test_a_full_disk_keeps_what_is_written(tmp_path):
+def test_a_full_disk_keeps_the_rows_already_written(tmp_path):
     class Full:
         taken = b""
 
@@ -327,7 +327,7 @@ def test_a_full_disk_keeps_what_is_written(tmp_path):
     assert CompletionFile(path, SETTINGS).missing([row(0).job, row(1).job]) == [row(1).job]
 
 
-def test_fingerprints_tell_folders_apart(tmp_path):
+def test_fingerprints_distinguish_folders(tmp_path):
     small, large = tmp_path / "config.json", tmp_path / "model.safetensors"
     small.write_text("{}")
     large.write_bytes(bytes(3 << 20))
@@ -340,7 +340,7 @@ def test_fingerprints_tell_folders_apart(tmp_path):
     assert len({first, second, folder_fingerprint(tmp_path)}) == 3
 
 
-def test_explanation_tells_what_was_moved():
+def test_explanation_names_lowered_and_raised_tokens():
     target = torch.log(torch.tensor([[0.7, 0.2, 0.1], [0.5, 0.5, 0.0]])) + 3.0
     fused = torch.log(torch.tensor([[0.1, 0.7, 0.2], [0.5, 0.5, 0.0]]))
     first, second = explain_steps(target, fused, [0, 2])
@@ -357,7 +357,7 @@ def test_explanation_tells_what_was_moved():
     assert TokenChange(0, -math.inf, -math.inf).change == 0.0
 
 
-def test_explanation_reads_a_text_as_generate_does(target, byte_tokenizer):
+def test_explain_calls_the_processor_like_generate(target, byte_tokenizer):
     prompt = byte_tokenizer("You are a")["input_ids"]
     seen = []
 
@@ -371,7 +371,7 @@ def test_explanation_reads_a_text_as_generate_does(target, byte_tokenizer):
     assert [step.written.token_id for step in steps] == [5, 7, 9]
     assert steps[1].held_back(nats=100)
     assert explain(target, Spy([7]), prompt, []) == []
-    with pytest.raises(DataError, match="needs at least one token before it"):
+    with pytest.raises(DataError, match="give at least one token, such as the BOS"):
         explain(target, Spy([7]), [], [5])
-    with pytest.raises(DataError, match="3 tokens need as many rows"):
+    with pytest.raises(DataError, match="3 tokens need one row each"):
         explain_steps(torch.zeros(2, 4), torch.zeros(2, 4), [1, 2, 3])

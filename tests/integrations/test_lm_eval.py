@@ -1,4 +1,4 @@
-"""The harness's log-likelihoods and generation are those of the fused distribution."""
+"""The harness's log-likelihoods and generation use the fused distribution."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def by_definition(
     ids: list[int],
     count: int,
 ) -> tuple[float, bool]:
-    """Log-likelihood of the last ``count`` tokens, one position after the other."""
+    """Log-likelihood of the last ``count`` tokens, computed position by position."""
     processor = FusionLogitsProcessor(calibrator, tokenizer, CONFIG)
     whole = torch.tensor([ids])
     with torch.no_grad():
@@ -137,7 +137,7 @@ def test_softmax_dtype_keeps_the_precision_of_16_bit_weights(
     tokenizer: PreTrainedTokenizerFast,
     calibrator: Calibrator,
 ) -> None:
-    """The definition, over the same logits in float32; in 16 bits the sum is a coarser number."""
+    """The result equals the definition on the same logits in float32."""
     model.to(torch.bfloat16)
     request: Any = (("", ""), tokenizer("The weather was")["input_ids"], [50, 60, 70])
     ((fine, _),) = make(softmax_dtype="float32")._loglikelihood_tokens([request], disable_tqdm=True)
@@ -155,7 +155,7 @@ def test_softmax_dtype_keeps_the_precision_of_16_bit_weights(
 def test_greedy_answers_are_those_of_the_fused_distribution(
     make: Callable[..., Any], model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """The model's own next tokens, by generate() with the processor, count as greedy."""
+    """The tokens that generate() chooses with the processor count as greedy."""
     lm = make()
     start = torch.tensor([tokenizer("The weather was")["input_ids"]])
     written = model.generate(
@@ -175,8 +175,8 @@ def test_texts_that_end_in_the_id_that_the_harness_pads_with(
 ) -> None:
     """Right padding with 0 makes ``[5, 0]`` and ``[5]`` equal rows of one batch.
 
-    Without the harness's cache, which errs by itself where two requests share all inputs but not
-    the length of the continuation.
+    The harness's cache is off, because it is wrong if two requests have the same inputs but
+    continuations of different lengths.
     """
     contexts = [[90, 80, 70, 60], [90, 80, 0, 0], [90, 80, 0], [90, 80], [90, 80]]
     continuations = [[5, 6], [7, 8], [7], [0, 0, 7], [0, 33]]
@@ -207,7 +207,7 @@ def test_rolling_scores_every_token_once_with_windows(
     expected = by_definition(model, tokenizer, calibrator, first, 64)[0]
     for start in range(64, len(ids), 64):
         end = min(start + 64, len(ids))
-        # The last window is filled up with what came before it.
+        # The last window also contains earlier tokens, to fill it.
         window = ids[end - 65 : end]
         expected += by_definition(model, tokenizer, calibrator, window, end - start)[0]
     assert found == pytest.approx(expected, abs=1e-3)
@@ -246,7 +246,7 @@ def test_generation_is_that_of_generate_with_the_processor(
 
 @pytest.fixture
 def tasks(tmp_path: Path) -> list[dict[str, Any]]:
-    """A task of choices and one of generation over a local file."""
+    """A multiple-choice task and a generation task on a local file."""
     file = tmp_path / "rows.json"
     file.write_text("".join(json.dumps(row) + "\n" for row in CHOICES), encoding="utf-8")
     common = {
@@ -282,7 +282,7 @@ def test_simple_evaluate_by_name_equals_the_adapter(
     tasks: list[dict[str, Any]],
     tmp_path: Path,
 ) -> None:
-    """The way of the command line: a registered name and arguments in one string."""
+    """As on the command line: a registered name, and the arguments in one string."""
     folder = tmp_path / "target"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -313,7 +313,7 @@ def test_simple_evaluate_by_name_equals_the_adapter(
 def test_only_scored_positions_are_fused(
     make: Callable[..., Any], tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """One call of the processor a step, whatever the lengths of the contexts in the batch."""
+    """The processor is called once per step, whatever the lengths of the contexts."""
     lm = make(batch_size=8)
     calls: list[tuple[int, ...]] = []
     inner = lm.fusion
@@ -333,11 +333,11 @@ def test_only_scored_positions_are_fused(
     [
         ({"strenght": 1.0}, "did you mean 'strength'"),
         ({"revison": "main"}, "unknown argument 'revison'"),
-        ({"config": "strong"}, "give single settings, such as strength=1.5"),
+        ({"config": "strong"}, "give single settings such as strength=1.5"),
         ({"strength": -1.0}, "strength must be a number of at least 0"),
         ({"config": {"strong": 1}}, "unknown fusion settings: strong"),
         ({"trust_remote_code": True}, "no code from a model's repository"),
-        ({"backend": "seq2seq"}, "fusion needs a causal model"),
+        ({"backend": "seq2seq"}, "use a causal model"),
     ],
 )
 def test_wrong_arguments(make: Callable[..., Any], arguments: dict[str, Any], message: str) -> None:

@@ -113,7 +113,10 @@ def test_empty_prompt(fails):
     ("arguments", "message"),
     [
         (["--batch-size", "0"], "--batch-size must be at least 1, but is 0"),
-        (["--temperature", "0"], "temperature must be a number above 0, but is 0.0; for the most"),
+        (
+            ["--temperature", "0"],
+            "temperature must be a number above 0, but is 0.0; to choose the most",
+        ),
         (["--top-p", "90"], "top_p must be a number above 0 and at most 1, but is 90.0"),
         (
             ["--max-new-tokens", "0"],
@@ -236,7 +239,7 @@ def test_unknown_device_or_dtype(fails, common, arguments, message):
 
 def test_prompt_too_long_for_the_model(fails, common):
     message = fails(*common, "short", "long " * 60)
-    assert re.search(r"prompt 1 has \d+ tokens, which with 4 new ones exceeds the 64", message)
+    assert re.search(r"prompt 1 has \d+ tokens, and with 4 new ones it exceeds the 64", message)
 
 
 def test_target_of_info_missing(fails, calibrator_folder):
