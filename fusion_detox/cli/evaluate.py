@@ -164,7 +164,7 @@ def progress_bars() -> Iterator[Progress]:
 
     console = messages()
     bars: dict[str, Any] = {}
-    with Progress(
+    shown = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
@@ -172,20 +172,23 @@ def progress_bars() -> Iterator[Progress]:
         console=console,
         disable=not console.is_terminal,
         redirect_stdout=False,
-    ) as shown:
+    )
 
-        def report(what: str, done: int, total: int) -> None:
-            if what not in bars:
-                bars[what] = shown.add_task(what, total=total)
-                if not console.is_terminal:
-                    note(what)
-            shown.update(bars[what], completed=done, total=total)
+    def report(what: str, done: int, total: int) -> None:
+        if what not in bars:
+            shown.start()  # not earlier, since a command may ask for confirmation first
+            bars[what] = shown.add_task(what, total=total)
+            if not console.is_terminal:
+                note(what)
+        shown.update(bars[what], completed=done, total=total)
 
-        try:
-            yield report
-        except KeyboardInterrupt:
-            note("What was written is kept; the same command goes on from there.")
-            raise
+    try:
+        yield report
+    except KeyboardInterrupt:
+        note("What was written is kept; run the same command again to resume.")
+        raise
+    finally:
+        shown.stop()
 
 
 def show(results: dict[str, Any], folder: Path) -> None:

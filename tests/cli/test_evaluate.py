@@ -124,7 +124,7 @@ def test_ctrl_c_keeps_what_was_written(arguments, tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert "the same command goes on from there" in err
+    assert "run the same command again to resume" in err
     assert "Traceback" not in err
     assert sample_lines(tmp_path / "run")
 
