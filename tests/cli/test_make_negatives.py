@@ -164,9 +164,7 @@ def test_an_endpoint_that_fails_half_way_is_reported(tmp_path, sentences, capsys
         assert "6 of 15" in told
         assert "× no answer after 1 attempts: HTTP 503: down" in told
         assert "Stopped early:" in told
-        assert (
-            "9 of 15 requests have no answer; run the same command again to send only these" in told
-        )
+        assert "9 of 15 requests have no answer; run the same command again to send only" in told
         server.reply = lambda body, number: paraphrase(body)
         assert main(arguments(server, sentences, out)) == 0
     assert len(read_pairs([out])) == 5
@@ -206,7 +204,7 @@ def test_rows_with_a_field_and_a_limit(tmp_path, capsys):
         (["--refilter", "--dry-run"], "--refilter sends no requests; remove"),
         (
             ["--refilter", "--overwrite"],
-            "refilter needs the stored answers, which overwrite would delete",
+            "needs the stored answers, which overwrite would delete",
         ),
         (["--refilter"], "no answers were found for"),
         (["--refilter", "--min-negatives", "0"], "min_negatives must be a number of at least 1"),

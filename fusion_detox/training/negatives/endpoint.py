@@ -350,7 +350,7 @@ def _parse(content: bytes, request: Request) -> Answer:
     usage = found.get("usage") or {}
     counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
     known = [count if isinstance(count, int) else None for count in counts]
-    return Answer(request, text or "", kind, *known)
+    return Answer(request, text or "", kind, known[0], known[1])
 
 
 def _explanation(content: bytes) -> str:

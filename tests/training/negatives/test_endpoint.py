@@ -34,9 +34,7 @@ def ask(server, requests=REQUESTS, prompts=None, url=None, **options):
         writer.answer(requests, CONFIG, prompts or PromptTexts(), found.append)
     except EndpointError as caught:
         error = str(caught)
-    assert len({answer.request.key for answer in found}) == len(found), (
-        "each request is answered once"
-    )
+    assert len({answer.request.key for answer in found}) == len(found), "one answer per request"
     return {answer.request.key: answer for answer in found}, error
 
 
@@ -332,7 +330,6 @@ def test_no_part_of_the_key_is_shown_where_an_error_is_cut(monkeypatch, before):
         _, error = ask(server, key_variable="SOME_KEY")
         assert "HTTP 401" in error
         assert "sk-v" not in error
-        _, error = ask(server, key_variable="SOME_KEY")
     with ChatServer(lambda *_: (401, content[:-4])) as server:
         _, error = ask(server, key_variable="SOME_KEY")
         assert "sk-v" not in error
@@ -354,9 +351,7 @@ def test_wrong_use(monkeypatch):
     with pytest.raises(ConfigError, match="characters that are not allowed in a key") as caught:
         EndpointWriter("http://localhost/v1", "m", key_variable="BAD_KEY")
     assert "a b" not in str(caught.value)
-    with pytest.raises(
-        ConfigError, match="parallel must be a whole number of at least 1, but is 0"
-    ):
+    with pytest.raises(ConfigError, match="parallel must be a whole number of at least 1"):
         EndpointWriter("http://localhost/v1", "m", parallel=0)
     with pytest.raises(ConfigError, match="timeout must be a number above 0"):
         EndpointWriter("http://localhost/v1", "m", timeout=0)
