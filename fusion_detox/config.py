@@ -13,11 +13,18 @@ _Settings = TypeVar("_Settings")
 
 
 def setting(
-    default: Any, group: str, text: str, low: float | None = None, high: float | None = None
+    default: Any,
+    group: str,
+    text: str,
+    low: float | None = None,
+    high: float | None = None,
+    *,
+    aliases: tuple[str, ...] = (),
 ) -> Any:
     """A dataclass field; the command line's options and help are made from its metadata."""
     return dataclasses.field(
-        default=default, metadata={"group": group, "help": text, "low": low, "high": high}
+        default=default,
+        metadata={"group": group, "help": text, "low": low, "high": high, "aliases": aliases},
     )
 
 

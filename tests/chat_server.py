@@ -1,4 +1,4 @@
-"""An OpenAI-compatible endpoint on this machine that answers well, badly or not at all."""
+"""A local OpenAI-compatible endpoint that answers well, badly or not at all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CAUSES = ("smoke", "rain", "noise")
 
 
 def sentences(count):
-    """So many different sentences."""
+    """The given number of distinct sentences."""
     return [
         f"The {_PLACES[k % 8]} was closed to {k} visitors because of heavy {_CAUSES[k % 3]}."
         for k in range(count)
@@ -22,7 +22,7 @@ def sentences(count):
 
 
 def paraphrase(body):
-    """A wording that depends on nothing but sentence, side and seed."""
+    """A paraphrase that depends only on the sentence, side and seed."""
     text = body["messages"][-1]["content"]
     sentence = re.search(r'"(.*)"', text, re.DOTALL).group(1)
     words, number = sentence.rstrip(".").split(), body["seed"] % 1000
@@ -46,7 +46,7 @@ def completion(text, finish="stop", **message):
 
 
 class ChatServer(ThreadingHTTPServer):
-    """Answers as ``reply(body, number)`` says.
+    """Answers each request with ``reply(body, number)``.
 
     ``reply`` returns a completion, a text, raw bytes, ``"close"`` to cut the connection, or
     ``(status, body, headers)``; it may sleep.
@@ -57,7 +57,7 @@ class ChatServer(ThreadingHTTPServer):
 
     def __init__(self, reply=lambda body, number: paraphrase(body)):
         self.reply, self.bodies, self.headers, self.times = reply, [], [], []
-        self.drip = 0  # bytes at a time, every 50 ms; 0 for all at once
+        self.drip = 0  # bytes per chunk, one every 50 ms; 0 sends all at once
         self.lock = threading.Lock()
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
@@ -105,7 +105,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.write(content[start : start + step])
                 self.wfile.flush()
                 time.sleep(0.05 if server.drip else 0)
-        except OSError:  # who asked has gone
+        except OSError:  # the client is gone
             self.close_connection = True
 
     def log_message(self, *args):

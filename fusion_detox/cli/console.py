@@ -63,7 +63,7 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
 
     console = messages()
     bars: dict[str, Any] = {}
-    with Progress(
+    shown = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
@@ -71,20 +71,23 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
         console=console,
         disable=not console.is_terminal,
         redirect_stdout=False,
-    ) as shown:
+    )
 
-        def report(what: str, done: int, total: int) -> None:
-            if what not in bars:
-                bars[what] = shown.add_task(what, total=total)
-                if not console.is_terminal:
-                    note(what)
-            shown.update(bars[what], completed=done, total=total)
+    def report(what: str, done: int, total: int) -> None:
+        if what not in bars:
+            shown.start()  # not earlier, since a command may ask for confirmation first
+            bars[what] = shown.add_task(what, total=total)
+            if not console.is_terminal:
+                note(what)
+        shown.update(bars[what], completed=done, total=total)
 
-        try:
-            yield report
-        except KeyboardInterrupt:
-            note("Finished work is kept. Run the same command again to resume.")
-            raise
+    try:
+        yield report
+    except KeyboardInterrupt:
+        note("Finished work is kept. Run the same command again to resume.")
+        raise
+    finally:
+        shown.stop()
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fusion_detox.cli.console import note, quiet_libraries
-from fusion_detox.cli.negatives_output import bars, show_estimate, show_report
+from fusion_detox.cli.console import messages, note, progress_bars, quiet_libraries
 from fusion_detox.cli.options import with_options
 from fusion_detox.errors import ConfigError
 from fusion_detox.training.negatives.config import NegativesConfig
 
 if TYPE_CHECKING:
-    from fusion_detox.training.negatives.cost import Estimate
+    from fusion_detox.training.negatives.report import Estimate, NegativesReport
     from fusion_detox.training.negatives.requests import Writer
 
 _MODEL, _JUDGES, _COST = "Model", "Filters", "Cost"
+_SHOWN_FAILURES = 5
 _EPILOG = """
 **Examples**
 
@@ -32,6 +32,10 @@ _EPILOG = """
 """
 
 
+def _option(text: str, panel: str | None = None, *names: str, metavar: str | None = None) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=panel, metavar=metavar)
+
+
 def register(app: typer.Typer) -> None:
     """Adds the command to ``app``."""
     options = with_options(NegativesConfig, into="settings")
@@ -40,146 +44,101 @@ def register(app: typer.Typer) -> None:
 
 def make_negatives(
     out: Annotated[
-        Path,
-        typer.Option(
-            "--out", "-o", help="File of pairs to write; answers are kept in OUT.work beside it."
-        ),
+        Path, _option("File of pairs to write; OUT.work stores the answers.", None, "--out", "-o")
     ],
     settings: dict[str, Any],
     source: Annotated[
         str | None,
-        typer.Option(
+        _option(
+            "Sentences: .txt with one per line, or .jsonl, .json, .csv, .tsv (each also .gz), or "
+            "a hub id org/name[:split].",
+            None,
             "--in",
-            help="Sentences: .txt with one a line, or .jsonl, .json, .csv, .tsv (each also .gz), "
-            "or a hub id org/name[:split].",
             metavar="FILE",
         ),
     ] = None,
-    field: Annotated[str, typer.Option(help="Field of the sentence in rows.")] = "text",
-    limit: Annotated[int | None, typer.Option(help="Take the first so many sentences.")] = None,
+    field: Annotated[str, _option("The sentence's field in a row.")] = "text",
+    limit: Annotated[int | None, _option("Use only the first N sentences.", metavar="N")] = None,
     model: Annotated[
         str | None,
-        typer.Option(
-            help="A causal language model, folder or hub id; with --endpoint its name there.",
-            rich_help_panel=_MODEL,
-        ),
+        _option("A causal language model: folder or hub id; or its name at --endpoint.", _MODEL),
     ] = None,
     endpoint: Annotated[
         str | None,
-        typer.Option(
-            help="Address of an OpenAI-compatible service, such as http://localhost:8000/v1.",
+        _option(
+            "Address of an OpenAI-compatible service, such as http://localhost:8000/v1.",
+            _MODEL,
             metavar="URL",
-            rich_help_panel=_MODEL,
         ),
     ] = None,
     key_variable: Annotated[
         str | None,
-        typer.Option(
-            help="Environment variable with the endpoint's key; no key is sent without.",
+        _option(
+            "Environment variable that contains the endpoint's key; by default, no key is sent.",
+            _MODEL,
             metavar="NAME",
-            rich_help_panel=_MODEL,
         ),
     ] = None,
-    parallel: Annotated[
-        int, typer.Option(help="Requests at a time to an endpoint.", rich_help_panel=_MODEL)
-    ] = 4,
-    timeout: Annotated[
-        float,
-        typer.Option(help="Seconds to wait for an endpoint's answer.", rich_help_panel=_MODEL),
-    ] = 120.0,
-    retries: Annotated[
-        int, typer.Option(help="How often to ask an endpoint again.", rich_help_panel=_MODEL)
-    ] = 5,
+    parallel: Annotated[int, _option("Number of concurrent requests to an endpoint.", _MODEL)] = 4,
+    timeout: Annotated[float, _option("Seconds to wait for an endpoint's answer.", _MODEL)] = 120.0,
+    retries: Annotated[int, _option("How often to retry a request to an endpoint.", _MODEL)] = 5,
     prompts: Annotated[
         Path | None,
-        typer.Option(
-            help="JSON file with other prompts: positive, negative, system, frame.",
-            rich_help_panel=_MODEL,
-        ),
+        _option("JSON file with other prompts: positive, negative, system, frame.", _MODEL),
     ] = None,
     revision: Annotated[
-        str | None,
-        typer.Option(help="Branch, tag or commit of a hub model.", rich_help_panel=_MODEL),
+        str | None, _option("Branch, tag or commit of a hub model.", _MODEL)
     ] = None,
-    batch_size: Annotated[
-        int, typer.Option(help="Requests at a time to a local model.", rich_help_panel=_MODEL)
-    ] = 8,
+    batch_size: Annotated[int, _option("Requests per batch of a local model.", _MODEL)] = 8,
     device: Annotated[
-        str | None,
-        typer.Option(
-            help="Such as cpu or cuda:1; cuda by default where there is one.",
-            rich_help_panel=_MODEL,
-        ),
+        str | None, _option("Such as cpu or cuda:1; by default CUDA if available.", _MODEL)
     ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Such as bfloat16.", rich_help_panel=_MODEL)
-    ] = None,
+    dtype: Annotated[str | None, _option("Such as bfloat16.", _MODEL)] = None,
     scorer: Annotated[
         str,
-        typer.Option(
-            help="Toxicity: lexical, contextual, detoxify:unbiased, classifier:MODEL, …",
-            rich_help_panel=_JUDGES,
-        ),
+        _option("Toxicity: lexical, contextual, detoxify:unbiased, classifier:MODEL, …", _JUDGES),
     ] = "contextual",
     similarity_model: Annotated[
         str | None,
-        typer.Option(
-            help="A sentence-transformers model, all-MiniLM-L6-v2 by default.",
-            rich_help_panel=_JUDGES,
-        ),
+        _option("A sentence-transformers model; all-MiniLM-L6-v2 by default.", _JUDGES),
     ] = None,
     closeness_model: Annotated[
         str | None,
-        typer.Option(
-            help="Causal model under which a paraphrase must be about as probable as its sentence.",
-            rich_help_panel=_JUDGES,
-        ),
+        _option("Causal language model for the filter on likelihood; off by default.", _JUDGES),
     ] = None,
     refilter: Annotated[
         bool,
-        typer.Option("--refilter", help="Ask nothing; filter the answers in OUT.work again."),
+        _option("Send no requests; filter the answers in OUT.work again.", None, "--refilter"),
     ] = False,
-    price_in: Annotated[
-        float | None,
-        typer.Option(help="Price of a million prompt tokens.", rich_help_panel=_COST),
-    ] = None,
-    price_out: Annotated[
-        float | None,
-        typer.Option(help="Price of a million answered tokens.", rich_help_panel=_COST),
-    ] = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Show the cost and stop.", rich_help_panel=_COST),
-    ] = False,
-    yes: Annotated[
-        bool, typer.Option("--yes", "-y", help="Do not ask.", rich_help_panel=_COST)
-    ] = False,
+    price_in: Annotated[float | None, _option("Price per million prompt tokens.", _COST)] = None,
+    price_out: Annotated[float | None, _option("Price per million answer tokens.", _COST)] = None,
+    dry_run: Annotated[bool, _option("Show the cost and stop.", _COST, "--dry-run")] = False,
+    yes: Annotated[bool, _option("Start without confirmation.", _COST, "--yes", "-y")] = False,
     confirm_above: Annotated[
-        int,
-        typer.Option(help="Ask before more requests than this.", rich_help_panel=_COST),
+        int, _option("Ask for confirmation above this number of requests.", _COST)
     ] = 1000,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Write the report to standard output as JSON.")
+        bool, _option("Write the report to standard output as JSON.", None, "--json")
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Throw away the answers of before.")
+        bool, _option("Delete the answers of earlier runs.", None, "--overwrite")
     ] = False,
-    offline: Annotated[bool, typer.Option("--offline", help="Use downloaded files only.")] = False,
+    offline: Annotated[bool, _option("Use downloaded files only.", None, "--offline")] = False,
 ) -> None:
     """Ask a language model for toxic and neutral paraphrases; keep those that pass the filters.
 
-    The same command goes on after any interruption. The files hold abusive text.
+    After an interruption, run the same command again to resume. The files contain abusive text.
     """
     if refilter and (endpoint or dry_run):
-        raise ConfigError("--refilter asks nothing; leave out --endpoint and --dry-run")
+        raise ConfigError("--refilter sends no requests; remove --endpoint and --dry-run")
     if not refilter and (source is None or model is None):
-        raise ConfigError("--in and --model are needed, except with --refilter")
+        raise ConfigError("--in and --model are required, except with --refilter")
     sentences = None if source is None else _sentences(source, field, limit)
 
     from fusion_detox.training.negatives.config import PromptTexts
-    from fusion_detox.training.negatives.cost import Prices
     from fusion_detox.training.negatives.judges import Judges
     from fusion_detox.training.negatives.pipeline import make_negatives as make
+    from fusion_detox.training.negatives.report import Prices
 
     writer: Writer | None = None
     if endpoint is not None:
@@ -205,16 +164,16 @@ def make_negatives(
             local_files_only=offline,
         )
 
-    agreed = False
+    confirmed = False
 
     def confirm(planned: Estimate) -> bool:
-        nonlocal agreed
-        show_estimate(planned)
-        long = planned.requests > confirm_above and not yes and sys.stdin.isatty()
-        agreed = not dry_run and (not long or typer.confirm("Go on?", err=True))
-        return agreed
+        nonlocal confirmed
+        _show_estimate(planned)
+        asks = planned.requests > confirm_above and not yes and sys.stdin.isatty()
+        confirmed = not dry_run and (not asks or typer.confirm("Continue?", err=True))
+        return confirmed
 
-    with quiet_libraries(), bars() as progress:
+    with quiet_libraries(), progress_bars() as progress:
         report = make(
             sentences,
             out,
@@ -230,10 +189,10 @@ def make_negatives(
         )
     if as_json:
         typer.echo(json.dumps(report.to_dict(), ensure_ascii=True))
-    if not agreed and not refilter:
-        note("Nothing was asked.")
+    if not confirmed and not refilter:
+        note("No requests were sent.")
         raise typer.Exit(0 if dry_run else 1)
-    show_report(report)
+    _show_report(report)
     if not as_json:
         typer.echo(str(out))
     if not report.pairs or not (refilter or report.complete):
@@ -241,7 +200,7 @@ def make_negatives(
 
 
 def _sentences(source: str, field: str, limit: int | None) -> list[str]:
-    """One a line of a text file, else one a row."""
+    """One sentence per line of a text file, or one per row of any other source."""
     if limit is not None and limit < 1:
         raise ConfigError(f"--limit must be at least 1, but is {limit}")
     from fusion_detox.training.data.corpus import Columns, read_documents
@@ -250,3 +209,56 @@ def _sentences(source: str, field: str, limit: int | None) -> list[str]:
     if source.lower().removesuffix(".gz").endswith(".txt"):
         texts = [line for text in texts for line in text.splitlines() if line.strip()]
     return texts[:limit]
+
+
+def _show_estimate(planned: Estimate) -> None:
+    if not planned.requests:
+        note("All answers are stored already; only the filters will run.")
+        return
+    text = (
+        f"To send: {planned.requests:,} requests, about {planned.prompt_tokens:,} prompt tokens "
+        f"and {planned.completion_tokens:,} answer tokens (at most "
+        f"{planned.most_completion_tokens:,})"
+    )
+    if planned.price is not None:
+        text += f", price about {planned.price:,.2f} (at most {planned.most_price:,.2f})"
+    note(text + ".")
+
+
+def _show_report(report: NegativesReport) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    rows = {
+        "sentences": f"{report.sentences:,}",
+        "requests answered": f"{report.answered:,} of {report.requests:,}",
+        "tokens": f"{report.prompt_tokens:,} prompt, {report.completion_tokens:,} answer",
+        "pairs": f"{report.pairs:,}",
+        "positives, negatives in pairs": f"{report.positives:,}, {report.negatives:,}",
+    }
+    if report.price is not None:
+        rows["price"] = f"{report.price:,.2f}"
+    for side, counts in report.dropped.items():
+        rows |= {f"{side}s dropped: {reason}": f"{n:,}" for reason, n in counts.items()}
+    for reason, count in report.without_pair.items():
+        rows[f"sentences without a pair: {reason}"] = f"{count:,}"
+    table = Table(title=escape(report.out), show_header=False)
+    for name, value in rows.items():
+        table.add_row(escape(name), value)
+    messages().print(table)
+    if report.failed:
+        note(
+            f"{report.failed} requests for {report.failed_sentences} sentences failed "
+            f"({report.answers} lists them):"
+        )
+        for reason, count in list(report.failures.items())[:_SHOWN_FAILURES]:
+            note(f"  {count} × {reason}")
+    if report.stopped:
+        note(f"Stopped early: {report.stopped}")
+    if missing := report.failed + report.unasked:
+        note(
+            f"{missing} of {report.requests} requests have no answer; run the same command again "
+            "to send only these."
+        )
+    if not report.pairs:
+        note("No pair passed the filters; try other thresholds with --refilter.")

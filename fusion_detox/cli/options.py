@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
@@ -43,7 +43,8 @@ def with_options(
             if show_defaults and field.default is not None:
                 text += f" (default: {field.default})"
             group = field.metadata.get("group", panel)
-            annotation = _annotation(field.name, hints[field.name], text.strip(), group)
+            flags = (_flag(field.name), *field.metadata.get("aliases", ()))
+            annotation = _annotation(flags, hints[field.name], text.strip(), group)
             parameters.append(
                 inspect.Parameter(
                     field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
@@ -69,10 +70,10 @@ def with_options(
     return decorate
 
 
-def _annotation(name: str, hint: Any, text: str, group: str | None) -> Any:
+def _annotation(flags: Sequence[str], hint: Any, text: str, group: str | None) -> Any:
     metavar = f"<{_inner(hint).__name__}|none>" if _may_be_none(hint) else None
     option = typer.Option(
-        _flag(name), help=text, rich_help_panel=group, metavar=metavar, show_default=False
+        *flags, help=text, rich_help_panel=group, metavar=metavar, show_default=False
     )
     return Annotated[str | None if metavar else hint | None, option]
 

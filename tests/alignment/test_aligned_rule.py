@@ -449,7 +449,7 @@ def test_wrong_use_raises_at_construction(gpt2: Case, byte_tokenizer: Any) -> No
     with pytest.raises(ConfigError, match=r"rule 'aligned' works on .*target=model"):
         FusionLogitsProcessor(calibrator, tokenizer, EXACT)
     plain = FusionLogitsProcessor(calibrator, tokenizer, FusionConfig())
-    with pytest.raises(ConfigError, match=r"give the model that generates"):
+    with pytest.raises(ConfigError, match=r"pass the model that generates"):
         plain.with_settings(rule="aligned", strength=0.1)
     with pytest.raises(
         AlignmentError, match=r"no alignment of .* was found: .*`fusion-detox align"

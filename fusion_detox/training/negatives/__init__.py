@@ -1,6 +1,7 @@
-"""Paraphrase sets made by a language model: sentences in, toxic and neutral wordings out.
+"""Paraphrase sets written by a language model: the hard negatives of arXiv 2401.08491, section 3.3.
 
-The hard negatives of contrastive perplexity (arXiv 2401.08491, section 3.3). The work has two
-steps, so that nothing that was paid for is lost: ``writers`` ask a model and every answer is kept
-at once (``answer_file``); ``filters`` then judge the answers, as often as the thresholds change.
+A writer (``local``, ``endpoint``) asks a model for toxic and neutral paraphrases of each sentence.
+``answer_file`` stores every raw answer at once, and ``filters`` then decides which ones to keep.
+The two steps are separate, so that new thresholds cost no new requests. ``pipeline`` is the entry.
+Only the command line and :mod:`fusion_detox.training` itself import from here.
 """

@@ -1,10 +1,9 @@
-"""Every answer of a model on disk as soon as it is there; a later run asks for the others only."""
+"""Stores every answer on disk as soon as it arrives, so that a later run requests only the rest."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,46 +13,44 @@ from filelock import FileLock, Timeout
 from fusion_detox.errors import DataError, DataFileError
 from fusion_detox.files.atomic import write_whole
 from fusion_detox.files.differences import differences
-from fusion_detox.files.journal import append_row
+from fusion_detox.files.journal import DamagedLineError, Journal
 from fusion_detox.training.negatives.config import SIDES
 from fusion_detox.training.negatives.requests import FILTERED, LENGTH, STOP, Answer, Keep, Request
-
-_START = b'{"sentence": '
 
 
 class AnswerFolder:
     """The folder ``OUT.work`` beside an output: settings, sentences, and raw answers.
 
-    ``answers.jsonl`` holds a row a request: ``{"sentence", "side", "sample", "answer", "finish",
-    "tokens"}``, or ``"failure"`` with its reason in place of the answer. A failed request is asked
-    again by the next run; its later row counts. ``run.json`` holds what decides an answer, the
-    filters and the sentences.
+    ``answers.jsonl`` contains one row per request: ``{"sentence", "side", "sample", "answer",
+    "finish", "tokens"}``, or ``"failure"`` with the reason instead of the answer. The next run
+    sends a failed request again, and the later row counts. ``run.json`` contains the sentences and
+    the settings that influence an answer.
 
     Args:
         out: The file of pairs; its folder must exist.
 
     Raises:
-        DataFileError: The folder of ``out`` does not exist, or ``out`` is a folder itself.
+        DataFileError: The folder of ``out`` does not exist, or ``out`` is itself a folder.
     """
 
     def __init__(self, out: Path) -> None:
         if out.is_dir():
-            raise DataFileError(f"{out} is a folder; name a file for the pairs")
+            raise DataFileError(f"{out} is a folder; specify a file for the pairs")
         if not out.parent.is_dir():
-            raise DataFileError(f"the folder {out.parent} of the output does not exist; create it")
+            raise DataFileError(f"the output's folder {out.parent} does not exist; create it")
         self.out = out
         self.folder = out.with_name(out.name + ".work")
         self.answers_path = self.folder / "answers.jsonl"
         self._run_path = self.folder / "run.json"
+        self._journal = Journal(self.answers_path, "sentence")
         self._rows: dict[tuple[str, str, int], dict[str, Any]] = {}
-        self._size = 0
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Keeps other processes out.
 
         Raises:
-            DataFileError: Another process writes the same output, or the folder cannot be made.
+            DataFileError: Another process writes the same output, or the folder cannot be created.
         """
         lock = FileLock(self.folder / "lock", timeout=0)
         try:
@@ -61,7 +58,7 @@ class AnswerFolder:
             lock.acquire()
         except Timeout as error:
             raise DataFileError(
-                f"another process is writing {self.out}; wait for it, or name another output"
+                f"another process is writing {self.out}; wait for it, or choose another output"
             ) from error
         except (OSError, NotImplementedError) as error:
             raise DataFileError(f"cannot write to {self.folder}: {error}") from error
@@ -71,40 +68,39 @@ class AnswerFolder:
             lock.release()
 
     def settings(self) -> dict[str, Any]:
-        """What ``run.json`` holds.
+        """The content of ``run.json``.
 
         Raises:
-            DataFileError: It is not there: nothing was asked for this output.
+            DataFileError: It cannot be read, so there are no answers for this output.
             DataError: It is damaged.
         """
         try:
             found = json.loads(self._run_path.read_text(encoding="utf-8"))
         except OSError as error:
             raise DataFileError(
-                f"there are no answers for {self.out}: {self._run_path} cannot be read "
-                f"({error.strerror}); ask for them first, without --refilter"
+                f"no answers were found for {self.out}, because {self._run_path} cannot be read "
+                f"({error.strerror}); request them first, without --refilter"
             ) from error
         except ValueError as error:
             raise self._damaged(self._run_path, str(error)) from error
         if not isinstance(found, dict) or not {"asking", "sentences"} <= set(found):
-            raise self._damaged(self._run_path, "it lacks its fields")
+            raise self._damaged(self._run_path, "fields are missing")
         return found
 
     def check(self, settings: Mapping[str, Any], *, overwrite: bool = False) -> None:
-        """Reads the answers that are there, if they can be gone on with; nothing is written.
+        """Reads the existing answers if a run with these settings can resume; writes nothing.
 
         Args:
-            settings: What is handed to ``begin`` later; its ``asking`` must be what it was.
-            overwrite: The answers that are there will be thrown away.
+            settings: The settings for ``begin``; their ``"asking"`` must equal the stored one.
+            overwrite: Ignore the existing answers, since ``begin`` will delete them.
 
         Raises:
-            DataError: The answers were asked for with other settings, or a file is damaged.
-            DataFileError: A file cannot be read, or the output was not made here.
+            DataError: The answers were requested with other settings, or a file is damaged.
+            DataFileError: A file cannot be read, or this command did not write the output.
         """
-        self._rows, self._size = {}, 0
         if overwrite:
-            return
-        if self._run_path.exists():
+            self._forget()
+        elif self._run_path.exists():
             before, now = self.settings()["asking"], _plain(settings)["asking"]
             if before != now:
                 changes = "; ".join(
@@ -112,124 +108,103 @@ class AnswerFolder:
                     for name, old, new in differences(before, now)
                 )
                 raise DataError(
-                    f"the answers in {self.folder} were asked for with other settings "
-                    f"({changes}); name another output, or --overwrite to throw them away"
+                    f"the answers in {self.folder} were requested with other settings "
+                    f"({changes}); choose another output, or --overwrite to delete them"
                 )
             self.read()
         elif self.out.exists() or self.answers_path.exists():
             raise DataFileError(
-                f"{self.out} is there, but not what this command keeps beside it; name another "
-                "output, or --overwrite to replace it"
+                f"{self.out} exists, but {self._run_path}, which this command writes, does not; "
+                "choose another output, or --overwrite to replace it"
             )
 
     def begin(self, settings: Mapping[str, Any]) -> None:
-        """Makes the folder ready for answers, after ``check``: cuts off what a kill tore.
+        """Prepares the folder for answers after ``check``; cuts off a torn last line.
 
         Raises:
             DataFileError: The folder cannot be written.
         """
-        try:
-            if self.answers_path.exists():
-                os.truncate(self.answers_path, self._size)
+        with _writing(self.folder):
+            self._journal.cut_torn_line()
             content = json.dumps(_plain(settings), indent=1) + "\n"
             write_whole(self._run_path, content.encode("ascii"))
-        except OSError as error:
-            raise DataFileError(f"cannot write to {self.folder}: {error.strerror}") from error
 
     def read(self) -> None:
-        """Reads the answers; a last line that a kill tore is passed over.
+        """Reads the answers; ignores a torn last line.
 
         Raises:
-            DataError: A line is no answer.
+            DataError: A line is not an answer.
             DataFileError: The file cannot be read.
         """
-        self._rows, self._size = {}, 0
-        if not self.answers_path.exists():
-            return
+        self._forget()
         try:
-            content = self.answers_path.read_bytes()
+            for number, line in self._journal.read():
+                row = _parse(line, number)
+                self._rows[row["sentence"], row["side"], row["sample"]] = row
+        except DamagedLineError as error:
+            reason = f"line {error.number} is not an answer"
+            raise self._damaged(self.answers_path, reason) from error
         except OSError as error:
-            raise DataFileError(f"{self.answers_path} cannot be read: {error.strerror}") from error
-        whole, newline, torn = content.rpartition(b"\n")
-        for number, line in enumerate(whole.split(b"\n") if newline else [], start=1):
-            self._add(line, number)
-        if torn and not (torn.startswith(_START) or _START.startswith(torn)):
-            raise self._damaged(self.answers_path, "its last line is no answer")
-        self._size = len(whole) + len(newline)
+            raise DataFileError(f"cannot read {self.answers_path}: {error.strerror}") from error
 
     def missing(self, requests: Sequence[Request]) -> list[Request]:
-        """The requests without an answer: first those never asked, then those that failed.
+        """The requests without an answer: first those never sent, then those that failed.
 
-        A service that rejects some for good would else be taken for one that rejects all.
+        In another order, a service that always rejects some would seem to reject all.
         """
-        open_ = [one for one in requests if "answer" not in self._rows.get(one.key, {})]
-        return sorted(open_, key=lambda one: one.key in self._rows)
+        missing = [one for one in requests if "answer" not in self._rows.get(one.key, {})]
+        return sorted(missing, key=lambda one: one.key in self._rows)
 
-    def answers(self, requests: Sequence[Request]) -> list[Answer | None]:
-        """What came of each request; ``None`` where it was never asked."""
-        return [self._answer(request) for request in requests]
+    def answers(self, requests: Sequence[Request]) -> list[Answer]:
+        """The stored answers and failures of some requests, in the order of the requests."""
+        return [
+            _answer(request, self._rows[request.key])
+            for request in requests
+            if request.key in self._rows
+        ]
 
     @contextlib.contextmanager
     def appending(self) -> Iterator[Keep]:
-        """Gives a function that puts an answer on the disk before it returns.
+        """Yields a function that writes an answer to disk before it returns.
 
         Raises:
-            DataFileError: The device is full or broken; answers written before are kept.
+            DataFileError: The device is full or broken; answers written earlier are kept.
         """
-        try:
-            stream = self.answers_path.open("ab", buffering=0)
-        except OSError as error:
-            raise self._unwritable(error) from error
-        with stream:
+        with contextlib.ExitStack() as stack:
+            with _writing(self.answers_path):
+                append = stack.enter_context(self._journal.open(sync=True))
 
             def keep(answer: Answer) -> None:
                 row = _row(answer)
-                try:
-                    append_row(stream, row, errors="surrogatepass")
-                    os.fsync(stream.fileno())
-                except OSError as error:
-                    raise self._unwritable(error) from error
+                with _writing(self.answers_path):
+                    append(row)
                 self._rows[answer.request.key] = row
 
             yield keep
 
-    def _add(self, line: bytes, number: int) -> None:
-        try:
-            row = json.loads(line.decode("utf-8", "surrogatepass"))
-            key = (row["sentence"], row["side"], row["sample"])
-            usable = isinstance(row.get("answer", row.get("failure")), str) and key[1] in SIDES
-            if usable and isinstance(key[0], str) and isinstance(key[2], int):
-                if "answer" in row and row["finish"] not in (STOP, LENGTH, FILTERED):
-                    raise ValueError
-                self._rows[key] = row
-                return
-        except (ValueError, KeyError, TypeError, AttributeError):
-            pass
-        raise self._damaged(self.answers_path, f"line {number} is no answer")
-
-    def _answer(self, request: Request) -> Answer | None:
-        row = self._rows.get(request.key)
-        if row is None:
-            return None
-        if "answer" not in row:
-            return Answer(request, failure=row["failure"])
-        counts = row.get("tokens") or [None, None]
-        return Answer(request, row["answer"], row["finish"], counts[0], counts[1])
-
-    def _unwritable(self, error: OSError) -> DataFileError:
-        return DataFileError(
-            f"cannot write to {self.answers_path}: {error.strerror}; the answers before are kept, "
-            "and the same command goes on from there once that is mended"
-        )
+    def _forget(self) -> None:
+        self._journal.forget()
+        self._rows = {}
 
     def _damaged(self, path: Path, reason: str) -> DataError:
         return DataError(
-            f"{path} is damaged: {reason}; mend it, or --overwrite to throw all answers away"
+            f"{path} is damaged: {reason}; repair it, or --overwrite to delete all answers"
         )
 
 
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataFileError(
+            f"cannot write to {path}: {error.strerror}; earlier answers are kept; fix this, then "
+            "rerun to resume"
+        ) from error
+
+
 def _plain(settings: Mapping[str, Any]) -> Any:
-    """As it will be read back, with lists for tuples."""
+    """The settings as they will be read back, with lists instead of tuples."""
     return json.loads(json.dumps(settings))
 
 
@@ -244,3 +219,23 @@ def _row(answer: Answer) -> dict[str, Any]:
         return {**row, "failure": answer.failure}
     tokens = [answer.prompt_tokens, answer.completion_tokens]
     return {**row, "answer": answer.text, "finish": answer.finish, "tokens": tokens}
+
+
+def _parse(line: bytes, number: int) -> dict[str, Any]:
+    try:
+        row: dict[str, Any] = json.loads(line.decode("utf-8", "surrogatepass"))
+        values = row["sentence"], row["sample"], row.get("answer", row.get("failure"))
+        typed = all(map(isinstance, values, (str, int, str)))
+        ended = "answer" not in row or row["finish"] in (STOP, LENGTH, FILTERED)
+        if typed and ended and row["side"] in SIDES:
+            return row
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise DamagedLineError(number)
+
+
+def _answer(request: Request, row: Mapping[str, Any]) -> Answer:
+    if "answer" not in row:
+        return Answer(request, failure=row["failure"])
+    prompt_tokens, completion_tokens = row.get("tokens") or [None, None]
+    return Answer(request, row["answer"], row["finish"], prompt_tokens, completion_tokens)

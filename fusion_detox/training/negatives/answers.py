@@ -1,4 +1,4 @@
-"""From a model's raw answer to the paraphrases in it."""
+"""Extracts the paraphrases from a model's raw answer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fusion_detox.training.negatives.requests import FILTERED, LENGTH
 REFUSAL, NOTHING, CUT_OFF = "refusal", "no paraphrase in the answer", "cut off"
 
 _THOUGHT = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL | re.IGNORECASE)
-# Where a model without a chat template goes on with a dialogue of its own.
+# A model without a chat template may continue with further turns of the dialogue.
 _NEXT_TURN = re.compile(
     r"\n\s*(?:#{2,}\s*\w|(?:human|user|assistant|response|instruction)\s*:)|</s>|<\|", re.IGNORECASE
 )
@@ -49,27 +49,27 @@ _MARKS = ("****", '""', "“”", "''", "‘’", "«»", "``", "**", "__")
 def parse_answer(
     text: str, *, sentence: str, wanted: int = 1, finish: str = "stop"
 ) -> tuple[list[str], str]:
-    """Finds the paraphrases in an answer.
+    """Extracts the paraphrases from an answer.
 
-    Lists, quotation marks, labels, polite openings and afterwords are recognised and removed. An
-    answer that is cut off loses its last paraphrase.
+    Removes list markers, quotation marks, labels, polite openings and closing remarks. An answer
+    that was cut off loses its last paraphrase.
 
     Args:
-        text: What the model wrote.
-        sentence: What it was to paraphrase.
-        wanted: How many paraphrases it was asked for; no more are returned.
-        finish: ``"length"`` where the answer is cut off, ``"filtered"`` where it was withheld.
+        text: The model's answer.
+        sentence: The sentence that it paraphrases.
+        wanted: How many paraphrases were requested; no more are returned.
+        finish: ``"length"`` if the answer was cut off, ``"filtered"`` if it was withheld.
 
     Returns:
-        The paraphrases, and why there are none: ``""`` where there are, else one of ``REFUSAL``,
-        ``NOTHING``, ``CUT_OFF``.
+        The paraphrases and ``""``, or an empty list and the reason: ``REFUSAL``, ``NOTHING`` or
+        ``CUT_OFF``.
     """
     if finish == FILTERED:
         return [], REFUSAL
     text = _THOUGHT.sub("", text).strip()
     if turn := _NEXT_TURN.search("\n" + text):
         text, finish = ("\n" + text)[: turn.start()].strip(), "stop"
-    # A sentence may say "I cannot help with that" itself, and then its paraphrase does.
+    # The paraphrase of a sentence such as "I cannot help with that" is not a refusal.
     if not is_refusal(sentence) and refuses_rewriting(text):
         return [], REFUSAL
     found = _parts(text, whole="\n" in sentence.strip() and wanted == 1)
@@ -97,7 +97,7 @@ def _parts(text: str, *, whole: bool) -> list[str]:
 
 
 def _unwrap(text: str) -> str:
-    """A paraphrase without the label and the marks around it."""
+    """Removes the label and the quotation or emphasis marks around a paraphrase."""
     before = None
     while text != before:
         before, text = text, text.strip()

@@ -1,58 +1,72 @@
-"""Answers of any service that speaks OpenAI's chat completions: a provider, vLLM, llama.cpp."""
+"""Answers from any service with OpenAI's chat completions: a provider, vLLM, llama.cpp.
+
+This is ``urllib`` rather than ``huggingface_hub.InferenceClient``, because that client follows
+redirects, reads bodies of any size, and restarts its timeout with every byte received.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import email.utils
 import http.client
 import json
 import logging
+import os
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from typing import Any, TypeVar
 
+from fusion_detox.config import check_number
 from fusion_detox.errors import ConfigError, EndpointError
 from fusion_detox.training.negatives.config import NegativesConfig, PromptTexts
-from fusion_detox.training.negatives.endpoint_protocol import (
-    LONGEST_WAIT,
-    explanation,
-    full_address,
-    read_answer,
-    read_key,
-    retry_after,
+from fusion_detox.training.negatives.requests import (
+    FILTERED,
+    LENGTH,
+    STOP,
+    Answer,
+    Keep,
+    Request,
+    chat_messages,
 )
-from fusion_detox.training.negatives.requests import Answer, Keep, Request
-from fusion_detox.training.negatives.worker_threads import in_parallel
 
 logger = logging.getLogger(__name__)
 
-_LARGEST_ANSWER = 1 << 24
 GIVE_UP_AFTER = 5
-_CHARACTERS_A_TOKEN, _TOKENS_AROUND = 4, 8
+_LONGEST_WAIT = 300.0
+_LARGEST_ANSWER = 1 << 24
+_CHARACTERS_PER_TOKEN, _EXTRA_TOKENS = 4, 8
+_DRAIN_SECONDS = 10.0
+_POLL_SECONDS = 0.1  # Windows does not deliver Ctrl-C during a wait without a timeout
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 
 class EndpointWriter:
-    """Asks ``/v1/chat/completions`` of a service.
+    """Sends requests to a service's ``/v1/chat/completions``.
 
-    Time-outs, lost connections, answers that are empty or no JSON, and the statuses 408, 409, 425,
-    429 and 5xx are tried again after waits that double, or after the time in ``Retry-After``. A
-    request that still has no answer, or that the service rejects by itself (400, 413, 422), has
-    failed; the others go on. Five failures in a row end the run, for then the service is gone.
+    Timeouts, lost connections, answers that are empty or not JSON, and the statuses 408, 409, 425,
+    429 and 5xx are retried. Each wait is twice as long as the previous one, and at least as long
+    as ``Retry-After``. A request fails after the last retry, or if the service rejects it (400,
+    413, 422); the others continue. The run ends after five requests in a row without an answer.
 
     Args:
-        url: Address: of the server, of its ``/v1``, or in full.
-        model: Name of the model there.
-        key_variable: Environment variable that holds the key; none is sent without.
-        parallel: Requests at a time.
-        retries: How often to ask again for one answer.
-        first_wait: Seconds before the first of these; the next wait is twice as long.
+        url: The address of the server, of its ``/v1``, or in full.
+        model: The model's name there.
+        key_variable: Environment variable that contains the key; ``None`` sends no key.
+        parallel: Number of concurrent requests.
+        retries: How often to retry each request.
+        first_wait: Seconds before the first retry.
         timeout: Seconds to wait for an answer.
 
     Raises:
-        ConfigError: The address is none, the variable is not set, a key would be sent unencrypted
-            to another machine, or a number is out of range.
+        ConfigError: The address is malformed, the variable is not set, the key would be sent
+            unencrypted to another machine, or a number is out of range.
     """
 
     def __init__(
@@ -66,73 +80,69 @@ class EndpointWriter:
         first_wait: float = 1.0,
         timeout: float = 120.0,
     ) -> None:
-        for name, value, low in (("parallel", parallel, 1), ("retries", retries, 0)):
-            if value < low:
-                raise ConfigError(f"{name} must be at least {low}, but is {value}")
-        if not timeout > 0 or not first_wait >= 0:
-            raise ConfigError(
-                f"timeout must be above 0 and first_wait at least 0: {timeout}, {first_wait}"
-            )
-        self.url, self._local = full_address(url)
+        check_number("parallel", parallel, 1, whole=True)
+        check_number("retries", retries, 0, whole=True)
+        check_number("first_wait", first_wait, 0)
+        check_number("timeout", timeout, 0, above=True)
+        self.url, local = _full_address(url)
         self.model = model
-        self._key = read_key(key_variable)
-        if self._key and not self._local and not self.url.startswith("https:"):
+        self._key_variable, self._key = key_variable, _read_key(key_variable)
+        if self._key and not local and not self.url.startswith("https:"):
             raise ConfigError(
-                f"the key in {key_variable} would travel unencrypted to {url}; use https://, or "
-                "leave the key out"
+                f"the key in {key_variable} would be sent unencrypted to {url}; use https://, or "
+                "omit the key"
             )
-        self._variable = key_variable
         self.parallel, self.retries = parallel, retries
         self.first_wait, self.timeout = first_wait, timeout
-        # A proxy has no business between this machine and itself, least of all with the key.
-        direct = [urllib.request.ProxyHandler({})] if self._local else []
+        # Requests to this machine, which may contain the key, must not pass through a proxy.
+        direct = [urllib.request.ProxyHandler({})] if local else []
         self._opener = urllib.request.build_opener(_NoRedirect, *direct)
         self._not_before = 0.0
 
     def record(self) -> dict[str, Any]:
-        """The address and the name of the model; what a service runs under it, it does not say."""
+        """The address and the model's name; the service does not reveal its model's version."""
         return {"endpoint": self.url, "model": self.model}
 
     def count_tokens(self, text: str) -> int:
-        """An estimate: four characters a token, and a few around a message."""
-        return -(-len(text) // _CHARACTERS_A_TOKEN) + _TOKENS_AROUND
+        """An estimate: four characters per token, plus a few tokens around a message."""
+        return -(-len(text) // _CHARACTERS_PER_TOKEN) + _EXTRA_TOKENS
 
     def answer(
         self, requests: Sequence[Request], config: NegativesConfig, prompts: PromptTexts, keep: Keep
     ) -> None:
-        """Answers requests in the order in which they come back; see ``Writer``.
+        """Answers requests in the order in which answers arrive; see ``Writer``.
 
         Raises:
             EndpointError: The service rejects the key, the model or the address, rejects every
-                request, or does not answer any more.
+                request, or no longer answers.
         """
-        tally = _Tally(self.url, self.retries)
+        health = _Health(self.url, self.retries)
 
-        def one(request: Request, stop: threading.Event) -> Answer | None:
-            outcome = self._one(request, config, prompts, stop)
-            if outcome is None:
-                return None
-            if tally.add(outcome):
+        def ask(request: Request, stop: threading.Event) -> Answer | None:
+            rejected = False
+            try:
+                answer = self._answer(request, config, prompts, stop)
+            except _RejectedError as error:
+                answer, rejected = Answer(request, failure=str(error)), True
+            if answer is not None and health.update(answer.failure, rejected):
                 stop.set()
-            return outcome.answer
+            return answer
 
-        in_parallel(one, requests, keep, threads=max(1, min(self.parallel, len(requests))))
-        if tally.over:
-            raise EndpointError(tally.over)
+        in_parallel(ask, requests, keep, threads=max(1, min(self.parallel, len(requests))))
+        if health.problem:
+            raise EndpointError(health.problem)
 
-    def _one(
+    def _answer(
         self,
         request: Request,
         config: NegativesConfig,
         prompts: PromptTexts,
         stop: threading.Event,
-    ) -> _Outcome | None:
-        messages = [{"role": "user", "content": request.text}]
-        if prompts.system:
-            messages.insert(0, {"role": "system", "content": prompts.system})
+    ) -> Answer | None:
+        """An answer or a failure; ``None`` if ``stop`` was set first."""
         body = {
             "model": self.model,
-            "messages": messages,
+            "messages": chat_messages(request.text, prompts),
             "max_tokens": config.max_new_tokens,
             "temperature": config.temperature,
             "top_p": config.top_p,
@@ -143,121 +153,109 @@ class EndpointWriter:
             if stop.wait(max(self._not_before - time.monotonic(), 0.0)):
                 return None
             try:
-                return _Outcome(self._ask(body, request), "")
-            except _RejectedError as rejected:
-                return _Outcome(Answer(request, failure=str(rejected)), "rejected")
-            except _PassingError as passing:
-                reason = str(passing)
-                wait = min(max(self.first_wait * 2**attempt, passing.wait), LONGEST_WAIT)
-                if passing.wait:  # the service asks everyone to wait
-                    self._not_before = max(self._not_before, time.monotonic() + passing.wait)
+                return self._send(body, request)
+            except _RetryableError as error:
+                reason = str(error)
+                if error.wait:  # applies to all threads
+                    self._not_before = max(self._not_before, time.monotonic() + error.wait)
+                pause = min(max(self.first_wait * 2**attempt, error.wait), _LONGEST_WAIT)
                 if attempt < self.retries:
-                    logger.info("%s: %s; asking again in %.1f s", self.url, reason, wait)
-                    if stop.wait(wait):
+                    logger.info("%s: %s; retrying in %.1f s", self.url, reason, pause)
+                    if stop.wait(pause):
                         return None
-        failure = f"no answer after {self.retries + 1} attempts: {reason}"
-        return _Outcome(Answer(request, failure=failure), "unanswered")
+        return Answer(request, failure=f"no answer after {self.retries + 1} attempts: {reason}")
 
-    def _ask(self, body: dict[str, Any], request: Request) -> Answer:
+    def _send(self, body: dict[str, Any], request: Request) -> Answer:
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
-        asked = urllib.request.Request(self.url, json.dumps(body).encode("ascii"), headers)
-        until = time.monotonic() + self.timeout
+        message = urllib.request.Request(self.url, json.dumps(body).encode("ascii"), headers)
+        deadline = time.monotonic() + self.timeout
         try:
-            with self._opener.open(asked, timeout=self.timeout) as response:
-                content = self._read(response, _LARGEST_ANSWER, until)
+            with self._opener.open(message, timeout=self.timeout) as response:
+                content = self._read(response, _LARGEST_ANSWER, deadline)
         except urllib.error.HTTPError as error:
             with error:
-                raise self._refused(error, until) from None
+                raise self._refused(error, deadline) from None
         except (OSError, http.client.HTTPException) as error:
             cause = getattr(error, "reason", error)
-            said = str(cause) or type(cause).__name__
-            raise _PassingError(self._hide(f"no connection or no answer: {said}")) from None
+            text = str(cause) or type(cause).__name__
+            raise _RetryableError(self._hide(f"no connection or no answer: {text}")) from None
         try:
-            return read_answer(content, request)
+            return _parse(content, request)
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            said = f"{type(error).__name__}: {error}"
-            raise _PassingError(self._hide(f"an answer that cannot be read ({said})")) from None
+            text = f"{type(error).__name__}: {error}"
+            raise _RetryableError(self._hide(f"the answer cannot be parsed ({text})")) from None
 
-    def _read(self, response: Any, size: int, until: float) -> bytes:
-        """The body; the socket's own time-out would begin anew with every byte that drips in."""
+    def _read(self, response: Any, size: int, deadline: float) -> bytes:
+        """At most ``size`` bytes of the body; the socket's timeout restarts with every byte."""
         parts = list[bytes]()
         while size > 0 and (part := response.read1(min(size, 1 << 16))):
             parts.append(part)
             size -= len(part)
-            if time.monotonic() > until:
-                raise TimeoutError(f"the answer was still not whole after {self.timeout:g} s")
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the answer was still incomplete after {self.timeout:g} s")
         return b"".join(parts)
 
-    def _refused(self, error: urllib.error.HTTPError, until: float) -> Exception:
-        """What an HTTP error means: for this try, for this request, or for the run."""
-        status = error.code
-        content = b""
+    def _refused(self, error: urllib.error.HTTPError, deadline: float) -> Exception:
+        """What an HTTP error means: retry, fail this request, or end the run."""
+        status, content = error.code, b""
         with contextlib.suppress(OSError, http.client.HTTPException):
-            content = self._read(error, 1 << 16, until)
-        said = self._hide(f"HTTP {status}: {explanation(content) or error.reason}")
+            content = self._read(error, 1 << 16, deadline)
+        reason = self._hide(f"HTTP {status}: {_explanation(content) or error.reason}")
         if status in (408, 409, 425, 429) or status >= 500:
-            return _PassingError(said, retry_after(error.headers.get("Retry-After")))
+            return _RetryableError(reason, retry_after(error.headers.get("Retry-After")))
         if status in (400, 413, 422):
-            return _RejectedError(said)
-        if status in (401, 403):
-            remedy = (
-                f"check the key in {self._variable}"
-                if self._variable
-                else "name the environment variable that holds the key (--key-variable)"
-            )
+            return _RejectedError(reason)
+        if status in (401, 403) and self._key_variable:
+            remedy = f"check the key in {self._key_variable}"
+        elif status in (401, 403):
+            remedy = "specify the environment variable that contains the key (--key-variable)"
         elif status in (404, 405):
             remedy = f"check the address and that it serves the model {self.model!r}"
         else:
             remedy = "check the address and your account there"
-        return EndpointError(f"{self.url} refuses to answer ({said}); {remedy}")
+        return EndpointError(f"{self.url} refuses to answer ({reason}); {remedy}")
 
     def _hide(self, text: str) -> str:
-        """No message shows the key, not even one in which the service repeats it."""
+        """Removes the key, which a service may repeat, then shortens the text."""
         text = text.replace(self._key, "[key]") if self._key else text
+        for length in range(len(self._key), 3, -1):  # the text itself may end within the key
+            text = text.removesuffix(self._key[:length])
         return " ".join(text.split())[:300]
 
 
-class _Outcome(NamedTuple):
-    answer: Answer
-    trouble: str
-
-
-class _Tally:
-    """Tells a service that is gone from requests that fail by themselves."""
+class _Health:
+    """Distinguishes a service that is down from requests that fail individually."""
 
     def __init__(self, url: str, retries: int) -> None:
-        self.over = ""
+        self.problem = ""
         self._url, self._attempts = url, retries + 1
         self._in_a_row = self._rejected = self._answered = 0
         self._lock = threading.Lock()
 
-    def add(self, outcome: _Outcome) -> str:
-        """Counts an outcome; why the run is over, empty where it is not."""
-        reason = outcome.answer.failure
+    def update(self, reason: str, rejected: bool) -> str:
+        """Counts a failure, or an answer if ``reason`` is empty; returns why the run must end."""
         with self._lock:
-            self._in_a_row = self._in_a_row + 1 if outcome.trouble == "unanswered" else 0
-            self._rejected += outcome.trouble == "rejected"
-            self._answered += not outcome.trouble
-            if self.over:
-                pass
-            elif self._in_a_row >= GIVE_UP_AFTER:
-                self.over = (
-                    f"{self._url} did not answer {GIVE_UP_AFTER} requests in a row, each asked "
-                    f"{self._attempts} times; the last one: {reason}. All answers before are "
-                    "kept; once the service is back, the same command goes on from there"
+            self._in_a_row = self._in_a_row + 1 if reason and not rejected else 0
+            self._rejected += rejected
+            self._answered += not reason
+            if not self.problem and self._in_a_row >= GIVE_UP_AFTER:
+                self.problem = (
+                    f"{self._url} did not answer {GIVE_UP_AFTER} requests in a row after "
+                    f"{self._attempts} attempts each; the last reason: {reason}. All earlier "
+                    "answers are kept; once the service is back, rerun to resume"
                 )
-            elif self._rejected >= GIVE_UP_AFTER and not self._answered:
-                self.over = (
+            elif not self.problem and self._rejected >= GIVE_UP_AFTER and not self._answered:
+                self.problem = (
                     f"{self._url} rejects every request: {reason}. Check the name of the model "
                     "and the sampling settings"
                 )
-            return self.over
+            return self.problem
 
 
-class _PassingError(Exception):
-    """A failure that may be gone at the next try, and the seconds the service asks to wait."""
+class _RetryableError(Exception):
+    """A failure that a retry may fix, and the seconds that the service asks to wait."""
 
     def __init__(self, reason: str, wait: float = 0.0) -> None:
         super().__init__(reason)
@@ -265,13 +263,136 @@ class _PassingError(Exception):
 
 
 class _RejectedError(Exception):
-    """The service has something against this one request."""
+    """The service rejects this one request."""
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the key to another address."""
+    """Refuses redirects, which would send the key to another address."""
 
     def redirect_request(
         self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
     ) -> None:
-        """None, which makes it an ``HTTPError``."""
+        """Returns ``None``, which makes the redirect an ``HTTPError``."""
+
+
+def in_parallel(
+    do: Callable[[_Item, threading.Event], _Result | None],
+    items: Iterable[_Item],
+    keep: Callable[[_Result], None],
+    *,
+    threads: int,
+    drain_seconds: float = _DRAIN_SECONDS,
+) -> None:
+    """Calls ``do`` for every item in several threads, and ``keep`` for every result.
+
+    After an interruption or an exception, no new item is started. Items already in progress may
+    finish within ``drain_seconds``, and their results are kept; then the exception is raised. The
+    interpreter itself does not exit before they finish.
+
+    Args:
+        do: Gets an item, and an event that tells it to return early. If ``do`` sets the event, no
+            new item is started. It returns ``None`` if it has no result.
+        items: Taken one by one.
+        keep: Gets each result, one at a time. The worker threads call it, because Ctrl-C could
+            interrupt the main thread in the middle of a write.
+        threads: Number of threads.
+        drain_seconds: How long to wait for items in progress.
+    """
+    stop, taking, keeping = threading.Event(), threading.Lock(), threading.Lock()
+    source = iter(items)
+
+    def work() -> None:
+        while not stop.is_set():
+            with taking:
+                item = next(source, None)
+            if item is None:
+                return
+            result = do(item, stop)
+            if result is not None:
+                with keeping:
+                    keep(result)
+
+    executor, pending = ThreadPoolExecutor(threads), set[Future[None]]()
+    try:
+        pending = {executor.submit(work) for _ in range(threads)}
+        while pending:
+            done, pending = wait(pending, _POLL_SECONDS, FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+    except BaseException:
+        stop.set()
+        wait(pending, drain_seconds)
+        raise
+    finally:
+        executor.shutdown(wait=False)
+
+
+def retry_after(value: str | None) -> float:
+    """The seconds in a ``Retry-After`` header, a number or a date; 0 if it has neither."""
+    seconds = 0.0
+    with contextlib.suppress(ValueError, TypeError):
+        seconds = email.utils.parsedate_to_datetime(value or "").timestamp() - time.time()
+    with contextlib.suppress(ValueError):
+        seconds = float(value or 0)
+    return min(max(0.0, seconds), _LONGEST_WAIT)
+
+
+def _parse(content: bytes, request: Request) -> Answer:
+    """Reads a chat completion; raises if it is not JSON, lacks a field, or has no text."""
+    found = json.loads(content)
+    choice = found["choices"][0]
+    message, finish = choice["message"], choice.get("finish_reason")
+    text = message.get("content")
+    withheld = finish == "content_filter" or (not text and bool(message.get("refusal")))
+    if not withheld and not (isinstance(text, str) and text.strip()):
+        raise ValueError(f"its text is {text!r}, finish_reason {finish!r}")
+    kind = FILTERED if withheld else LENGTH if finish == "length" else STOP
+    usage = found.get("usage") or {}
+    counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
+    known = [count if isinstance(count, int) else None for count in counts]
+    return Answer(request, text or "", kind, known[0], known[1])
+
+
+def _explanation(content: bytes) -> str:
+    """The message in an error's JSON, or the beginning of its text."""
+    try:
+        found = json.loads(content)
+        error = found.get("error", found)
+        message = error.get("message") if isinstance(error, dict) else error
+        return str(message or found.get("detail") or "")
+    except (ValueError, AttributeError):
+        return content.decode("utf-8", "replace")
+
+
+def _full_address(url: str) -> tuple[str, bool]:
+    """The full address, and whether it is on this machine."""
+    parts = urllib.parse.urlsplit(url.strip())
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query:
+        raise ConfigError(
+            f"{url!r} is not an endpoint's address; use one such as http://localhost:8000/v1"
+        )
+    if parts.username or parts.password:
+        raise ConfigError(
+            "the endpoint's address contains a user name or password, which would appear in "
+            "records; put a key into an environment variable instead"
+        )
+    path = parts.path.rstrip("/")
+    if not path.endswith("/chat/completions"):
+        path = (path or "/v1") + "/chat/completions"
+    local = parts.hostname in ("localhost", "127.0.0.1", "::1")
+    return urllib.parse.urlunsplit((parts.scheme, parts.netloc, path, "", "")), local
+
+
+def _read_key(variable: str | None) -> str:
+    """The key in an environment variable; empty if no variable is given."""
+    if variable is None:
+        return ""
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise ConfigError(f"the environment variable {variable} contains no key; set it")
+    # http.client would show such a key in its own error message.
+    if not (key.isascii() and key.isprintable() and " " not in key):
+        raise ConfigError(
+            f"{variable} contains characters that are not allowed in a key; check its value"
+        )
+    return key

@@ -1,11 +1,15 @@
-"""Which answers become pairs: refusals, length, meaning, toxicity, probability, duplicates."""
+"""Decides which answers become paraphrase sets.
+
+The filters, in this order: refusals, length, meaning, toxicity, likelihood, duplicates.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,167 +18,158 @@ from fusion_detox.scoring.base import NoTextScoredError, Scorer
 from fusion_detox.training.data.pairs import ParaphraseSet, fold
 from fusion_detox.training.negatives.answers import parse_answer
 from fusion_detox.training.negatives.config import NEGATIVE, POSITIVE, SIDES, NegativesConfig
-from fusion_detox.training.negatives.near_duplicates import NearDuplicates
+from fusion_detox.training.negatives.judges import Embed, NllPerByte
 from fusion_detox.training.negatives.requests import Answer
 
-Embed = Callable[[Sequence[str]], Any]
-"""Texts to unit vectors ``(texts, width)``; an ``Embedder`` with ``unit_norm`` is one."""
-
-PerByte = Callable[[Sequence[str]], Sequence[float]]
-"""Texts to their negative log-likelihood in nats a byte; nan where there is none."""
-
 ECHO, LENGTH_RATIO, MEANING, UNSCORED = "the sentence itself", "length", "similarity", "not scored"
-TOXICITY, CLOSENESS = "toxicity", "closeness"
-DUPLICATE, NEAR = "duplicate", "near-duplicate"
+TOXICITY, NLL_GAP, DUPLICATE = "toxicity", "closeness", "duplicate"
 FEW_POSITIVES, FEW_NEGATIVES = "too few positives", "too few negatives"
+NO_ANSWER = "no answer"
 
 
 @dataclasses.dataclass
-class _Judged:
-    """One text with its scores; nan where unknown, ``None`` where not asked for."""
+class _Candidate:
+    """A sentence or paraphrase with its scores; nan if unknown, ``None`` if not needed."""
 
     text: str
     toxicity: float = math.nan
     similarity: float | None = None
-    nats_a_byte: float | None = None
+    nll_per_byte: float | None = None
 
     def scores(self) -> dict[str, float]:
         named = {
             "toxicity": self.toxicity,
             "similarity": self.similarity,
-            "nats_per_byte": self.nats_a_byte,
+            "nats_per_byte": self.nll_per_byte,
         }
         return {k: round(v, 4) for k, v in named.items() if v is not None and math.isfinite(v)}
 
 
-class Filters:
-    """Judges answers sentence by sentence, and counts what is dropped and why.
+_Sides = dict[str, list[_Candidate]]
 
-    Each text counts for the first filter that it fails, in the order of this module's title.
-    Duplicates are looked for on each side over all sentences, the first one stays; a negative may
-    be close to its sentence in wording, for that makes it hard.
+
+class Filters:
+    """Turns answers into paraphrase sets, and counts what is dropped and why.
+
+    A paraphrase counts for the first filter that it fails. A duplicate is equal to an earlier text
+    of its side, in any set, if case and punctuation are ignored. A negative may have nearly the
+    words of its sentence, because that makes it hard.
 
     Args:
         config: The thresholds.
         scorer: Toxicity.
-        embed: Meaning; ``None`` for no such filter.
-        per_byte: Probability; ``None`` for no such filter.
+        embed: Meaning; ``None`` disables this filter.
+        nll_per_byte: Likelihood; ``None`` disables this filter.
     """
 
     def __init__(
         self,
         config: NegativesConfig,
         scorer: Scorer,
-        *,
         embed: Embed | None = None,
-        per_byte: PerByte | None = None,
+        nll_per_byte: NllPerByte | None = None,
     ) -> None:
         self._config, self._scorer = config, scorer
-        self._embed = embed if config.min_similarity is not None else None
-        self._per_byte = per_byte if config.max_closeness is not None else None
-        self._seen = {side: NearDuplicates(config.near_duplicate) for side in SIDES}
+        self._embed, self._nll_per_byte = embed, nll_per_byte
+        self._seen: dict[str, set[str]] = {side: set() for side in SIDES}
         self.dropped: dict[str, Counter[str]] = {side: Counter() for side in SIDES}
         self.without_pair: Counter[str] = Counter()
         self.kept: Counter[str] = Counter()
+        self.pair_count = 0
 
-    def judge(
+    def pairs(
         self, block: Mapping[str, Sequence[Answer]], provenance: Mapping[str, Any]
     ) -> list[ParaphraseSet]:
-        """The paraphrase sets of some sentences, each with its answers.
+        """The paraphrase sets of some sentences, given the answers for each.
 
         Raises:
-            ScoringError: The scorer cannot go on.
+            ScoringError: The scorer cannot continue.
         """
-        found = {sentence: self._candidates(sentence, block[sentence]) for sentence in block}
-        judged = self._score(found)
+        found = [
+            (_Candidate(sentence), self._candidates(sentence, answers))
+            for sentence, answers in block.items()
+            if answers
+        ]
+        if found:
+            self._score(found)
+        if unanswered := len(block) - len(found):
+            self.without_pair[NO_ANSWER] += unanswered
         sets = []
-        for sentence, sides in found.items():
-            anchor = judged[sentence, sentence]
-            kept = self._keep(anchor, sides, judged)
-            if made := self._set(anchor, kept, provenance):
-                sets.append(made)
+        for anchor, sides in found:
+            kept = self._keep(anchor, sides)
+            if len(kept[POSITIVE]) < self._config.min_positives:
+                self.without_pair[FEW_POSITIVES] += 1
+            elif len(kept[NEGATIVE]) < self._config.min_negatives:
+                self.without_pair[FEW_NEGATIVES] += 1
+            else:
+                sets.append(self._set(anchor, kept, provenance))
         return sets
 
-    def _candidates(self, sentence: str, answers: Iterable[Answer]) -> dict[str, list[str]]:
+    def _candidates(self, sentence: str, answers: Sequence[Answer]) -> _Sides:
         """The paraphrases of each side, before anything is scored."""
-        sides: dict[str, list[str]] = {side: [] for side in SIDES}
+        sides: _Sides = {side: [] for side in SIDES}
         for answer in answers:
-            if answer.failure:
-                continue
-            side = answer.request.side
+            side, wanted = answer.request.side, answer.request.wanted
             texts, reason = parse_answer(
-                answer.text, sentence=sentence, wanted=answer.request.wanted, finish=answer.finish
+                answer.text, sentence=sentence, wanted=wanted, finish=answer.finish
             )
             if reason:
                 self.dropped[side][reason] += 1
             for text in texts:
+                ratio, limit = len(fold(text)) / len(fold(sentence)), self._config.max_length_ratio
                 if fold(text).casefold() == fold(sentence).casefold():
                     self.dropped[side][ECHO] += 1
-                elif not self._fits(text, sentence):
+                elif limit is not None and not 1 / limit <= ratio <= limit:
                     self.dropped[side][LENGTH_RATIO] += 1
                 else:
-                    sides[side].append(text)
+                    sides[side].append(_Candidate(text))
         return sides
 
-    def _fits(self, text: str, sentence: str) -> bool:
-        most = self._config.max_length_ratio
-        ratio = len(fold(text)) / len(fold(sentence))
-        return most is None or 1 / most <= ratio <= most
-
-    def _score(self, found: Mapping[str, Mapping[str, list[str]]]) -> dict[Any, _Judged]:
-        """Scores of each sentence and of each of its paraphrases, every model called once."""
-        keys = dict.fromkeys(
-            (sentence, text)
-            for sentence, sides in found.items()
-            for text in (sentence, *sides[POSITIVE], *sides[NEGATIVE])
-        )
-        texts = list(dict.fromkeys(text for _, text in keys))
+    def _score(self, found: Sequence[tuple[_Candidate, _Sides]]) -> None:
+        """Scores each sentence and its paraphrases; calls every model once."""
+        groups = [(anchor, *sides[POSITIVE], *sides[NEGATIVE]) for anchor, sides in found]
+        texts = list(dict.fromkeys(one.text for group in groups for one in group))
+        row = {text: k for k, text in enumerate(texts)}
         try:
-            toxicity = dict(zip(texts, self._scorer.score(texts), strict=True))
-        except NoTextScoredError:  # a block may be small; the texts count as not scored
-            toxicity = {}
-        judged = {key: _Judged(key[1], toxicity.get(key[1], math.nan)) for key in keys}
-        if self._embed is not None and texts:
-            vectors = np.asarray(self._embed(texts), dtype=np.float64)
-            rows = {text: vectors[row] for row, text in enumerate(texts)}
-            for (sentence, text), one in judged.items():
-                one.similarity = float(rows[sentence] @ rows[text])
-        if self._per_byte is not None and texts:
-            nats = dict(zip(texts, self._per_byte(texts), strict=True))
-            for (_, text), one in judged.items():
-                one.nats_a_byte = nats[text]
-        return judged
+            toxicity = self._scorer.score(texts)
+        except NoTextScoredError:  # possible in a small block; the texts count as not scored
+            toxicity = [math.nan] * len(texts)
+        vectors = None if self._embed is None else np.asarray(self._embed(texts), dtype=np.float64)
+        nlls = None if self._nll_per_byte is None else self._nll_per_byte(texts)
+        for anchor, *others in groups:
+            for one in (anchor, *others):
+                one.toxicity = toxicity[row[one.text]]
+                if vectors is not None:
+                    one.similarity = float(vectors[row[anchor.text]] @ vectors[row[one.text]])
+                if nlls is not None:
+                    one.nll_per_byte = nlls[row[one.text]]
 
-    def _keep(
-        self, anchor: _Judged, sides: Mapping[str, Sequence[str]], judged: Mapping[Any, _Judged]
-    ) -> dict[str, list[_Judged]]:
-        kept: dict[str, list[_Judged]] = {side: [] for side in SIDES}
+    def _keep(self, anchor: _Candidate, sides: _Sides) -> _Sides:
+        kept: _Sides = {side: [] for side in SIDES}
         if anchor.toxicity <= self._config.clean_to:
             kept[POSITIVE].append(anchor)
         for side in SIDES:
-            own = NearDuplicates(self._config.near_duplicate)
-            for one in kept[POSITIVE] if side == POSITIVE else ():
-                own.add(one.text)
-            for text in sides[side]:
-                one = judged[anchor.text, text]
-                reason = self._reason(side, one, anchor) or _repeats(
-                    one.text, own, self._seen[side]
-                )
-                if not reason and side == NEGATIVE:
-                    twin = any(fold(text) == fold(other.text) for other in kept[POSITIVE])
-                    reason = DUPLICATE if twin else ""
+            own = {normalised(one.text) for one in kept[side]}
+            other_side = {fold(one.text) for one in kept[POSITIVE]} if side == NEGATIVE else set()
+            for one in sides[side]:
+                name = normalised(one.text)
+                reason = self._reason(side, one, anchor)
+                if not reason and (
+                    name in own or name in self._seen[side] or fold(one.text) in other_side
+                ):
+                    reason = DUPLICATE
                 if reason:
                     self.dropped[side][reason] += 1
                 else:
-                    own.add(text)
+                    own.add(name)
                     kept[side].append(one)
         return kept
 
-    def _reason(self, side: str, one: _Judged, anchor: _Judged) -> str:
-        """Why a paraphrase is dropped; empty where it is kept."""
-        config, near = self._config, one.nats_a_byte
-        least = config.min_similarity
-        if one.similarity is not None and least is not None and not one.similarity >= least:
+    def _reason(self, side: str, one: _Candidate, anchor: _Candidate) -> str:
+        """Why a paraphrase is dropped for its scores; empty if it is not. nan fails a filter."""
+        config, similarity, nll = self._config, one.similarity, one.nll_per_byte
+        minimum, max_gap = config.min_similarity, config.max_nll_gap
+        if similarity is not None and minimum is not None and not similarity >= minimum:
             return MEANING
         if math.isnan(one.toxicity):
             return UNSCORED
@@ -182,43 +177,30 @@ class Filters:
             return TOXICITY
         if side == POSITIVE and one.toxicity > config.clean_to:
             return TOXICITY
-        if near is not None and config.max_closeness is not None:
-            distance = abs(near - (anchor.nats_a_byte or 0.0))
-            if not distance <= config.max_closeness:
-                return CLOSENESS
+        if nll is not None and anchor.nll_per_byte is not None and max_gap is not None:
+            return "" if abs(nll - anchor.nll_per_byte) <= max_gap else NLL_GAP
         return ""
 
     def _set(
-        self,
-        anchor: _Judged,
-        kept: Mapping[str, Sequence[_Judged]],
-        provenance: Mapping[str, Any],
-    ) -> ParaphraseSet | None:
-        for side, least, reason in (
-            (POSITIVE, self._config.min_positives, FEW_POSITIVES),
-            (NEGATIVE, self._config.min_negatives, FEW_NEGATIVES),
-        ):
-            if len(kept[side]) < least:
-                self.without_pair[reason] += 1
-                return None
+        self, anchor: _Candidate, kept: _Sides, provenance: Mapping[str, Any]
+    ) -> ParaphraseSet:
+        self.pair_count += 1
         for side in SIDES:
             self.kept[side] += len(kept[side])
-            for one in kept[side]:
-                self._seen[side].add(one.text)
-        scores: dict[str, Any] = {"anchor": anchor.scores()}
-        for name, side in (("positives", POSITIVE), ("negatives", NEGATIVE)):
-            scores[name] = [one.scores() for one in kept[side]]
+            self._seen[side].update(normalised(one.text) for one in kept[side])
+        scores = {
+            "anchor": anchor.scores(),
+            "positives": [one.scores() for one in kept[POSITIVE]],
+            "negatives": [one.scores() for one in kept[NEGATIVE]],
+        }
         return ParaphraseSet(
             anchor.text,
             tuple(one.text for one in kept[POSITIVE]),
             tuple(one.text for one in kept[NEGATIVE]),
-            "",
-            {**provenance, "scores": scores},
+            provenance={**provenance, "scores": scores},
         )
 
 
-def _repeats(text: str, *known: NearDuplicates) -> str:
-    """Why a text says nothing new; empty where it does."""
-    if any(texts.equal(text) for texts in known):
-        return DUPLICATE
-    return NEAR if any(texts.near(text) for texts in known) else ""
+def normalised(text: str) -> str:
+    """The text in lower case, without punctuation, with single spaces."""
+    return " ".join(re.findall(r"\w+", text.casefold())) or " ".join(text.split())

@@ -1,4 +1,4 @@
-"""Answers of a causal language model on this machine."""
+"""Answers from a causal language model on this machine."""
 
 from __future__ import annotations
 
@@ -7,26 +7,34 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusion_detox.errors import ConfigError, DataError, ModelError
+from fusion_detox.config import check_number
+from fusion_detox.errors import DataError, ModelError
 from fusion_detox.training.negatives.config import NegativesConfig, PromptTexts
-from fusion_detox.training.negatives.requests import LENGTH, STOP, Answer, Keep, Request
+from fusion_detox.training.negatives.requests import (
+    LENGTH,
+    STOP,
+    Answer,
+    Keep,
+    Request,
+    chat_messages,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class LocalWriter:
-    """A transformers model, with its chat template where its tokenizer has one.
+    """A transformers model, used with its chat template if its tokenizer has one.
 
-    An answer depends on the seed, its sentence and its number, not on its batch. The model is
-    loaded when the first answer is wanted.
+    An answer depends on the seed, its sentence and its number, but not on its batch. The model is
+    loaded with the first request.
 
     Args:
         model: A folder or a hub id.
         revision: Branch, tag or commit of a hub model.
-        device: Where it computes; cuda by default where there is one.
-        dtype: Of its weights, such as ``"bfloat16"``; that of the files by default.
-        batch_size: Requests at a time.
+        device: Such as ``"cuda:1"``; by default CUDA if available, else the CPU.
+        dtype: Of the weights, such as ``"bfloat16"``; that of the files by default.
+        batch_size: Requests per batch.
         local_files_only: Never contact the hub.
 
     Raises:
@@ -43,8 +51,7 @@ class LocalWriter:
         batch_size: int = 8,
         local_files_only: bool = False,
     ) -> None:
-        if batch_size < 1:
-            raise ConfigError(f"batch_size must be at least 1, but is {batch_size}")
+        check_number("batch_size", batch_size, 1, whole=True)
         self.name, self.revision = os.fspath(model), revision
         self.batch_size = batch_size
         self._device, self._dtype, self._local = device, dtype, local_files_only
@@ -52,7 +59,7 @@ class LocalWriter:
         self._model: PreTrainedModel | None = None
 
     def record(self) -> dict[str, Any]:
-        """The model's name, a folder's with its content's hash, the revision and the dtype."""
+        """Name, revision and dtype of the model; a folder's name includes a hash of its content."""
         from fusion_detox.generation.completion_file import folder_fingerprint
 
         folder = Path(self.name).expanduser()
@@ -62,7 +69,7 @@ class LocalWriter:
         return {"model": name, "revision": self.revision, "dtype": self._dtype}
 
     def count_tokens(self, text: str) -> int:
-        """Tokens of a text by the model's tokenizer."""
+        """The number of tokens of a text, counted by the model's tokenizer."""
         return len(self._load_tokenizer()(text, add_special_tokens=False)["input_ids"])
 
     def answer(
@@ -71,8 +78,8 @@ class LocalWriter:
         """Answers requests batch by batch; see ``Writer``.
 
         Raises:
-            ModelNotFoundError: The model is not here and cannot be downloaded.
-            ModelError: It is damaged, no causal language model, or memory runs out.
+            ModelNotFoundError: The model was not found and cannot be downloaded.
+            ModelError: It is damaged or not a causal language model, or memory runs out.
         """
         from fusion_detox.generation.sampling import Job, Sampling, complete_batch, prompt_ids
 
@@ -85,7 +92,7 @@ class LocalWriter:
             seed=config.seed,
         )
         for start in range(0, len(requests), self.batch_size):
-            jobs, ids, asked = [], [], []
+            jobs, ids, sent = [], [], []
             for request in requests[start : start + self.batch_size]:
                 text = self._framed(request.text, prompts)
                 job = Job(request.seed(0), request.sample, text)
@@ -94,15 +101,15 @@ class LocalWriter:
                 except DataError as error:
                     keep(Answer(request, failure=f"too long for the model: {error}"))
                     continue
-                if self._has_template():  # it writes the special tokens itself
+                if self._has_template():  # the template adds the special tokens
                     tokens = list(tokenizer(text, add_special_tokens=False)["input_ids"])
                 jobs.append(job)
                 ids.append(tokens)
-                asked.append(request)
+                sent.append(request)
             if not jobs:
                 continue
             found = complete_batch(model, tokenizer, jobs, ids, sampling, None)
-            for request, tokens, completion in zip(asked, ids, found, strict=True):
+            for request, tokens, completion in zip(sent, ids, found, strict=True):
                 finish = STOP if completion.finished else LENGTH
                 length = len(completion.token_ids)
                 keep(Answer(request, completion.text, finish, len(tokens), length))
@@ -112,17 +119,15 @@ class LocalWriter:
         if not self._has_template():
             text = prompts.frame.replace("{request}", text)
             return f"{prompts.system}\n\n{text}" if prompts.system else text
-        messages = [{"role": "user", "content": text}]
-        if prompts.system:
-            messages.insert(0, {"role": "system", "content": prompts.system})
+        messages: Any = chat_messages(text, prompts)
         try:
-            framed: Any = tokenizer.apply_chat_template(
+            framed = tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True
             )
-        except Exception as error:  # a template raises what it likes
+        except Exception as error:  # a template can raise any exception
             raise ModelError(
-                f"the chat template of {self.name} cannot be filled in: {error}; some take no "
-                "system message"
+                f"the chat template of {self.name} failed: {error}; if it does not support a "
+                "system message, remove yours"
             ) from error
         return str(framed)
 

@@ -1,10 +1,11 @@
-"""From sentences to a file of paraphrase sets: asks, keeps every answer, filters."""
+"""The entry of hard-negative generation: requests answers, stores them, filters them."""
 
 from __future__ import annotations
 
 import dataclasses
 import io
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,17 +22,16 @@ from fusion_detox.training.negatives.config import (
     NegativesConfig,
     PromptTexts,
 )
-from fusion_detox.training.negatives.cost import Estimate, Prices, estimate
 from fusion_detox.training.negatives.filters import Filters
-from fusion_detox.training.negatives.judges import Judges, load_judges
+from fusion_detox.training.negatives.judges import Judges
 from fusion_detox.training.negatives.local import LocalWriter
-from fusion_detox.training.negatives.report import NegativesReport, make_report
+from fusion_detox.training.negatives.report import Estimate, NegativesReport, Prices, estimate
 from fusion_detox.training.negatives.requests import Answer, Request, Writer, requests_for
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
-"""Told ``(what, done, total)`` as the work goes on."""
+"""Called with the stage, the number of items done, and the total."""
 
 ASKING, FILTERING = "asking", "filtering"
 _BLOCK = 32
@@ -51,233 +51,233 @@ def make_negatives(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> NegativesReport:
-    """Asks a language model for toxic and neutral paraphrases and keeps those that pass filters.
+    """Asks a language model for toxic and neutral paraphrases, and keeps those that pass filters.
 
-    The hard negatives of arXiv 2401.08491. Every answer is on the disk, in the folder ``OUT.work``,
-    before the next one is asked for; the same call goes on where a run ended for whatever reason.
-    ``out`` is written as a whole at the end, in the order of the sentences, and is the same
-    whatever happened in between.
+    These are the hard negatives of arXiv 2401.08491, section 3.3. Each answer is stored in the
+    folder ``OUT.work`` as soon as it arrives; after an interruption, the same call resumes. ``out``
+    is written in one go at the end, in the order of the sentences. It does not depend on
+    interruptions.
 
     Args:
-        sentences: What to paraphrase, each once; with ``refilter`` and ``None`` those of before.
+        sentences: The sentences to paraphrase; repetitions are ignored. With ``refilter``,
+            ``None`` stands for those of the earlier run.
         out: File of ``ParaphraseSet`` rows for ``read_pairs``.
         writer: An ``EndpointWriter``, a ``LocalWriter``, or a local model's folder or hub id; not
-            needed to ``refilter``.
-        config: How much to ask for, how to sample, and the filters' thresholds.
-        prompts: What to ask; the paper's words by default.
-        judges: What the filters judge with.
+            needed with ``refilter``.
+        config: How many paraphrases to request, how to sample, and the filters' thresholds.
+        prompts: The prompts; by default those of the paper.
+        judges: The models behind the filters.
         prices: For the estimate and the report.
-        confirm: Shown what is about to be asked; if it says no, nothing is asked or written.
-        refilter: Ask nothing; filter the answers of before again.
-        overwrite: Throw away the answers of before.
-        progress: Told how far the work is.
+        confirm: Called with the estimated cost; if it returns false, nothing is sent or written.
+        refilter: Filter the stored answers again and send no requests.
+        overwrite: Delete the stored answers.
+        progress: Called as the work proceeds.
 
     Returns:
-        What was asked, kept and dropped. If the endpoint died half-way, ``stopped`` says so, and
-        the sets of the answers until then are in ``out``.
+        What was requested, kept and dropped. If the endpoint failed half-way, ``stopped`` states
+        the reason, and ``out`` contains the sets of the answers received by then.
 
     Raises:
-        DataError: There is no sentence, one is empty, or the folder holds answers that were asked
-            for with other settings.
+        DataError: There are no sentences, one is empty, or the folder contains answers that were
+            requested with other settings.
         DataFileError: A file cannot be read or written.
-        ConfigError: No writer is given, or a setting of it is wrong.
-        EndpointError: The endpoint refuses or does not answer, and there is no answer at all.
-        ModelNotFoundError: A model is not here and cannot be downloaded.
+        ConfigError: The writer is missing, or one of its settings is wrong.
+        EndpointError: The endpoint refuses requests or does not answer, and no answer is stored.
+        ModelNotFoundError: A model was not found and cannot be downloaded.
         ModelError: A model cannot be used.
         MissingExtraError: A package for a filter is not installed.
     """
-    run = _Run(Path(out), config or NegativesConfig(), prompts or PromptTexts(), prices or Prices())
+    judges, prices = judges or Judges(), prices or Prices()
+    run = _Run(Path(out), config or NegativesConfig(), prompts or PromptTexts(), prices, progress)
     if refilter:
         if overwrite:
-            raise ConfigError("refilter needs the answers that overwrite would throw away")
-        run.take_up(sentences)
+            raise ConfigError("refilter needs the stored answers, which overwrite would delete")
+        run.restore(sentences)
         with run.folder.locked():
-            return run.filter(judges or Judges(), progress)
+            return run.filter(judges)
     if writer is None:
-        raise ConfigError("a model or an endpoint is needed to ask for paraphrases")
+        raise ConfigError("a model or an endpoint is required to request paraphrases")
     if isinstance(writer, str):
         writer = LocalWriter(writer)
     run.plan(_checked(sentences), writer)
     run.folder.check(run.settings, overwrite=overwrite)
-    planned = estimate(run.folder.missing(run.requests), writer, run.config, run.prices)
-    if confirm is not None and not confirm(planned):
-        return run.report(planned=planned)
+    run.planned = estimate(run.folder.missing(run.requests), writer, run.config, prices)
+    if confirm is not None and not confirm(run.planned):
+        return run.report()
     with run.folder.locked():
-        run.folder.check(run.settings, overwrite=overwrite)  # another run may have added to it
+        run.folder.check(run.settings, overwrite=overwrite)  # another run may have changed it
         run.folder.begin(run.settings)
-        stopped = run.ask(writer, progress)
-        return run.filter(judges or Judges(), progress, planned=planned, stopped=stopped)
+        run.ask(writer)
+        return run.filter(judges)
 
 
 class _Run:
-    """What the steps share."""
+    """The state that the steps share."""
 
     def __init__(
-        self, out: Path, config: NegativesConfig, prompts: PromptTexts, prices: Prices
+        self,
+        out: Path,
+        config: NegativesConfig,
+        prompts: PromptTexts,
+        prices: Prices,
+        progress: Progress | None,
     ) -> None:
         self.folder = AnswerFolder(out)
         self.config, self.prompts, self.prices = config, prompts, prices
         self.sentences: list[str] = []
         self.requests: list[Request] = []
         self.settings: dict[str, Any] = {}
+        self.planned: Estimate | None = None
+        self.stopped = ""
+        self._show = progress or (lambda stage, done, total: None)
 
     def plan(self, sentences: list[str], writer: Writer) -> None:
-        """Sets what is to be asked."""
-        counts = {"positives": self.config.positives, "negatives": self.config.negatives}
-        sides = {POSITIVE: "positives", NEGATIVE: "negatives"}
+        """Sets the requests of a new or resumed run."""
+        counts = {POSITIVE: self.config.positives, NEGATIVE: self.config.negatives}
         self.sentences = sentences
         self.requests = requests_for(sentences, self.config, self.prompts)
         self.settings = {
             "asking": {
                 "writer": writer.record(),
                 "prompts": dataclasses.asdict(self.prompts),
-                "sampling": self.config.asking(),
-                # A list of five differs from a list of eight; single answers do not.
+                "sampling": self.config.sampling(),
+                # The number of paraphrases influences an answer only if it is in the prompt.
                 "in_one_request": {
-                    side: counts[name] for side, name in sides.items() if self.prompts.in_one(side)
+                    side: n for side, n in counts.items() if self.prompts.asks_for_list(side)
                 },
             },
-            "counts": counts,
+            "counts": {"positives": counts[POSITIVE], "negatives": counts[NEGATIVE]},
             "sentences": sentences,
         }
 
-    def take_up(self, sentences: Sequence[str] | None) -> None:
-        """Sets what was asked before, for the filters alone."""
-        self.settings = before = self.folder.settings()
+    def restore(self, sentences: Sequence[str] | None) -> None:
+        """Sets the requests of an earlier run, in order to filter its answers again."""
+        self.settings = stored = self.folder.settings()
         try:
-            asking, counts = before["asking"], before["counts"]
+            asking, counts = stored["asking"], stored["counts"]
             self.prompts = PromptTexts(**asking["prompts"])
             self.config = dataclasses.replace(self.config, **asking["sampling"], **counts)
         except (TypeError, KeyError) as error:
             raise DataError(
-                f"{self.folder.folder} was written by another version of this library: {error}"
+                f"{self.folder.folder} was written by another version of this library ({error}); "
+                "use that version, or choose another output"
             ) from error
-        self.sentences = _checked(before["sentences"] if sentences is None else sentences)
+        self.sentences = _checked(stored["sentences"] if sentences is None else sentences)
         self.requests = requests_for(self.sentences, self.config, self.prompts)
         self.folder.read()
 
-    def ask(self, writer: Writer, progress: Progress | None) -> str:
-        """Asks what is missing; why it ended early, if the endpoint died after some answers."""
+    def ask(self, writer: Writer) -> None:
+        """Sends the missing requests; sets ``stopped`` if the endpoint fails after some answers."""
         missing, done = self.folder.missing(self.requests), 0
         if not missing:
-            return ""
+            return
         with self.folder.appending() as append:
 
             def keep(answer: Answer) -> None:
                 nonlocal done
                 append(answer)
                 done += 1
-                if progress:
-                    progress(ASKING, done, len(missing))
+                self._show(ASKING, done, len(missing))
 
-            if progress:
-                progress(ASKING, 0, len(missing))
+            self._show(ASKING, 0, len(missing))
             try:
                 writer.answer(missing, self.config, self.prompts, keep)
             except EndpointError as error:
                 if len(self.folder.missing(self.requests)) == len(self.requests):
                     raise
-                logger.info("%s", error)  # the report tells it
-                return str(error)
-        return ""
+                self.stopped = str(error)
 
-    def filter(
-        self,
-        judges: Judges,
-        progress: Progress | None,
-        *,
-        planned: Estimate | None = None,
-        stopped: str = "",
-    ) -> NegativesReport:
-        """Judges all answers and writes the output."""
-        grouped: dict[str, list[Answer]] = {sentence: [] for sentence in self.sentences}
+    def filter(self, judges: Judges) -> NegativesReport:
+        """Filters all answers and writes the output."""
+        answers: dict[str, list[Answer]] = {sentence: [] for sentence in self.sentences}
         for answer in self.folder.answers(self.requests):
-            if answer is not None and not answer.failure:
-                grouped[answer.request.sentence].append(answer)
-        answered = {sentence: found for sentence, found in grouped.items() if found}
+            if not answer.failure:
+                answers[answer.request.sentence].append(answer)
         filters, provenance = self._filters(judges)
-        stream, pairs = io.BytesIO(), 0
-        names = list(answered)
-        for start in range(0, len(names), _BLOCK):
-            block = {name: answered[name] for name in names[start : start + _BLOCK]}
-            for made in filters.judge(block, provenance):
-                append_row(stream, made.to_row(), errors="surrogatepass")
-                pairs += 1
-            if progress:
-                progress(FILTERING, start + len(block), len(names))
+        stream, rows = io.BytesIO(), list(answers.items())
+        for start in range(0, len(rows), _BLOCK):
+            block = dict(rows[start : start + _BLOCK])
+            for pair in filters.pairs(block, provenance):
+                append_row(stream, pair.to_row(), errors="surrogatepass")
+            self._show(FILTERING, start + len(block), len(rows))
         try:
             write_whole(self.folder.out, stream.getvalue())
         except OSError as error:
             raise DataFileError(f"cannot write {self.folder.out}: {error.strerror}") from error
-        unanswered = len(grouped) - len(answered)
-        return self.report(filters, pairs, unanswered, planned=planned, stopped=stopped)
+        return self.report(filters)
 
-    def report(
-        self,
-        filters: Filters | None = None,
-        pairs: int = 0,
-        unanswered: int = 0,
-        *,
-        planned: Estimate | None = None,
-        stopped: str = "",
-    ) -> NegativesReport:
-        """Where things stand."""
-        return make_report(
-            (str(self.folder.out), str(self.folder.answers_path)),
-            self.requests,
-            self.folder.answers(self.requests),
-            filters=filters,
-            unanswered=unanswered,
-            pairs=pairs,
-            prices=self.prices,
-            planned=planned,
-            stopped=stopped,
+    def report(self, filters: Filters | None = None) -> NegativesReport:
+        """The report on all answers so far; without ``filters``, nothing was kept or dropped."""
+        results = self.folder.answers(self.requests)
+        failed = [answer for answer in results if answer.failure]
+        prompt_tokens = sum(answer.prompt_tokens or 0 for answer in results)
+        completion_tokens = sum(answer.completion_tokens or 0 for answer in results)
+        counted = prompt_tokens or completion_tokens
+        dropped = filters.dropped if filters else {}
+        return NegativesReport(
+            out=str(self.folder.out),
+            answers=str(self.folder.answers_path),
+            sentences=len(self.sentences),
+            requests=len(self.requests),
+            answered=len(results) - len(failed),
+            failed=len(failed),
+            unasked=len(self.requests) - len(results),
+            failed_sentences=len({answer.request.sentence for answer in failed}),
+            failures=dict(Counter(answer.failure for answer in failed).most_common()),
+            pairs=filters.pair_count if filters else 0,
+            positives=filters.kept[POSITIVE] if filters else 0,
+            negatives=filters.kept[NEGATIVE] if filters else 0,
+            dropped={side: dict(counts.most_common()) for side, counts in dropped.items()},
+            without_pair=dict(filters.without_pair.most_common()) if filters else {},
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+            price=self.prices.of(prompt_tokens, completion_tokens) if counted else None,
+            planned=self.planned,
+            stopped=self.stopped,
         )
 
     def _filters(self, judges: Judges) -> tuple[Filters, dict[str, Any]]:
-        """The filters, and what each set says of its origin."""
-        scorer, embed, per_byte = load_judges(judges, self.config)
-        cached = CachedScorer(scorer, self.folder.folder / "scores.jsonl")
+        """The filters, and the provenance that all sets share."""
+        scorer, embed, nll_per_byte = judges.load(self.config)
         asking = self.settings["asking"]
         provenance = {
             **{name: asking[name] for name in ("writer", "prompts", "sampling")},
             "filters": {
-                **self.config.keeping(),
+                **self.config.thresholds(),
                 "scorer": _identity(scorer),
                 "similarity": _identity(embed),
-                "closeness": _identity(per_byte),
+                "closeness": _identity(nll_per_byte),
             },
         }
-        return Filters(self.config, cached, embed=embed, per_byte=per_byte), provenance
+        cached = CachedScorer(scorer, self.folder.folder / "scores.jsonl")
+        return Filters(self.config, cached, embed, nll_per_byte), provenance
 
 
 def _checked(sentences: object) -> list[str]:
-    """Each sentence once, white space around it removed."""
+    """The distinct sentences, without surrounding white space."""
     if not isinstance(sentences, (list, tuple)):
-        raise DataError(f"sentences must be a list of texts, but is {sentences!r:.60}")
+        raise DataError(f"sentences must be a list of strings, but is {sentences!r:.60}")
     found: dict[str, str] = {}
     for number, sentence in enumerate(sentences):
         if not isinstance(sentence, str) or not sentence.strip():
-            raise DataError(
-                f"sentence {number} is {sentence!r:.60}; give it some text or leave it out"
-            )
+            raise DataError(f"sentence {number} is {sentence!r:.60}; remove it, or add some text")
         try:
             sentence.encode()
         except UnicodeEncodeError as error:
             raise DataError(
                 f"sentence {number} is not valid Unicode text (character {error.start}: "
-                f"{sentence[error.start]!r}); give it in UTF-8"
+                f"{sentence[error.start]!r}); convert the source to UTF-8"
             ) from error
         found.setdefault(fold(sentence).casefold(), sentence.strip())
     if not found:
-        raise DataError("there are no sentences to paraphrase")
+        raise DataError("there are no sentences to paraphrase; add at least one")
     if len(found) < len(sentences):
-        logger.info("%d sentences occur more than once", len(sentences) - len(found))
+        logger.info("ignored %d repeated sentences", len(sentences) - len(found))
     return list(found.values())
 
 
 def _identity(judge: Any) -> Any:
-    """What tells a judge from others, JSON-ready; ``None`` where there is none."""
+    """What identifies a model behind a filter, JSON-ready; ``None`` if there is none."""
     if judge is None:
         return None
     record = judge.record() if hasattr(judge, "record") else {}

@@ -1,17 +1,85 @@
-"""What a run asked, kept and dropped."""
+"""What a run is expected to cost, and what became of its requests."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fusion_detox.training.negatives.cost import Estimate, Prices
-from fusion_detox.training.negatives.filters import Filters
-from fusion_detox.training.negatives.requests import Answer, Request
+from fusion_detox.config import check_number
+from fusion_detox.training.negatives.config import NegativesConfig
+from fusion_detox.training.negatives.requests import Request, Writer
 
-NO_ANSWER = "no answer"
+# An answer is about as long as its sentence, plus some polite words.
+_ANSWER_TO_SENTENCE, _EXTRA_TOKENS = 1.3, 8
+_COUNTED = 200
+
+
+@dataclasses.dataclass(frozen=True)
+class Prices:
+    """Prices per million tokens, in any currency; ``None`` if unknown."""
+
+    prompt: float | None = None
+    completion: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, price in dataclasses.asdict(self).items():
+            if price is not None:
+                check_number(f"the price of {name} tokens", price, 0)
+
+    def of(self, prompt_tokens: float, completion_tokens: float) -> float | None:
+        """The price of some tokens; ``None`` if no price is known."""
+        if self.prompt is None and self.completion is None:
+            return None
+        total = prompt_tokens * (self.prompt or 0) + completion_tokens * (self.completion or 0)
+        return total / 1e6
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """The estimated cost of the requests that are still to be sent.
+
+    Attributes:
+        requests: Number of requests.
+        prompt_tokens: Estimated sum.
+        completion_tokens: Estimated sum, if answers are about as long as their sentences.
+        most_completion_tokens: The sum if every answer has the maximum length.
+        price: Estimated; ``None`` if no price was given.
+        most_price: The price with ``most_completion_tokens``.
+    """
+
+    requests: int
+    prompt_tokens: int
+    completion_tokens: int
+    most_completion_tokens: int
+    price: float | None
+    most_price: float | None
+
+
+def estimate(
+    requests: Sequence[Request], writer: Writer, config: NegativesConfig, prices: Prices
+) -> Estimate:
+    """Estimates tokens and price from an evenly spaced sample of the requests."""
+    sample = requests[:: max(1, len(requests) // _COUNTED)]
+    scale = len(requests) / max(len(sample), 1)
+    prompt = scale * sum(writer.count_tokens(request.text) for request in sample)
+    completion = scale * sum(
+        min(
+            (writer.count_tokens(request.sentence) * _ANSWER_TO_SENTENCE + _EXTRA_TOKENS)
+            * request.wanted,
+            config.max_new_tokens,
+        )
+        for request in sample
+    )
+    most = len(requests) * config.max_new_tokens
+    return Estimate(
+        requests=len(requests),
+        prompt_tokens=round(prompt),
+        completion_tokens=round(completion),
+        most_completion_tokens=most,
+        price=prices.of(prompt, completion),
+        most_price=prices.of(prompt, most),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,23 +89,23 @@ class NegativesReport:
     Attributes:
         out: The file of pairs.
         answers: The file of raw answers.
-        sentences: How many different ones there are.
-        requests: How many they need.
-        answered: Requests with an answer, those of earlier runs among them.
-        failed: Requests that failed; the same command asks them again.
-        unasked: Requests that no run has come to yet.
+        sentences: Number of distinct sentences.
+        requests: Number of requests they need.
+        answered: Requests with an answer, including those of earlier runs.
+        failed: Requests that failed; the same command sends them again.
+        unasked: Requests that no run has sent yet.
         failed_sentences: Sentences with a failed request.
-        failures: How many requests failed for which reason.
-        pairs: Paraphrase sets that were kept.
-        positives: Non-toxic wordings in them.
-        negatives: Toxic wordings in them.
-        dropped: Of each side, how many paraphrases were dropped for which reason.
-        without_pair: How many sentences gave no set for which reason.
-        prompt_tokens: Of all answers, as the writer counted them.
+        failures: Number of failed requests by reason.
+        pairs: Number of paraphrase sets that were kept.
+        positives: Number of non-toxic texts in them.
+        negatives: Number of toxic texts in them.
+        dropped: Number of dropped paraphrases by side and reason.
+        without_pair: Number of sentences without a set by reason.
+        prompt_tokens: Sum over all answers, as counted by the writer.
         completion_tokens: Likewise.
-        price: Of all answers; ``None`` where no price or no count is known.
-        planned: The estimate of what this run had to ask; ``None`` where it only filtered.
-        stopped: Why the asking ended early; empty where it did not.
+        price: Of all answers; ``None`` if no price or no token count is known.
+        planned: The estimate for this run's requests; ``None`` if it only filtered.
+        stopped: Why the run stopped early; empty if it did not.
     """
 
     out: str
@@ -68,63 +136,3 @@ class NegativesReport:
     def to_dict(self) -> dict[str, Any]:
         """The fields and ``complete``, JSON-ready."""
         return {**dataclasses.asdict(self), "complete": self.complete}
-
-
-def make_report(
-    paths: tuple[str, str],
-    requests: Sequence[Request],
-    answers: Sequence[Answer | None],
-    *,
-    filters: Filters | None = None,
-    unanswered: int = 0,
-    pairs: int = 0,
-    prices: Prices,
-    planned: Estimate | None = None,
-    stopped: str = "",
-) -> NegativesReport:
-    """Adds everything up.
-
-    Args:
-        paths: Of the output and of the raw answers.
-        requests: All of them.
-        answers: What came of each.
-        filters: After judging; ``None`` where nothing was judged.
-        unanswered: Sentences without any answer.
-        pairs: Sets that were kept.
-        prices: Of tokens.
-        planned: The estimate.
-        stopped: Why the asking ended early.
-    """
-    failed = [answer for answer in answers if answer is not None and answer.failure]
-    good = [answer for answer in answers if answer is not None and not answer.failure]
-    # A service that does not count leaves the sums at what is known.
-    asked, written = (
-        sum(getattr(answer, name) or 0 for answer in good)
-        for name in ("prompt_tokens", "completion_tokens")
-    )
-    without = Counter(filters.without_pair if filters else {})
-    if unanswered and filters:
-        without[NO_ANSWER] += unanswered
-    return NegativesReport(
-        out=paths[0],
-        answers=paths[1],
-        sentences=len({request.sentence for request in requests}),
-        requests=len(requests),
-        answered=len(good),
-        failed=len(failed),
-        unasked=len(requests) - len(good) - len(failed),
-        failed_sentences=len({answer.request.sentence for answer in failed}),
-        failures=dict(Counter(answer.failure for answer in failed).most_common()),
-        pairs=pairs,
-        positives=filters.kept["positive"] if filters else 0,
-        negatives=filters.kept["negative"] if filters else 0,
-        dropped={side: dict(counts.most_common()) for side, counts in filters.dropped.items()}
-        if filters
-        else {},
-        without_pair=dict(without.most_common()),
-        prompt_tokens=asked,
-        completion_tokens=written,
-        price=prices.of(asked, written) if asked or written else None,
-        planned=planned,
-        stopped=stopped,
-    )

@@ -1,4 +1,4 @@
-"""Requests, answers, and what a writer of answers is."""
+"""Requests, answers, and the interface of a writer that answers them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any, NamedTuple, Protocol
 from fusion_detox.training.negatives.config import (
     NEGATIVE,
     POSITIVE,
-    SIDES,
     NegativesConfig,
     PromptTexts,
 )
@@ -20,13 +19,13 @@ STOP, LENGTH, FILTERED = "stop", "length", "filtered"
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One question to the model.
+    """One prompt for the model.
 
     Attributes:
-        sentence: What is to be paraphrased.
+        sentence: The sentence to paraphrase.
         side: ``"positive"`` or ``"negative"``.
-        sample: Number of the request among those of its sentence and side.
-        text: What the model is asked.
+        sample: Number of the request among those of its sentence and side, from 0.
+        text: The prompt.
         wanted: How many paraphrases it asks for.
     """
 
@@ -38,26 +37,26 @@ class Request:
 
     @property
     def key(self) -> tuple[str, str, int]:
-        """What tells it apart, whatever the order of the sentences."""
+        """Identifies the request, whatever the order of the sentences."""
         return self.sentence, self.side, self.sample
 
     def seed(self, seed: int) -> int:
-        """A seed of its own, in 0..2³¹-1."""
+        """The request's own random seed in 0..2³¹-1, derived from the run's seed."""
         name = f"{seed}:{self.side}:{self.sample}:{self.sentence}".encode("utf-8", "surrogatepass")
         return int.from_bytes(hashlib.blake2b(name, digest_size=4).digest(), "big") >> 1
 
 
 class Answer(NamedTuple):
-    """What came of a request.
+    """The result of a request.
 
     Attributes:
         request: The request.
-        text: The model's raw answer; empty where there is none.
-        finish: ``"stop"``, ``"length"`` where it was cut off, ``"filtered"`` where the service
+        text: The model's raw answer; empty if the request failed.
+        finish: ``"stop"``, ``"length"`` if the answer was cut off, or ``"filtered"`` if the service
             withheld it.
-        prompt_tokens: As the writer counts them; ``None`` where it does not tell.
+        prompt_tokens: As counted by the writer; ``None`` if it does not report them.
         completion_tokens: Likewise.
-        failure: Why there is no answer; empty where there is one.
+        failure: Why there is no answer; empty if there is one.
     """
 
     request: Request
@@ -72,23 +71,23 @@ Keep = Callable[[Answer], None]
 
 
 class Writer(Protocol):
-    """A language model that answers requests; anything like this will do."""
+    """A language model that answers requests; any object with these methods will do."""
 
     def record(self) -> dict[str, Any]:
-        """JSON-ready: what decides an answer beside the sampling; model, revision, no secret."""
+        """What identifies the model, such as its name and revision; JSON-ready, no secrets."""
         ...
 
     def count_tokens(self, text: str) -> int:
-        """Tokens of a text, or an estimate."""
+        """The number of tokens of a text, or an estimate."""
         ...
 
     def answer(
         self, requests: Sequence[Request], config: NegativesConfig, prompts: PromptTexts, keep: Keep
     ) -> None:
-        """Answers requests in any order, handing each answer over as soon as it is there.
+        """Answers requests in any order and passes each answer to ``keep`` immediately.
 
-        ``keep`` is called by one thread at a time. A request that fails by itself is handed over
-        with its ``failure``.
+        ``keep`` is called by one thread at a time. If a single request fails, it gets an answer
+        with a ``failure``.
 
         Raises:
             FusionDetoxError: No further request can be answered.
@@ -99,16 +98,22 @@ class Writer(Protocol):
 def requests_for(
     sentences: Sequence[str], config: NegativesConfig, prompts: PromptTexts
 ) -> list[Request]:
-    """All requests of some sentences, sentence by sentence, both sides of each in turn."""
+    """All requests for some sentences, sentence by sentence, with alternating sides."""
     found: list[Request] = []
     for sentence in sentences:
         sides = []
-        for side in SIDES:
-            count = {POSITIVE: config.positives, NEGATIVE: config.negatives}[side]
+        for side, count in ((POSITIVE, config.positives), (NEGATIVE, config.negatives)):
             text = prompts.render(side, sentence, count)
-            times, wanted = (min(count, 1), count) if prompts.in_one(side) else (count, 1)
+            as_list = prompts.asks_for_list(side)
+            times, wanted = (min(count, 1), count) if as_list else (count, 1)
             sides.append([Request(sentence, side, k, text, wanted) for k in range(times)])
-        # In turn, so that a service that refuses one side is not taken for one that is broken.
+        # The sides alternate, so that a service that refuses one of them does not look broken.
         longest = max(map(len, sides))
         found += [side[k] for k in range(longest) for side in sides if k < len(side)]
     return found
+
+
+def chat_messages(text: str, prompts: PromptTexts) -> list[dict[str, str]]:
+    """A prompt as chat messages, after the system message if there is one."""
+    system = [{"role": "system", "content": prompts.system}] if prompts.system else []
+    return [*system, {"role": "user", "content": text}]

