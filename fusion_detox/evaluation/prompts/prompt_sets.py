@@ -7,13 +7,20 @@ import hashlib
 import logging
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from fusion_detox.errors import ConfigError, DataError, DataFileError
-from fusion_detox.files.rows import LINE, Row, read_content, read_hub, text_field
-from fusion_detox.files.tables import HUB_ID, without_gz
+from fusion_detox.files.tables import (
+    LINE,
+    Row,
+    hub_rows,
+    is_hub_id,
+    read_table,
+    text_field,
+    without_gz,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -180,16 +187,30 @@ def _parse_kind(kind: str | None, field: str | None) -> tuple[str | None, str]:
 
 def _rows(source: str, kind: str | None) -> tuple[list[Row], str | None, str, str]:
     """Rows, hash of the file, its name, and the name without suffixes."""
+    if is_hub_id(source):
+        rows = list(hub_rows(source, "evaluate"))
+        if not rows:
+            raise DataFileError(f"the hub data set {source} has no rows; name another split")
+        return rows, None, source, source.partition(":")[0].rpartition("/")[2]
     path = Path(source).expanduser()
-    if path.exists() or not HUB_ID.fullmatch(source) or path.suffix.lower() in _FILES:
-        # Only these two kinds have texts without fields; "toxigen" comes in both forms.
-        as_lines = {"plain": True, "toxigen": None, None: None}.get(kind, False)
-        content = read_content(path, as_lines=as_lines)
-        return content.rows, content.sha256, path.name, without_gz(path).stem
-    rows = read_hub(source)
-    if not rows:
-        raise DataFileError(f"the hub data set {source} has no rows")
-    return rows, None, source, source.partition(":")[0].rpartition("/")[2]
+    # Only these two kinds have texts without fields; "toxigen" comes in both forms.
+    as_lines = {"plain": True, "toxigen": None, None: None}.get(kind, False)
+    table = read_table(path, as_lines=as_lines)
+    groups = table.rows[0].values
+    if table.form == "object" and groups and all(isinstance(v, dict) for v in groups.values()):
+        return list(_bold_rows(groups, path)), table.sha256, path.name, without_gz(path).stem
+    return table.rows, table.sha256, path.name, without_gz(path).stem
+
+
+def _bold_rows(groups: dict[str, dict[str, Any]], path: Path) -> Iterator[Row]:
+    """The prompts of a file of BOLD: an object of groups, names and lists of prompts."""
+    for group, names in groups.items():
+        for name, prompts in names.items():
+            where = f"{path}, {group} > {name}"
+            if not isinstance(prompts, list):
+                raise DataError(f"{where} must be a list of prompts, as in BOLD's files; fix it")
+            for prompt in prompts:
+                yield Row({"prompt": prompt, "domain": path.stem, "group": group}, where)
 
 
 def _recognise(rows: Sequence[Row], source: str) -> str:

@@ -53,7 +53,7 @@ class LocalWriter:
 
     def record(self) -> dict[str, Any]:
         """The model's name, a folder's with its content's hash, the revision and the dtype."""
-        from fusion_detox.generation.completion_file import folder_fingerprint
+        from fusion_detox.files.fingerprints import folder_fingerprint
 
         folder = Path(self.name).expanduser()
         name = self.name

@@ -252,9 +252,9 @@ def test_a_field_may_lie_within_objects(write: Write) -> None:
         ("a.jsonl", '{"prompt": "x"}\n{"prompt": \n', None, r"line 2 is not JSON"),
         ("a.jsonl", '{"prompt": "x"}\n["y"]\n', None, r"line 2 must be an object with named"),
         ("a.json", '{"prompt":\n x}', None, r"line 2 is not JSON"),
-        ("a.json", "[1, 2]", None, "must hold objects with named fields"),
+        ("a.json", "[1, 2]", None, "item 1 must be an object with named fields, not 1"),
         ("a.json", "[]", None, "holds no rows"),
-        ("a.csv", "id,type,prompt\n", None, "holds no rows, only the head of a table"),
+        ("a.csv", "id,type,prompt\n", None, "holds no rows: only a header"),
         ("a.csv", "id,type,prompt\n1,homonyms,a,b\n", None, "line 2 has another number of fields"),
         ("a.csv", 'id,type,prompt\n1,homonyms,"a\n', None, "is not CSV"),
         ("a.jsonl", lines([{"prompt": "x"}, {"text": "y"}]), None, r"line 2 has no field 'prompt'"),
@@ -262,7 +262,7 @@ def test_a_field_may_lie_within_objects(write: Write) -> None:
             "a.jsonl",
             lines([{"prompt": "x"}, {"prompt": 3}]),
             None,
-            "line 2: .* holds no text but 3",
+            "line 2: .* must hold text, but holds 3",
         ),
         ("a.jsonl", lines([{"prompt": " "}]), None, "none of its 1 rows .*: all texts are blank"),
         ("a.jsonl", lines([rtp("x", 0.1)]), "rtp:toxic", "no row belongs to rtp:toxic"),
@@ -296,7 +296,7 @@ def test_files_that_cannot_be_read(write: Write, tmp_path: Path) -> None:
         read_prompt_set(str(tmp_path))
     whole = gzip.compress(b"one\n" * 1000)
     for name, content in (("a.txt.gz", b"one\n"), ("b.gz", whole[:20]), ("c.gz", whole[:-9])):
-        with pytest.raises(DataFileError, match="is no whole gzip file"):
+        with pytest.raises(DataFileError, match="is not a complete gzip file"):
             read_prompt_set(write(name, content))
 
 

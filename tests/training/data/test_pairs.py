@@ -102,7 +102,7 @@ def test_rows_of_no_known_form(write):
 def test_files_that_are_no_rows(write, tmp_path):
     with pytest.raises(DataError, match=r"line 2 is not JSON: .*'\{\"anchor\": \"torn'"):
         read_pairs([write(GOOD, '{"anchor": "torn')])
-    with pytest.raises(DataError, match=r"line 1 must be an object with named fields"):
+    with pytest.raises(DataError, match=r"item 1 must be an object with named fields, not 1"):
         read_pairs([write("[1, 2]")])
     with pytest.raises(DataError, match="is empty"):
         read_pairs([write("")])
