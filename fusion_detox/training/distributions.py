@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate import PartialState
 from transformers import (
     AutoModelForCausalLM,
@@ -26,7 +27,7 @@ from transformers import (
 
 from fusion_detox.errors import TrainingError
 from fusion_detox.files.atomic import write_whole
-from fusion_detox.files.models import load_base, load_tokenizer
+from fusion_detox.files.models import load_target, load_tokenizer
 from fusion_detox.training.config import TrainingConfig
 from fusion_detox.training.data.blocks import Blocks
 from fusion_detox.training.data.splitting import Keyed
@@ -76,7 +77,7 @@ class Run:
         """The model and tokenizer before any training here."""
         set_seed(self.config.seed)
         if self.base is not None:
-            model, words = load_base(str(self.base))
+            model, words = load_target(str(self.base), dtype=torch.float32)
             if self.keep_layers is not None:
                 model = truncate(model, self.keep_layers)
             return model, words

@@ -184,7 +184,7 @@ def test_output_of_other_settings(fails, common, capsys):
     before = Path("out.jsonl").read_bytes()
     message = fails(*common, "p", "-o", "out.jsonl", "--seed", "5", "--clip", "2")
     assert "fusion.clip was 3.0, now 2.0; sampling.seed was 0, now 5" in message
-    assert "--overwrite to start anew" in message
+    assert "--overwrite to replace this one" in message
     assert Path("out.jsonl").read_bytes() == before
 
 
