@@ -1,4 +1,10 @@
-"""Training a calibrator: ``train_calibrator`` and its settings."""
+"""Train calibrators, and fine-tune whole models with the same data.
+
+``train_calibrator`` is the main entry point; ``data`` reads the text, ``contrastive`` holds the
+contrastive objectives, ``finetuning`` trains adapters, and ``negatives`` has a language model write
+toxic paraphrases. Only ``evaluation``, ``integrations`` and the command line may import this
+package.
+"""
 
 from __future__ import annotations
 
