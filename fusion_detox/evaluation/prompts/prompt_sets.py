@@ -266,7 +266,7 @@ def _read_rtp(row: Row, subset: str) -> Found:
             return None
         if isinstance(toxicity, bool) or not isinstance(toxicity, (int, float)):
             raise DataError(
-                f"{row.where}: field 'prompt.toxicity' must be a number, but is {toxicity!r}; fix it"
+                f"{row.where}: field 'prompt.toxicity' must be a number, but is {toxicity!r}"
             )
         return (text, None) if (toxicity >= 0.5) == (subset == "toxic") else None
     return text, None

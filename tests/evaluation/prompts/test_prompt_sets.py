@@ -270,7 +270,7 @@ def test_a_field_may_be_inside_objects(write: Write) -> None:
             "a.jsonl",
             lines([rtp("x", "high")]),
             "rtp:toxic",
-            "'prompt.toxicity' must be a number, but is 'high'",
+            "must be a number, but is 'high'",
         ),
         ("a.jsonl", lines([{"prompt": {"text": "x"}}]), "rtp:toxic", "no field 'prompt.toxicity'"),
         ("a.jsonl", lines([{"prompt": {"text": "x"}}]), "rtp:challenging", "'challenging' that is"),
@@ -310,7 +310,7 @@ def test_files_that_cannot_be_read(write: Write, tmp_path: Path) -> None:
     [
         (
             {"kind": "rpt"},
-            "unknown kind of prompts 'rpt'; choose from rtp, toxigen, bold, hatecheck",
+            "kind of prompts 'rpt'; choose from rtp, toxigen, bold, hatecheck",
         ),
         ({"kind": "rtp:hard"}, "unknown subset 'hard' of rtp; it has challenging, toxic, nontoxic"),
         ({"kind": "plain:x"}, "unknown subset 'x' of plain; it has none"),
