@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fusion_detox.files.lazy import lazy_names
+import lazy_loader
 
 if TYPE_CHECKING:
     from fusion_detox.alignment.alignment import Alignment, align
@@ -52,20 +52,19 @@ __all__ = [
 ]
 
 if not TYPE_CHECKING:
-    __getattr__, __dir__ = lazy_names(
+    __getattr__, _, _ = lazy_loader.attach(
         __name__,
-        {
-            "Alignment": "alignment.alignment",
-            "AlignmentConfig": "alignment.config",
-            "Calibrator": "calibrator.calibrator",
-            "EvaluationConfig": "evaluation",
-            "FusionConfig": "config",
-            "FusionLogitsProcessor": "processor",
-            "TrainingConfig": "training",
-            "align": "alignment.alignment",
-            "evaluate": "evaluation",
-            "load_alignment": "alignment.store",
-            "save_alignment": "alignment.store",
-            "train_calibrator": "training",
+        submod_attrs={
+            "alignment.alignment": ["Alignment", "align"],
+            "alignment.config": ["AlignmentConfig"],
+            "alignment.store": ["load_alignment", "save_alignment"],
+            "calibrator.calibrator": ["Calibrator"],
+            "config": ["FusionConfig"],
+            "evaluation": ["EvaluationConfig", "evaluate"],
+            "processor": ["FusionLogitsProcessor"],
+            "training": ["TrainingConfig", "train_calibrator"],
         },
     )
+
+    def __dir__() -> list[str]:
+        return __all__

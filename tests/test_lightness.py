@@ -70,5 +70,5 @@ def test_public_names_resolve():
 
 
 def test_unknown_name_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="no attribute 'Fusion'"):
+    with pytest.raises(AttributeError, match="No fusion_detox attribute Fusion"):
         _ = fusion_detox.Fusion

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import sys
 import time
 from collections.abc import Iterator
@@ -237,19 +238,21 @@ def _write(
 
 @contextlib.contextmanager
 def _writer(file: CompletionFile | None, settings: dict[str, Any]) -> Iterator[CompletionWriter]:
+    from fusion_detox.files.journal import append_row
     from fusion_detox.generation.completion_file import CompletionWriter
 
     if file is not None:
         with file.open() as writer:
             yield writer
     else:
-        yield CompletionWriter(sys.stdout.buffer, "standard output", settings)
+        append = functools.partial(append_row, sys.stdout.buffer)
+        yield CompletionWriter(append, "standard output", settings)
 
 
 def _identity(name: str, without: tuple[str, ...] = ()) -> str:
     """A folder's name and a digest of its content, or else the name as it is."""
     from fusion_detox.calibrator.shipped import find_shipped
-    from fusion_detox.generation.completion_file import folder_fingerprint
+    from fusion_detox.files.fingerprints import folder_fingerprint
 
     path = Path(name).expanduser()
     folder = path if path.is_dir() else find_shipped(name)

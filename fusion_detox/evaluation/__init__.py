@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fusion_detox.files.lazy import lazy_names
+import lazy_loader
 
 if TYPE_CHECKING:
     from fusion_detox.evaluation.config import EvaluationConfig
@@ -27,15 +27,12 @@ __all__ = [
 ]
 
 if not TYPE_CHECKING:
-    __getattr__, __dir__ = lazy_names(
+    __getattr__, __dir__, _ = lazy_loader.attach(
         __name__,
-        {
-            "EvaluationConfig": "config",
-            "Prompt": "prompts.prompt_sets",
-            "PromptSet": "prompts.prompt_sets",
-            "evaluate": "pipeline",
-            "read_prompt_set": "prompts.prompt_sets",
-            "rescore": "pipeline",
-            "tune": "tuning",
+        submod_attrs={
+            "config": ["EvaluationConfig"],
+            "pipeline": ["evaluate", "rescore"],
+            "prompts.prompt_sets": ["Prompt", "PromptSet", "read_prompt_set"],
+            "tuning": ["tune"],
         },
     )

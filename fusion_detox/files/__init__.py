@@ -1,4 +1,11 @@
-"""Reading and writing files: whole, resumable, and with nothing that runs code.
+"""Read and write files safely.
 
-Every room of the package may import it; it imports :mod:`fusion_detox.errors` alone.
+- ``atomic``: files and folders that are either complete or unchanged.
+- ``journal``: append-only JSON Lines that an interrupted run resumes.
+- ``tables``: rows of JSON Lines, JSON, CSV, TSV and text files, and of hub data sets.
+- ``models``: models and tokenizers by folder or hub id, without code from a repository.
+- ``loading_errors``: what goes wrong while loading them, in one sentence.
+- ``fingerprints``, ``versions``, ``differences``: facts for records and for messages.
+
+Every other subpackage may import this one; it imports only :mod:`fusion_detox.errors`.
 """

@@ -1,4 +1,4 @@
-"""Files and folders that are either complete or as they were before."""
+"""Write files and folders so that they are either complete or unchanged."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 UNFINISHED = ".new-"
-"""Part of the name of a folder that is still being written; it starts with a dot."""
+"""Part of the name of a folder that is still being written; the name starts with a dot."""
 
 
 @contextlib.contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside ``path`` and moves it there if the block succeeds.
+    """Yield a temporary path and move it to ``path`` if the block succeeds.
 
-    The folder must exist. What was there before is kept if the block, or the move, fails.
+    The folder must exist. If the block or the move fails, ``path`` is unchanged.
 
     Raises:
-        OSError: The file cannot be moved into place.
+        OSError: The file cannot be moved to ``path``.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex}")
     try:
@@ -32,10 +32,10 @@ def replacing_file(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file completely or not at all; its folder must exist.
+    """Write a file completely or not at all; its folder must exist.
 
     Raises:
-        OSError: It cannot be written; what was there before is kept.
+        OSError: The file cannot be written; it is unchanged.
     """
     with replacing_file(path) as temporary:
         temporary.write_bytes(data)
@@ -43,17 +43,17 @@ def write_whole(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def replacing_folder(folder: Path, *, keep: Callable[[str], bool] | None = None) -> Iterator[Path]:
-    """Yields a new folder, which takes the place of ``folder`` if the block succeeds.
+    """Yield a new folder, which replaces ``folder`` if the block succeeds.
 
-    If it fails, ``folder`` stays as it was, and parents that were created for it are removed.
+    If the block fails, ``folder`` is unchanged, and parents that were created for it are removed.
 
     Args:
         folder: The folder to write or replace.
-        keep: Given the name of an entry of the old folder, whether to carry it over to the new one;
-            by default nothing is.
+        keep: Given the name of an entry of the old folder, whether to move it to the new one; by
+            default, nothing is moved.
 
     Raises:
-        OSError: The folder cannot be created or moved into place.
+        OSError: The folder cannot be created or moved to its place.
     """
     for parent in folder.parents:
         if parent.exists() and not parent.is_dir():
@@ -80,5 +80,5 @@ def replacing_folder(folder: Path, *, keep: Callable[[str], bool] | None = None)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
         for parent in created:
-            with contextlib.suppress(OSError):  # it is in use by now
+            with contextlib.suppress(OSError):  # it is not empty
                 parent.rmdir()

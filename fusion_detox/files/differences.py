@@ -1,4 +1,4 @@
-"""Where two JSON values differ, for messages about settings that changed."""
+"""Find the differences between two JSON values, for messages about changed settings."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from typing import Any
 
 
 def differences(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Each place where two values differ, as ``a.b[0]``, with what both hold there.
+    """Yield each place where two values differ, such as ``a.b[0]``, and both values there.
 
-    A key that only one of two objects has holds ``None`` in the other; lists of different length
-    are one difference.
+    A missing key counts as ``None``. Lists of different lengths are one difference.
     """
     if isinstance(before, dict) and isinstance(now, dict):
         for key in {**before, **now}:

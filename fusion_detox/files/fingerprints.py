@@ -1,24 +1,24 @@
-"""Tells one model from another, and names it without saying where on the machine it lies."""
+"""Fingerprints that tell models apart, and names that do not reveal paths of the machine."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_VALUES = 64
 _TENSORS = 200
+_VALUES = 64
 
 
 def model_fingerprint(*models: PreTrainedModel | None) -> str:
-    """12 hex digits of SHA-256 over the weights of models, as they are loaded.
+    """Hash loaded models: 12 hex digits of SHA-256.
 
-    Of each of up to 200 tensors, names, shapes, dtypes and 64 values spread over it are read:
-    training moves all weights, so that these tell two models apart, and a large model is not
-    read whole.
+    Reads names, shapes, dtypes and 64 evenly spaced values of at most 200 tensors. Training changes
+    all weights, so these suffice, and a large model is not read as a whole.
     """
     digest = hashlib.sha256()
     for model in models:
@@ -30,13 +30,43 @@ def model_fingerprint(*models: PreTrainedModel | None) -> str:
             digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}:".encode())
             flat = tensor.detach().reshape(-1)
             if flat.numel() and flat.is_floating_point():
-                spread = flat[:: max(1, flat.numel() // _VALUES)][:_VALUES]
-                digest.update(spread.double().cpu().numpy().tobytes())
+                sample = flat[:: max(1, flat.numel() // _VALUES)][:_VALUES]
+                digest.update(sample.double().cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def folder_fingerprint(
+    folder: Path, *, samples: int = 64, size: int = 1 << 14, without: Collection[str] = ()
+) -> str:
+    """Hash the ``.json`` and ``.safetensors`` files of a model folder: 12 hex digits of SHA-256.
+
+    Args:
+        folder: The folder, read with all its subfolders.
+        samples: Number of evenly spaced pieces to read of a large weights file.
+        size: Bytes per piece.
+        without: Names of direct subfolders to leave out.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.suffix not in (".safetensors", ".json") or not path.is_file():
+            continue
+        if path.relative_to(folder).parts[0] in without:
+            continue
+        length = path.stat().st_size
+        whole = path.suffix == ".json" or length <= samples * size
+        digest.update(f"{path.relative_to(folder).as_posix()}:{length}:".encode())
+        with path.open("rb") as file:
+            for piece in range(1 if whole else samples):
+                file.seek(piece * (length - size) // (samples - 1))
+                digest.update(file.read(-1 if whole else size))
     return digest.hexdigest()[:12]
 
 
 def short_name(name: str | None) -> str:
-    """A folder's own name, not where it lies (with its parent's if it says nothing); a hub id."""
+    """Return a hub id, or a folder's name without its path.
+
+    A folder that is called ``model`` also gets its parent's name.
+    """
     path = Path(name or "unnamed").expanduser()
     if not path.is_dir():
         return str(name or "unnamed")

@@ -1,4 +1,4 @@
-"""Append-only JSON Lines: a killed run loses at most the line it was writing, and can resume."""
+"""Append-only JSON Lines: a killed run loses at most the line being written, and can resume."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _BREAKS = {ord(mark): f"\\u{ord(mark):04x}" for mark in "\x85\u2028\u2029"}
 
 
 class DamagedLineError(ValueError):
-    """A line is not one of the journal's rows.
+    """A line is not a row of the journal.
 
     Attributes:
-        number: The number of the line, from 1.
+        number: Number of the line, from 1.
     """
 
     def __init__(self, number: int) -> None:
@@ -26,16 +26,16 @@ class DamagedLineError(ValueError):
 
 
 class Journal:
-    """A file of JSON Lines that is appended to row by row.
+    """A JSON Lines file to which rows are appended.
 
-    Rows are written without a buffer, so a kill leaves complete rows and at most one torn line at
-    the end, which :meth:`open` cuts off. Callers translate the errors, since only they know what a
-    row means and what its loss would cost.
+    Rows are written without a buffer, so a killed run leaves complete rows and at most one torn
+    last line, which :meth:`open` cuts off. Callers translate the errors, since only they know what
+    a row means.
 
     Args:
         path: The file; it need not exist yet.
-        first_key: The key that every row starts with. A torn last line that cannot be the start of
-            such a row is somebody else's text and is never cut off.
+        first_key: The first key of every row. A torn last line that does not start with this key is
+            foreign text and is never cut off.
     """
 
     def __init__(self, path: Path, first_key: str) -> None:
@@ -45,11 +45,13 @@ class Journal:
         self.lines = 0
 
     def read(self) -> list[tuple[int, bytes]]:
-        """The complete lines added since the last call, each with its number.
+        """Return the complete lines added since the last call, each with its number.
+
+        A missing file has no lines.
 
         Raises:
-            DamagedLineError: The file ends in something that is not the start of a row.
-            OSError: The file cannot be read. A missing file has no lines.
+            DamagedLineError: The last line is torn and is not the start of a row.
+            OSError: The file cannot be read.
         """
         try:
             with self.path.open("rb") as file:
@@ -67,14 +69,17 @@ class Journal:
         return numbered
 
     def forget(self) -> None:
-        """Makes the next :meth:`read` start at the beginning of the file."""
+        """Make the next :meth:`read` start at the beginning of the file."""
         self.size = self.lines = 0
 
     def cut_torn_line(self) -> bool:
-        """Cuts off what follows the lines that were read; whether there was anything.
+        """Cut off everything after the lines that were read.
+
+        Returns:
+            Whether anything was cut off.
 
         Raises:
-            OSError: The file cannot be shortened.
+            OSError: The file cannot be truncated.
         """
         if not self.path.is_file() or self.path.stat().st_size <= self.size:
             return False
@@ -83,13 +88,13 @@ class Journal:
 
     @contextlib.contextmanager
     def open(self, *, sync: bool = False) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-        """Cuts off a torn last line and yields a function that appends a row.
+        """Cut off a torn last line and yield a function that appends a row.
 
         Args:
-            sync: Wait for each row to reach the disk.
+            sync: Wait until each row is on the disk.
 
         Raises:
-            OSError: The file cannot be written. The yielded function raises it too.
+            OSError: The file cannot be written; the yielded function may raise this as well.
         """
         self.cut_torn_line()
         with self.path.open("ab", buffering=0) as stream:
@@ -103,12 +108,12 @@ class Journal:
 
 
 def append_row(stream: BinaryIO, row: Mapping[str, Any], *, errors: str = "strict") -> None:
-    """Writes one row and its line end.
+    """Write a row as one line, and flush it.
 
     Args:
-        stream: Opened without a buffer, so that the row is in the file at once.
-        row: JSON-ready.
-        errors: How lone surrogates are encoded, as for ``str.encode``.
+        stream: Where to write.
+        row: JSON-ready values.
+        errors: How to encode lone surrogates, as for ``str.encode``.
 
     Raises:
         OSError: The device is full or broken.
@@ -117,3 +122,4 @@ def append_row(stream: BinaryIO, row: Mapping[str, Any], *, errors: str = "stric
     rest = memoryview(line.encode("utf-8", errors) + b"\n")
     while rest:  # an unbuffered file may accept only a part
         rest = rest[stream.write(rest) :]
+    stream.flush()

@@ -1,9 +1,9 @@
-"""Turns what transformers, huggingface_hub and torch raise while loading into errors of ours."""
+"""Turn what transformers, huggingface_hub and torch raise while loading into our own errors."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 
 from fusion_detox.errors import ModelError, ModelNotFoundError
 
-# What reading a configuration, weights or a tokenizer raises when a file is wrong.
+# Raised by reading a malformed configuration, weights file or tokenizer.
 LOADING_ERRORS = (
     *(OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError),
     *(SafetensorError, StrictDataclassError),
@@ -32,73 +32,78 @@ _SAFETENSORS = (
     "Only safetensors are read, because other formats can run code when opened. Convert the model "
     "once, where you trust it, with AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)."
 )
-
-# What version 4 says to a tokenizer's class, and to its list of tokens, of version 5.
+# How version 4 fails on the tokenizer class and the token list of version 5.
 _TRACES_OF_5 = ("TokenizersBackend", "'list' object has no attribute 'keys'")
 _UPGRADE = "Upgrade it: pip install -U transformers."
 
 
 @contextlib.contextmanager
 def explained(source: str, what: str, local_files_only: bool) -> Iterator[None]:
-    """Turn what loading raises into errors of ours."""
+    """Translate the errors that loading raises in the block.
+
+    Args:
+        source: The folder or hub id that is loaded.
+        what: What it holds, such as ``"model"``, for messages.
+        local_files_only: Whether the hub must not be contacted.
+
+    Raises:
+        ModelNotFoundError: The source does not exist, or the hub cannot be reached.
+        ModelError: The source cannot be loaded.
+    """
     local = Path(source).is_dir()
     offline = local_files_only or huggingface_hub.constants.HF_HUB_OFFLINE
     try:
         yield
     except GatedRepoError as error:
         raise ModelNotFoundError(
-            f"The hub repository {source} is gated. Ask for access on its page, then log in with "
-            f"`hf auth login`."
+            f"The hub repository {source} is gated. Request access on its page, then log in with "
+            "`hf auth login`."
         ) from error
     except RevisionNotFoundError as error:
-        raise ModelNotFoundError(f"The hub repository {source} has no such revision.") from error
-    except RepositoryNotFoundError as error:
         raise ModelNotFoundError(
-            f"There is no folder and no hub repository {source!r}. Check the spelling; for a "
-            f"private one, log in with `hf auth login`."
+            f"The hub repository {source} has no such revision. Name another branch, tag or commit."
         ) from error
+    except RepositoryNotFoundError as error:
+        raise _missing(source) from error
     except torch.OutOfMemoryError as error:
         raise ModelError(
             f"{source} does not fit into the device's memory. Use a smaller model, dtype "
-            f"'bfloat16' or device 'cpu'."
+            "'bfloat16' or device 'cpu'."
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError) as error:
         raise _unreachable(source, what, offline) from error
     except LOADING_ERRORS as error:
         reason = first_line(error)
         if not local and isinstance(error, OSError):
-            # transformers reports a missing repository and a missing network alike.
+            # transformers raises the same error for a missing repository and a missing network.
             if isinstance(error.__cause__ or error.__context__, RepositoryNotFoundError):
-                raise ModelNotFoundError(
-                    f"There is no folder and no hub repository {source!r}. Check the spelling; "
-                    f"for a private one, log in with `hf auth login`."
-                ) from error
+                raise _missing(source) from error
             if "safetensors" not in reason:
                 raise _unreachable(source, what, offline) from error
         if local and what == "model" and not any(Path(source).glob("*.safetensors")):
             raise ModelError(f"{source} holds no *.safetensors. {_SAFETENSORS}") from error
         if "safetensors" in reason and isinstance(error, OSError):
             raise ModelError(f"{source} cannot be loaded: {reason}. {_SAFETENSORS}") from error
-        raise ModelError(f"{source}: the {what} cannot be loaded: {_why(error)}") from error
+        raise ModelError(f"{source}: the {what} cannot be loaded: {_reason(error)}") from error
 
 
 def check_positions(settings: Any, source: str) -> None:
-    """Refuse a configuration of transformers 5 that version 4 would read with other numbers.
+    """Refuse a configuration of transformers 5 whose positions version 4 would misread.
 
-    Version 5 keeps all settings of rotary positions in ``rope_parameters``; version 4 takes its own
-    defaults where ``rope_theta`` and ``rope_scaling`` are not there too, and says nothing.
+    Version 5 keeps all settings of rotary positions in ``rope_parameters``. Version 4 silently uses
+    its own defaults if ``rope_theta`` and ``rope_scaling`` are missing.
 
     Args:
         settings: A ``PretrainedConfig``.
-        source: Where it came from.
+        source: Where it comes from, for the message.
 
     Raises:
         ModelError: The two disagree.
     """
     written = getattr(settings, "rope_parameters", None)
-    if not _is_old() or not isinstance(written, dict):
+    if not _is_version_4() or not isinstance(written, dict):
         return
-    # By the kind of layer in some families.
+    # Some families have one entry per kind of layer.
     parts = [part for part in (written, *written.values()) if isinstance(part, dict)]
     read = {getattr(settings, name, None) for name in ("rope_theta", "rope_local_base_freq")}
     for part in parts:
@@ -113,10 +118,26 @@ def check_positions(settings: Any, source: str) -> None:
             )
 
 
-def _why(error: BaseException) -> str:
-    # What version 4 found first may stand behind an error of its own handling of it.
-    said = f"{error} {error.__context__}"
-    if _is_old() and any(trace in said for trace in _TRACES_OF_5):
+def describe(names: Iterable[str], limit: int = 3) -> str:
+    """Name the first tensors of a set, and count the others."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
+    kind = "tensor" if len(ordered) == 1 else "tensors"
+    return f"the {kind} {', '.join(ordered[:limit])}{more}"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the message of another library's error, without its advice."""
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    # A first line that ends in a colon only announces the second.
+    message = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return " ".join(message.split()).rstrip(".:")
+
+
+def _reason(error: BaseException) -> str:
+    # transformers 4 may raise again while handling; check __context__.
+    message = f"{error} {error.__context__}"
+    if _is_version_4() and any(trace in message for trace in _TRACES_OF_5):
         return (
             f"it was written by transformers 5, which the installed version "
             f"{transformers.__version__} cannot read. {_UPGRADE}"
@@ -124,34 +145,25 @@ def _why(error: BaseException) -> str:
     return f"{first_line(error)}."
 
 
-def _is_old() -> bool:
+def _is_version_4() -> bool:
     return int(transformers.__version__.split(".")[0]) < 5
+
+
+def _missing(source: str) -> ModelNotFoundError:
+    return ModelNotFoundError(
+        f"There is no folder and no hub repository {source!r}. Check the spelling; for a private "
+        "one, log in with `hf auth login`."
+    )
 
 
 def _unreachable(source: str, what: str, offline: bool) -> ModelNotFoundError:
     if offline:
         return ModelNotFoundError(
-            f"No {what} {source!r}: it is no folder and not in the cache, and the hub is not asked "
-            f"because HF_HUB_OFFLINE or local_files_only is set. Download it once with "
-            f"`hf download {source}` on a machine that may, or give a folder."
+            f"The {what} {source!r} was not found: it is neither a folder nor in the cache, and "
+            "HF_HUB_OFFLINE or local_files_only forbids to contact the hub. Download it with "
+            f"`hf download {source}` on a machine with network access, or give a folder."
         )
     return ModelNotFoundError(
-        f"No {what} {source!r}: it is no folder here, and the hub did not answer or has no such "
-        f"{what}. Check the spelling and the network, or give a folder."
+        f"The {what} {source!r} was not found: it is not a folder, and the hub did not answer or "
+        f"has no such {what}. Check the spelling and the network, or give a folder."
     )
-
-
-def describe(names: Any, most: int = 3) -> str:
-    """A few names of a set, and how many more there are."""
-    ordered = sorted(names)
-    more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
-    kind = "tensor" if len(ordered) == 1 else "tensors"
-    return f"the {kind} {', '.join(ordered[:most])}{more}"
-
-
-def first_line(error: BaseException) -> str:
-    """What an error of another library says, without its advice."""
-    lines = (str(error).strip() or type(error).__name__).splitlines()
-    # A line that ends so only announces the next.
-    said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-    return " ".join(said.split()).rstrip(".:")

@@ -1,6 +1,6 @@
-"""Load any model or tokenizer by path or hub id; what is wrong is said in one sentence.
+"""Load models and tokenizers by folder or hub id.
 
-Weights come from safetensors only and no code from a repository is ever run.
+Weights are read from safetensors only, and no code from a repository is ever run.
 """
 
 from __future__ import annotations
@@ -32,11 +32,6 @@ from transformers.utils import logging as transformers_logging
 from fusion_detox.errors import ConfigError, ModelError, ModelNotFoundError, VocabularyError
 from fusion_detox.files.loading_errors import check_positions, describe, explained, first_line
 
-# What transformers logged before, and who asked it to be quiet meanwhile.
-_quiet_lock = threading.Lock()
-_quiet: list[int] = []
-_before: list[Any] = []
-
 _MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -48,21 +43,21 @@ def load_target(
     local_files_only: bool = False,
     revision: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model in eval mode with its tokenizer.
+    """Load a causal language model in eval mode, and its tokenizer.
 
     Args:
         name_or_path: A folder or a hub id.
-        device: Where to put it; the CPU by default.
-        dtype: Of the weights, such as ``"bfloat16"``; that of the files by default.
-        local_files_only: Never contact the hub.
+        device: Device of the model; the CPU by default.
+        dtype: Dtype of the weights, such as ``"bfloat16"``; by default, that of the files.
+        local_files_only: Whether to use downloaded files only.
         revision: Branch, tag or commit of a hub repository.
 
     Raises:
-        ModelNotFoundError: Nothing there, or the hub cannot be reached.
-        ModelError: It is no causal language model, is incomplete or damaged, or does not fit
-            into memory.
+        ModelNotFoundError: The model does not exist, or the hub cannot be reached.
+        ModelError: The model is not a causal language model, is incomplete or damaged, or does not
+            fit into memory.
         VocabularyError: The tokenizer belongs to another model.
-        ConfigError: The device or the dtype does not exist here.
+        ConfigError: The device or the dtype is not available.
     """
     place = check_device(device)
     tokenizer = load_tokenizer(name_or_path, local_files_only=local_files_only, revision=revision)
@@ -76,25 +71,10 @@ def load_target(
     if tokenizer.vocab_size > logits_width(model):
         raise VocabularyError(
             f"{name_or_path}: the tokenizer has {tokenizer.vocab_size} tokens, but the model's "
-            f"output only {logits_width(model)}. They belong to different models; load each from "
-            f"the folder that it was published in."
+            f"output only {logits_width(model)}. They belong to different models; use the folder "
+            "that both were published in."
         )
     return model, tokenizer
-
-
-def load_base(
-    name_or_path: str | os.PathLike[str],
-    *,
-    local_files_only: bool = False,
-    revision: str | None = None,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model to train further, in float32 on the CPU; otherwise like ``load_target``."""
-    return load_target(
-        name_or_path,
-        dtype=torch.float32,
-        local_files_only=local_files_only,
-        revision=revision,
-    )
 
 
 def load_model(
@@ -105,7 +85,7 @@ def load_model(
     local_files_only: bool = False,
     revision: str | None = None,
 ) -> PreTrainedModel:
-    """A causal language model in eval mode; arguments and errors as in ``load_target``."""
+    """Load a causal language model in eval mode; arguments and errors as in ``load_target``."""
     place, kind = check_device(device), "auto" if dtype is None else check_dtype(dtype)
     source = locate(name_or_path, "model")
     options: dict[str, Any] = {
@@ -118,14 +98,14 @@ def load_model(
     check_causal(settings, source)
     check_positions(settings, source)
     with explained(source, "model", local_files_only):
-        auto: Any = AutoModelForCausalLM  # its types do not know output_loading_info
+        auto: Any = AutoModelForCausalLM  # its type stubs lack output_loading_info
         model, info = auto.from_pretrained(
             source, dtype=kind, use_safetensors=True, output_loading_info=True, **options
         )
     if info["missing_keys"]:
         raise ModelError(
-            f"{source} lacks {describe(info['missing_keys'])}. It is incomplete or was saved "
-            f"without its language modelling head; give a complete causal language model."
+            f"{source} lacks {describe(info['missing_keys'])}. It is incomplete, or was saved "
+            "without its language modelling head; give a complete causal language model."
         )
     if model.device != place:
         with explained(source, "model", local_files_only):
@@ -140,10 +120,10 @@ def load_tokenizer(
     local_files_only: bool = False,
     revision: str | None = None,
 ) -> PreTrainedTokenizerBase:
-    """A tokenizer by folder or hub id.
+    """Load a tokenizer by folder or hub id; arguments as in ``load_target``.
 
     Raises:
-        ModelNotFoundError: Nothing there, or the hub cannot be reached.
+        ModelNotFoundError: The tokenizer does not exist, or the hub cannot be reached.
         ModelError: Its files are missing or damaged.
     """
     source = locate(name_or_path, "tokenizer")
@@ -155,33 +135,39 @@ def load_tokenizer(
             revision=revision or "main",
         )
     if len(tokenizer) == 0:
-        raise ModelError(f"{source} holds a tokenizer without tokens; its files are missing.")
+        raise ModelError(
+            f"The tokenizer in {source} has no tokens, so its files are missing; copy or download "
+            "them again."
+        )
     return tokenizer
 
 
 def check_causal(settings: PretrainedConfig, source: str | os.PathLike[str]) -> None:
-    """Refuse what cannot write text from left to right.
+    """Refuse the configuration of a model that is not a causal language model.
 
     Raises:
-        ModelError: The configuration is an encoder's, an encoder-decoder's or none of a
-            language model.
+        ModelError: It is an encoder's, an encoder-decoder's or not a language model's.
     """
     name, remedy = settings.model_type, "Give a causal language model such as GPT-2 or Llama."
     if getattr(settings, "is_encoder_decoder", False):
         raise ModelError(f"{source} is an encoder-decoder model ({name}). {remedy}")
-    # Encoders are listed as causal too, because they can be configured as decoders.
+    # Encoders are also listed as causal, because they can be configured as decoders.
     masked = type(settings) in MODEL_FOR_MASKED_LM_MAPPING
     if masked and not getattr(settings, "is_decoder", False):
         raise ModelError(f"{source} is an encoder ({name}), which sees text both ways. {remedy}")
     if type(settings) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ModelError(f"{source} is no causal language model ({name}). {remedy}")
+        raise ModelError(f"{source} is not a causal language model ({name}). {remedy}")
 
 
 def check_device(device: str | torch.device | None) -> torch.device:
-    """The device, by default the CPU, if it exists here; else ``ConfigError``."""
+    """Return the device, by default the CPU.
+
+    Raises:
+        ConfigError: This machine does not have the device.
+    """
     try:
         place = torch.device("cpu" if device is None else device)
-        # The index too, so that "cuda" and the device of a tensor there compare equal.
+        # A tensor's device has an index, so that "cuda" equals the device of tensors on it.
         return torch.empty(0, device=place).device
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         present = ["cpu"] + [f"cuda:{index}" for index in range(torch.cuda.device_count())]
@@ -189,27 +175,25 @@ def check_device(device: str | torch.device | None) -> torch.device:
             present.append("mps")
         raise ConfigError(
             f"device {str(device)!r} cannot be used here: {first_line(error)}. "
-            f"This machine has: {', '.join(present)}"
+            f"This machine has: {', '.join(present)}. Choose one of these"
         ) from error
 
 
 def check_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """A floating point type by its name; else ``ConfigError``."""
-    found = dtype
-    if isinstance(found, str):
-        found = getattr(torch, found.removeprefix("torch."), found)
-    if not isinstance(found, torch.dtype) or found not in (
-        torch.float32,
-        torch.float64,
-        torch.bfloat16,
-        torch.float16,
-    ):
-        raise ConfigError(f"dtype must be float32, bfloat16, float16 or float64, but is {dtype!r}")
-    return found
+    """Return a floating point dtype, given itself or its name.
+
+    Raises:
+        ConfigError: It is not one of the four dtypes that models are loaded in.
+    """
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    for known in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        if found == known:
+            return known
+    raise ConfigError(f"dtype must be float32, bfloat16, float16 or float64, but is {dtype!r}")
 
 
 def logits_width(model: PreTrainedModel) -> int:
-    """Entries of the model's output per position, padding of the head included."""
+    """Number of logits per position, including the padding of the head."""
     untyped: Any = model
     weight = getattr(untyped.get_output_embeddings(), "weight", None)
     width = model.config.get_text_config().vocab_size if weight is None else weight.shape[0]
@@ -225,11 +209,11 @@ def download(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """The folder of the cache that holds those files of a hub repository.
+    """Download files of a hub repository and return their folder in the cache.
 
     Raises:
-        ModelNotFoundError: There is no such repository or revision, or it is neither in the cache
-            nor can the hub be reached.
+        ModelNotFoundError: The repository or revision does not exist, or it is not in the cache
+            and the hub cannot be reached.
     """
     with explained(repository, "repository", local_files_only):
         folder = huggingface_hub.snapshot_download(
@@ -243,34 +227,40 @@ def download(
     return Path(folder)
 
 
+_quiet_lock = threading.Lock()
+_quiet_users = 0
+_loud: tuple[int, bool] = (standard_logging.WARNING, True)
+
+
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without transformers' own progress bars and load report: these are small models.
+    """Suppress the progress bars and reports of transformers while loading small models.
 
-    Its settings are of the whole process: where threads are in here together, the first one to
-    come keeps what was set before, and the last one to leave restores it.
+    These settings are global. If several threads are inside, the first stores the settings and the
+    last restores them.
     """
+    global _quiet_users, _loud
     logging: Any = transformers_logging
     with _quiet_lock:
-        if not _quiet:
-            _before[:] = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        if not _quiet_users:
+            _loud = logging.get_verbosity(), logging.is_progress_bar_enabled()
             logging.set_verbosity(standard_logging.CRITICAL)
             logging.disable_progress_bar()
-        _quiet.append(threading.get_ident())
+        _quiet_users += 1
     try:
         yield
     finally:
         with _quiet_lock:
-            _quiet.pop()
-            if not _quiet:
-                verbosity, bars = _before
+            _quiet_users -= 1
+            if not _quiet_users:
+                verbosity, bars = _loud
                 logging.set_verbosity(verbosity)
                 if bars:
                     logging.enable_progress_bar()
 
 
 def make_portable(folder: Path) -> None:
-    """Let transformers 4.57 read what transformers 5 wrote into ``folder``, and the reverse.
+    """Make what transformers 5 wrote into a folder readable for version 4.57, and vice versa.
 
     Version 5 renamed the tokenizer class, turned an object into a list and moved ``rope_theta``.
     """
@@ -281,10 +271,10 @@ def make_portable(folder: Path) -> None:
             values["tokenizer_class"] = "PreTrainedTokenizerFast"
         if isinstance(values.get("extra_special_tokens"), list):
             values["additional_special_tokens"] = values.pop("extra_special_tokens")
-        for circumstance in ("is_local", "local_files_only", "name_or_path"):
-            values.pop(circumstance, None)
+        for name in ("is_local", "local_files_only", "name_or_path"):  # of this machine only
+            values.pop(name, None)
         path.write_text(json.dumps(values, indent=2, ensure_ascii=False), encoding="utf-8")
-    # Version 4 writes it beside; all of it stands in the file above.
+    # Version 4 repeats here what is in the file above.
     (folder / "special_tokens_map.json").unlink(missing_ok=True)
     path = folder / "config.json"
     if path.is_file():
@@ -296,7 +286,11 @@ def make_portable(folder: Path) -> None:
 
 
 def locate(name_or_path: str | os.PathLike[str], what: str) -> str:
-    """The folder's full path, or the hub id as it is."""
+    """Return the path of a folder, or an unchanged hub id.
+
+    Raises:
+        ModelNotFoundError: It is a file, or neither a folder nor a possible hub id.
+    """
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         return str(path)
@@ -305,6 +299,6 @@ def locate(name_or_path: str | os.PathLike[str], what: str) -> str:
     if not isinstance(name_or_path, str) or not _MODEL_ID.fullmatch(name_or_path):
         raise ModelNotFoundError(
             f"No {what} at {path}: there is no such folder, and it does not look like a hub id "
-            f"('organisation/name')."
+            "('organisation/name'). Check the spelling."
         )
     return name_or_path

@@ -1,4 +1,4 @@
-"""With what something was made, for records."""
+"""Versions of installed packages, for records."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 def installed_versions(*packages: str) -> dict[str, str]:
-    """Versions of Python and of those packages that are installed, in this order."""
+    """Return the versions of Python and of those of the packages that are installed."""
     found = {"python": platform.python_version()}
     for package in packages:
         try:

@@ -1,71 +1,74 @@
-"""JSON Lines of completions: appended row by row, resumed after an interruption."""
+"""JSON Lines of completions, which an interrupted run resumes."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from fusion_detox.errors import DataError, DataFileError
 from fusion_detox.files.differences import differences
-from fusion_detox.files.journal import append_row
+from fusion_detox.files.journal import DamagedLineError, Journal
 
 if TYPE_CHECKING:
     from fusion_detox.generation.sampling import Job, Row
 
-_START = b'{"index": '
-
 
 class CompletionWriter:
-    """Writes rows to a stream, each at once, so that an interruption loses none.
+    """Writes rows of completions and counts them.
 
-    A row is ``{"index", "sample", "prompt", "completion", "tokens", "finish"}`` with ``"finish"``
-    either ``"stop"`` or ``"length"``, ``"base"`` where the unfused completion was asked
-    for, and the ``"settings"`` of the run.
+    A row is ``{"index", "sample", "prompt", "completion", "tokens", "finish", "settings"}``, where
+    ``"finish"`` is ``"stop"`` or ``"length"``. It also has ``"base"`` if the completion without
+    fusion was requested.
+
+    Args:
+        append: Writes a JSON-ready row.
+        name: Name of the output, for messages.
+        settings: Settings of the run, stored in each row.
     """
 
-    def __init__(self, stream: BinaryIO, name: str, settings: Mapping[str, Any]) -> None:
-        self._stream = stream
+    def __init__(
+        self, append: Callable[[Mapping[str, Any]], None], name: str, settings: Mapping[str, Any]
+    ) -> None:
+        self._append = append
         self._name = name
         self._settings = dict(settings)
         self.written = 0
 
     def write(self, row: Row) -> None:
-        """Appends one row.
+        """Append one row.
 
         Raises:
-            DataFileError: The device is full or broken; rows written before are kept.
+            DataFileError: The device is full or broken; the rows written before are kept.
         """
         try:
-            append_row(self._stream, _record(row, self._settings))
-            self._stream.flush()
+            self._append(_record(row, self._settings))
         except BrokenPipeError:
             raise
         except OSError as error:
             raise DataFileError(
                 f"cannot write to {self._name}: {error.strerror}; {self.written} rows of this run "
-                "are kept, and the same command goes on from there once that is mended"
+                "are kept. Fix this, then rerun the command to resume"
             ) from error
         self.written += 1
 
 
 class CompletionFile:
-    """A file of rows that a later run with the same prompts and settings completes.
+    """A file of completions that a later run with the same prompts and settings resumes.
 
     Nothing is written before :meth:`open`.
 
     Args:
         path: The file; its folder must exist.
-        settings: What decides the text of a completion; stored in each row and compared.
-        overwrite: Start anew instead of completing what is there.
+        settings: All that determines the text of a completion; stored in each row and compared.
+        overwrite: Replace the file instead of resuming it.
 
     Raises:
         DataError: The file holds something else, or rows of other settings.
-        DataFileError: It cannot be read or written.
+        DataFileError: The file cannot be read or written.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any], *, overwrite: bool = False) -> None:
@@ -76,32 +79,31 @@ class CompletionFile:
         self.path = path
         self._settings = json.loads(json.dumps(settings))
         self._rows: dict[tuple[int, int], str] = {}
-        self._size: int | None = 0 if overwrite else None
+        self._journal = Journal(path, "index")
         # A device such as /dev/null can be written but not resumed.
         if path.is_file() and not overwrite:
-            try:
-                content = path.read_bytes()
-            except OSError as error:
-                raise DataFileError(f"cannot read {path}: {error.strerror}") from error
-            self._resume(content)
+            self._resume()
         if not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise DataFileError(f"no permission to write to {path}")
+            raise DataFileError(f"no permission to write to {path}; choose another output file")
 
     @contextlib.contextmanager
     def open(self) -> Iterator[CompletionWriter]:
-        """Opens the file for appending; a torn last line of an earlier run is cut off first."""
-        try:
-            if self._size is not None and self.path.is_file():
-                os.truncate(self.path, self._size)
-            # Unbuffered, so that a kill leaves whole rows and at most one torn line.
-            stream = self.path.open("ab", buffering=0)
-        except OSError as error:
-            raise DataFileError(f"cannot write to {self.path}: {error.strerror}") from error
-        with stream:
-            yield CompletionWriter(stream, str(self.path), self._settings)
+        """Open the file for appending, after cutting off a torn last line.
+
+        Raises:
+            DataFileError: The file cannot be written.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                append = stack.enter_context(self._journal.open())
+            except OSError as error:
+                raise DataFileError(
+                    f"cannot write to {self.path}: {error.strerror}; choose another output file"
+                ) from error
+            yield CompletionWriter(append, str(self.path), self._settings)
 
     def missing(self, wanted: Sequence[Job]) -> list[Job]:
-        """The jobs that the file does not hold yet.
+        """Return the jobs whose completions the file does not hold yet.
 
         Raises:
             DataError: The file holds a row of another prompt under the same index.
@@ -112,25 +114,31 @@ class CompletionFile:
                 raise DataError(
                     f"{self.path} was written for other prompts: prompt {job.index} was "
                     f"{_short(before)}, now it is {_short(job.prompt)}; choose another output "
-                    "file, or --overwrite to start anew"
+                    "file, or --overwrite to replace this one"
                 )
         return [job for job in wanted if (job.index, job.sample) not in self._rows]
 
-    def _resume(self, content: bytes) -> None:
-        whole, _, torn = content.rpartition(b"\n")
-        for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
-            self._read(number, line)
-        if torn and not (torn.startswith(_START) or _START.startswith(torn)):
-            self._refuse(content.count(b"\n") + 1)
-        self._size = len(content) - len(torn)
+    def _resume(self) -> None:
+        try:
+            for number, line in self._journal.read():
+                self._read_row(number, line)
+        except OSError as error:
+            raise DataFileError(
+                f"cannot read {self.path}: {error.strerror}; choose another output file"
+            ) from error
+        except DamagedLineError as error:
+            raise DataError(
+                f"line {error.number} of {self.path} is not a row of completions; choose another "
+                "output file, or --overwrite to lose its content"
+            ) from error
 
-    def _read(self, number: int, line: bytes) -> None:
+    def _read_row(self, number: int, line: bytes) -> None:
         try:
             row = json.loads(line)
             key, prompt, before = (row["index"], row["sample"]), row["prompt"], row["settings"]
             self._rows[key] = prompt
-        except (ValueError, TypeError, KeyError):
-            self._refuse(number)
+        except (ValueError, TypeError, KeyError) as error:
+            raise DamagedLineError(number) from error
         if before != self._settings:
             changed = "; ".join(
                 f"{name} was {json.dumps(one)}, now {json.dumps(other)}"
@@ -138,39 +146,8 @@ class CompletionFile:
             )
             raise DataError(
                 f"{self.path} was written with other settings ({changed}); choose another "
-                "output file, or --overwrite to start anew"
+                "output file, or --overwrite to replace this one"
             )
-
-    def _refuse(self, number: int) -> None:
-        raise DataError(
-            f"line {number} of {self.path} is not a row of completions; choose another output "
-            "file, or --overwrite to lose what it holds"
-        )
-
-
-def folder_fingerprint(
-    folder: Path, *, samples: int = 64, size: int = 1 << 14, without: Collection[str] = ()
-) -> str:
-    """Tells whether a model folder holds what it held: 12 hex digits of SHA-256.
-
-    Reads all of the configuration, but of large weights ``samples`` pieces of ``size`` bytes only:
-    training moves all weights, so that the pieces tell two models apart. Nothing of the folders
-    inside it that are named in ``without``.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        if path.suffix not in (".safetensors", ".json") or not path.is_file():
-            continue
-        if path.relative_to(folder).parts[0] in without:
-            continue
-        length = path.stat().st_size
-        whole = path.suffix == ".json" or length <= samples * size
-        digest.update(f"{path.relative_to(folder).as_posix()}:{length}:".encode())
-        with path.open("rb") as file:
-            for piece in range(1 if whole else samples):
-                file.seek(piece * (length - size) // (samples - 1))
-                digest.update(file.read(-1 if whole else size))
-    return digest.hexdigest()[:12]
 
 
 def _record(row: Row, settings: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fusion_detox.files.lazy import lazy_names
+import lazy_loader
 
 if TYPE_CHECKING:
     from fusion_detox.scoring.base import NoTextScoredError, Scorer, ScoringError
@@ -38,21 +38,17 @@ __all__ = [
 ]
 
 if not TYPE_CHECKING:
-    __getattr__, __dir__ = lazy_names(
+    __getattr__, __dir__, _ = lazy_loader.attach(
         __name__,
-        {
-            "SCORERS": "registry",
-            "CachedScorer": "cache",
-            "ClassifierScorer": "classifier",
-            "ContextualScorer": "contextual",
-            "DetoxifyPackageScorer": "detoxify_scorer",
-            "Embedder": "embedding",
-            "LexicalScorer": "lexical",
-            "NoTextScoredError": "base",
-            "PerspectiveScorer": "perspective",
-            "Scorer": "base",
-            "ScoringError": "base",
-            "load_detoxify": "detoxify_scorer",
-            "make_scorer": "registry",
+        submod_attrs={
+            "base": ["NoTextScoredError", "Scorer", "ScoringError"],
+            "cache": ["CachedScorer"],
+            "classifier": ["ClassifierScorer"],
+            "contextual": ["ContextualScorer"],
+            "detoxify_scorer": ["DetoxifyPackageScorer", "load_detoxify"],
+            "embedding": ["Embedder"],
+            "lexical": ["LexicalScorer"],
+            "perspective": ["PerspectiveScorer"],
+            "registry": ["SCORERS", "make_scorer"],
         },
     )

@@ -1,10 +1,16 @@
-"""Training a calibrator: ``train_calibrator`` and its settings."""
+"""Train calibrators, and fine-tune whole models with the same data.
+
+``train_calibrator`` is the main entry point; ``data`` reads the text, ``contrastive`` holds the
+contrastive objectives, ``finetuning`` trains adapters, and ``negatives`` has a language model write
+toxic paraphrases. Only ``evaluation``, ``integrations`` and the command line may import this
+package.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fusion_detox.files.lazy import lazy_names
+import lazy_loader
 
 if TYPE_CHECKING:
     from fusion_detox.training.config import TrainingConfig
@@ -30,18 +36,16 @@ __all__ = [
 ]
 
 if not TYPE_CHECKING:
-    __getattr__, __dir__ = lazy_names(
+    __getattr__, __dir__, _ = lazy_loader.attach(
         __name__,
-        {
-            "Columns": "data.corpus",
-            "Condition": "data.corpus",
-            "ParaphraseSet": "data.pairs",
-            "make_negatives": "negatives.pipeline",
-            "read_pairs": "data.pairs",
-            "ContrastiveConfig": "contrastive.config",
-            "FinetuneConfig": "finetuning.config",
-            "finetune": "finetuning.pipeline",
-            "train_calibrator": "pipeline",
-            "TrainingConfig": "config",
+        submod_attrs={
+            "config": ["TrainingConfig"],
+            "contrastive.config": ["ContrastiveConfig"],
+            "data.corpus": ["Columns", "Condition"],
+            "data.pairs": ["ParaphraseSet", "read_pairs"],
+            "finetuning.config": ["FinetuneConfig"],
+            "finetuning.pipeline": ["finetune"],
+            "negatives.pipeline": ["make_negatives"],
+            "pipeline": ["train_calibrator"],
         },
     )

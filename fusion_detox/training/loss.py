@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 IGNORED = -100
-"""Label of a position that does not count: padding, prompts, and the first token of a row."""
+"""Label of positions that do not count: padding, prompts, and the first token of a row."""
 
 
 class _TokenCrossEntropy(torch.autograd.Function):
-    """Summed next-token loss that never holds more than a slice of the logits in float32.
+    """Summed next-token loss that converts only one slice of the logits to float32 at a time.
 
-    The textbook version converts all of ``(tokens, vocab)`` to float32 several times, which on a
-    CPU costs more than the model itself. Here each slice is visited once and its gradient is kept
-    in the logits' own dtype.
+    The textbook version converts all of ``(tokens, vocab)`` to float32 several times, which costs
+    more than a small model itself on a CPU. Here each slice is visited once, and its gradient is
+    stored in the dtype of the logits.
     """
 
     @staticmethod
@@ -44,17 +44,17 @@ class _TokenCrossEntropy(torch.autograd.Function):
 
 
 def summed_cross_entropy(logits: Tensor, labels: Tensor, *, slice_rows: int = 16) -> Tensor:
-    """Sum of the negative log-likelihoods of ``labels``, in nats.
+    """Sum the negative log-likelihoods of ``labels``, in nats.
 
     Args:
         logits: ``(batch, length, vocab)``; position ``t`` predicts ``labels[:, t + 1]``.
-        labels: ``(batch, length)`` token ids; ``IGNORED`` where a token does not count.
-        slice_rows: Positions converted to float32 at a time.
+        labels: ``(batch, length)`` token ids; ``IGNORED`` for tokens that do not count.
+        slice_rows: Positions to convert to float32 at a time.
 
     Returns:
         A float32 scalar.
     """
-    # Shifting the labels rather than the logits spares a copy of the largest tensor.
+    # Shifting the labels instead of the logits avoids a copy of the largest tensor.
     following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
     total: Tensor = _TokenCrossEntropy.apply(  # type: ignore[no-untyped-call]
         logits.reshape(-1, logits.shape[-1]), following.reshape(-1), slice_rows
@@ -63,5 +63,10 @@ def summed_cross_entropy(logits: Tensor, labels: Tensor, *, slice_rows: int = 16
 
 
 def bits_per_byte(summed_nats: float, text_bytes: int) -> float:
-    """Compression of text in bits a byte, which compares models across vocabularies."""
+    """Convert a summed loss to bits per byte, which are comparable across vocabularies.
+
+    Args:
+        summed_nats: Sum of the negative log-likelihoods, in nats.
+        text_bytes: Bytes of the text.
+    """
     return summed_nats / math.log(2) / max(text_bytes, 1)

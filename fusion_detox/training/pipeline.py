@@ -1,4 +1,4 @@
-"""``train_calibrator``: from text to a calibrator folder, in stages that survive a kill."""
+"""``train_calibrator``: from text to a calibrator folder, in stages that a killed run resumes."""
 
 from __future__ import annotations
 
@@ -31,11 +31,9 @@ from fusion_detox.training.data.pairs import read_pairs
 from fusion_detox.training.data.splitting import split
 from fusion_detox.training.request import (
     Sources,
-    check_continuation,
     check_objective,
-    check_request,
+    check_sources,
     check_texts,
-    check_uses,
     inherited,
     reference_needed,
 )
@@ -67,53 +65,57 @@ def train_calibrator(
     show_progress: bool = True,
     command: str | None = None,
 ) -> Calibrator:
-    """Trains the clean model and its reference, and saves them as a calibrator.
+    """Train a clean model and its reference, and save them as a calibrator.
 
-    From scratch, a tokenizer and a base model are trained on ``general`` first. Then the model
-    forks: the reference goes on with ``general`` (or ``reference_data``), the clean model with
-    ``clean``, for the same number of steps, from the same weights and with the same text in the
-    same places wherever both corpora hold it. What then differs between them is what non-toxic
-    training changed (arXiv 2506.01266 trains the clean model alone; DExperts, arXiv 2105.03023,
-    takes a difference of two).
+    A training from scratch first trains a tokenizer and a base model on ``general``. Then the model
+    forks: the reference continues with ``general`` (or ``reference_data``), the clean model with
+    ``clean``. Both take the same number of steps from the same weights, and text of both corpora
+    takes the same positions. Their difference is then the effect of non-toxic training (DExperts,
+    arXiv 2105.03023, where they are called expert and anti-expert; arXiv 2506.01266 trains the
+    clean model alone).
 
-    With a contrastive ``config.objective`` the clean model then learns from ``pairs``, wordings of
-    the same or continuations of one prompt, which of them to hold back (after arXiv 2401.08491).
-    The clean text, or without it the general text, is where it is kept close to the reference.
-    Without clean text that is all its training.
+    With a contrastive ``config.objective``, the clean model then learns from ``pairs`` which
+    wordings of a sentence, or continuations of a prompt, to hold back (after arXiv 2401.08491). A
+    KL term keeps it close to the reference on the clean text or, without clean text, on the general
+    text. Without clean text, this is the clean model's only training.
 
-    A killed run goes on where it was when it is started again with the same arguments. Under
-    ``torchrun`` or ``accelerate launch`` each step's blocks are spread over the processes.
+    To resume a killed run, call again with the same arguments. Under ``torchrun`` or ``accelerate
+    launch``, the blocks of each step are distributed over the processes.
 
     Args:
-        output: The calibrator folder to write; the work in progress stays beside it until then.
-        clean: Non-toxic text; may be left out where ``clean_where`` picks it from ``general``.
+        output: The calibrator folder to write; until then, work in progress is kept beside it.
+        clean: Non-toxic text; not needed if ``clean_where`` selects it from ``general``.
         general: Text of all kinds.
-        reference_data: Trains the reference on this instead, for example on toxic text.
-        base: A causal language model by path or hub id to start from, in place of scratch.
-        init_from: A larger one of which the first layers, embeddings, final norm and head are
-            taken, likewise (arXiv 2506.01266).
-        keep_layers: How many of its layers, 3 by default.
-        calibrator: One to go on from, a shipped name, folder or hub id: its clean model is trained
-            by the contrastive objective, its reference is kept.
-        tokenizer: A tokenizer by path or hub id for a model from scratch, such as the target's
+        reference_data: Text for the reference instead of ``general``, such as toxic text.
+        base: A causal language model to start from, by folder or hub id, instead of from scratch.
+        init_from: A larger model to start from: its first layers, embeddings, final norm and head
+            (arXiv 2506.01266).
+        keep_layers: Number of layers to keep of ``init_from``, 3 by default.
+        calibrator: A calibrator to continue from, by shipped name, folder or hub id: the
+            contrastive objective trains its clean model, and its reference is kept.
+        tokenizer: A tokenizer for a model from scratch, by folder or hub id, such as the target's
             own; one is trained by default.
-        columns: Which fields hold text, prompts and completions.
-        clean_where: Conditions like ``"label=neutral"`` on the rows of the clean text.
+        columns: Names of the fields that hold text, prompts and completions.
+        clean_where: Conditions such as ``"label=neutral"`` on the rows of the clean text.
         pairs: Paraphrase sets for a contrastive objective, as ``read_pairs`` reads them.
         config: Sizes, steps, objective and seed.
         contrast: Settings of the contrastive objective.
-        fusion: Recommended fusion settings, written into the card.
-        name: Name on the card; the folder's name by default.
+        fusion: Recommended fusion settings to write into the card.
+        name: Name on the card; by default, the folder's name.
         notes: Facts for the record and the card, such as ``{"language": "en", "data": [...]}``.
-        overwrite: Replaces an existing calibrator and forgets unfinished work of other settings.
+        overwrite: Whether to replace an existing calibrator and discard unfinished work of other
+            settings.
         show_progress: Whether to show progress bars on standard error.
         command: The command line that was run, for the record.
 
+    Returns:
+        The calibrator.
+
     Raises:
-        DataError: The text is empty, broken or too little.
+        DataError: The text is empty, malformed or too short.
         TrainingError: The settings do not fit each other or unfinished work at ``output``.
         MissingExtraError: ``accelerate`` is not installed.
-        KeyboardInterrupt: Interrupted; the work so far is kept for the next start.
+        KeyboardInterrupt: The run was interrupted; the work so far is kept.
     """
     try:
         from accelerate import PartialState
@@ -121,7 +123,7 @@ def train_calibrator(
         raise MissingExtraError("accelerate", "train") from error
     from fusion_detox.training.contrastive.contrastive_stage import ContrastStage, ContrastText
     from fusion_detox.training.data import text_blocks
-    from fusion_detox.training.distributions import Run, claim
+    from fusion_detox.training.run import Run, claim
 
     config, columns = config or TrainingConfig(), columns or Columns()
     contrast = contrast or ContrastiveConfig()
@@ -130,28 +132,33 @@ def train_calibrator(
     base, keep_layers = base_and_layers(base, init_from, keep_layers)
     contrastive = check_objective(config, contrast, pairs)
     has_clean = bool(clean or (general and clean_where))
-    if calibrator is not None:
-        check_continuation(contrastive, general, reference_data, base, tokenizer)
-    else:
-        check_request(has_clean or contrastive, general, base, tokenizer)
-    check_uses(has_clean, clean_where, reference_data)
+    check_sources(
+        general=general,
+        reference_data=reference_data,
+        base=base,
+        tokenizer=tokenizer,
+        conditions=clean_where,
+        has_clean=has_clean,
+        contrastive=contrastive,
+        continues=calibrator is not None,
+    )
     if output.exists() and not overwrite:
         raise TrainingError(
-            f"{output} exists already: choose another folder, or replace it with --overwrite"
+            f"{output} exists already: choose another folder, or replace this one with --overwrite"
         )
     old = None if calibrator is None else Calibrator.from_pretrained(calibrator)
     if old is not None and old.context_length < config.context_length:
         raise TrainingError(
-            f"context_length {config.context_length} is more than the {old.context_length} tokens "
-            f"that the calibrator {calibrator} sees: lower it with --context-length"
+            f"context_length {config.context_length} is more than the context of the calibrator "
+            f"{calibrator}, {old.context_length} tokens: reduce it with --context-length"
         )
 
     state = PartialState(cpu=config.device == "cpu")
     for counted in ("batch_size", "anchors") if contrastive else ("batch_size",):
         if getattr(config, counted) % state.num_processes:
             raise TrainingError(
-                f"{counted} {getattr(config, counted)} cannot be spread evenly over "
-                f"{state.num_processes} processes"
+                f"{counted} {getattr(config, counted)} cannot be divided evenly among "
+                f"{state.num_processes} processes: choose a multiple"
             )
     run = Run(
         config,
@@ -197,7 +204,7 @@ def train_calibrator(
     }
     began = time.time()
     if old is None:
-        model, reference = run.on_texts(model, words, bos_id, splits, held_out)
+        model, reference = run.language_modelling(model, words, bos_id, splits, held_out)
     measured: dict[str, Any] = {}
     if contrastive:
         text = ContrastText(sets, held_sets, *splits["clean" if has_clean else "general"])

@@ -1,4 +1,4 @@
-"""A trainer's progress bar, its measurements on held-out text, and what Ctrl-C does."""
+"""Progress bar, held-out measurements and interruption of a training."""
 
 from __future__ import annotations
 
@@ -25,15 +25,20 @@ Measure = Callable[[torch.nn.Module], Mapping[str, float | None]]
 
 
 class ProgressCallback(TrainerCallback):
-    """Progress, measurements before, during and after training, and a checkpoint on Ctrl-C.
+    """Shows progress, measures the model, and saves a checkpoint on Ctrl-C.
 
     Args:
-        title: Before the bar.
-        measure: Gives numbers by name for the model as it is; called in the main process only.
-        every: Steps between two measurements.
-        shown: Names of those numbers that stand beside the bar.
-        show: Whether there is a bar, on standard error.
-        file: Where the curve is kept with each checkpoint, so that a kill does not lose it.
+        title: Title of the bar.
+        measure: Returns named numbers for the current model; called in the main process only,
+            before the first step and during training.
+        every: Steps between measurements.
+        shown: Names of the numbers to show beside the bar.
+        show: Whether to show a bar on standard error.
+        file: Where to save the curve with each checkpoint, for a killed run to resume.
+
+    Attributes:
+        curve: Losses and measurements by step.
+        interrupted: Whether to stop after the current step.
     """
 
     def __init__(
@@ -71,12 +76,12 @@ class ProgressCallback(TrainerCallback):
         model: torch.nn.Module | None = None,
         **_: Any,
     ) -> None:
-        """Starts the bar; a new run is measured before its first step."""
+        """Start the bar; measure a new run before its first step."""
         self.started, self.first = time.monotonic(), state.global_step
         self.progress.update(self.task, total=state.max_steps, completed=state.global_step)
         self.progress.start()
         if state.global_step == 0:
-            self._look(state, model)
+            self._add_measurement(state, model)
 
     def on_log(
         self,
@@ -86,7 +91,7 @@ class ProgressCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        """Keeps the loss."""
+        """Record the loss."""
         if logs and "loss" in logs:
             loss = float(logs["loss"])
             if not math.isfinite(loss):
@@ -102,10 +107,10 @@ class ProgressCallback(TrainerCallback):
         model: torch.nn.Module | None = None,
         **_: Any,
     ) -> None:
-        """Moves the bar, measures, and stops after a checkpoint where Ctrl-C was pressed."""
+        """Advance the bar, measure if due, and stop with a checkpoint if interrupted."""
         step = state.global_step
         if step % self.every == 0 or step == state.max_steps:
-            self._look(state, model)
+            self._add_measurement(state, model)
         rate = (step - self.first) / max(time.monotonic() - self.started, 1e-9)
         numbers = "  ".join(f"{name} {value}" for name, value in self.numbers.items())
         self.progress.update(
@@ -117,21 +122,21 @@ class ProgressCallback(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Keeps the curve beside the checkpoint."""
+        """Save the curve with the checkpoint."""
         if state.is_world_process_zero:
             write_whole(self.file, json.dumps(self.curve).encode())
 
     def resume(self, step: int) -> None:
-        """Takes up the curve of an earlier start, as far as its checkpoint after ``step``."""
+        """Load the curve of an earlier start, up to the step of its checkpoint."""
         if self.file.exists():
             kept = json.loads(self.file.read_text(encoding="utf-8"))
             self.curve = [entry for entry in kept if entry["step"] <= step]
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
-        """Ends the bar."""
+        """Stop the bar."""
         self.progress.stop()
 
-    def _look(self, state: TrainerState, model: torch.nn.Module | None) -> None:
+    def _add_measurement(self, state: TrainerState, model: torch.nn.Module | None) -> None:
         if not state.is_world_process_zero:
             return
         assert model is not None
@@ -144,21 +149,21 @@ class ProgressCallback(TrainerCallback):
 
 
 @contextlib.contextmanager
-def interruptible(watch: ProgressCallback) -> Iterator[None]:
-    """The first Ctrl-C saves a checkpoint and stops; a second one stops at once."""
+def interruptible(callback: ProgressCallback) -> Iterator[None]:
+    """On Ctrl-C, save a checkpoint and stop; on a second one, stop at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def ask(*_: Any) -> None:
-        if watch.interrupted:
+    def stop(*_: Any) -> None:
+        if callback.interrupted:
             raise KeyboardInterrupt
-        watch.interrupted = True
-        logger.warning("stopping after this step, with a checkpoint (again: at once)")
+        callback.interrupted = True
+        logger.warning("saving a checkpoint after this step; press Ctrl-C again to stop at once")
 
-    before = signal.signal(signal.SIGINT, ask)
+    before = signal.signal(signal.SIGINT, stop)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-        watch.progress.stop()
+        callback.progress.stop()

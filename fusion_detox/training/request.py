@@ -1,4 +1,4 @@
-"""What ``train_calibrator`` may be asked for, checked before any work is done."""
+"""Check the arguments of ``train_calibrator`` before any work."""
 
 from __future__ import annotations
 
@@ -21,96 +21,115 @@ _MEASURED = ("evaluation", "tuning")
 
 
 def check_objective(config: TrainingConfig, contrast: ContrastiveConfig, pairs: Sources) -> bool:
-    """Whether the objective is a contrastive one; refuses pairs without one and the reverse."""
-    contrastive = config.objective != "language-modelling"
-    if contrastive and not pairs:
+    """Return whether the objective is contrastive; it must be if and only if there are pairs."""
+    if config.objective == "language-modelling":
+        if pairs:
+            raise TrainingError(
+                "paraphrase sets were given, but the objective language-modelling does not use "
+                "them: choose another --objective, such as likelihood-ratio"
+            )
+        return False
+    if not pairs:
         raise TrainingError(
             f"the objective {config.objective} learns from paraphrase sets: give some with --pairs"
         )
-    if config.objective != "language-modelling":
-        contrast.check_teaches(config.objective)
-    if pairs and not contrastive:
-        raise TrainingError(
-            "paraphrase sets are given, but the objective is language-modelling, which has no use "
-            "for them: choose another with --objective, such as likelihood-ratio"
-        )
-    return contrastive
+    contrast.check_teaches(config.objective)
+    return True
 
 
-def check_continuation(
-    contrastive: bool, general: Sources, reference_data: Sources, base: Any, tokenizer: Any
+def check_sources(
+    *,
+    general: Sources,
+    reference_data: Sources,
+    base: str | Path | None,
+    tokenizer: str | Path | None,
+    conditions: Sequence[str],
+    has_clean: bool,
+    contrastive: bool,
+    continues: bool,
 ) -> None:
-    """Refuses what does not go with a calibrator to go on from."""
-    if not contrastive:
+    """Refuse missing, useless or contradictory sources of text and models.
+
+    Args:
+        general: Sources of general text.
+        reference_data: Sources of text for the reference alone.
+        base: Model to start from.
+        tokenizer: Tokenizer of a model from scratch.
+        conditions: Conditions on the rows of the clean text.
+        has_clean: Whether there is clean text.
+        contrastive: Whether the objective is contrastive.
+        continues: Whether the training continues from a calibrator.
+
+    Raises:
+        TrainingError: The sources do not fit together.
+    """
+    if continues:
+        if not contrastive:
+            raise TrainingError(
+                "--calibrator requires a contrastive --objective, such as likelihood-ratio"
+            )
+        given = {
+            "--general": general,
+            "--reference-data": reference_data,
+            "--base or --init-from": base,
+            "--tokenizer": tokenizer,
+        }
+        useless = [name for name, value in given.items() if value]
+        if useless:
+            raise TrainingError(
+                f"a calibrator has its own models and tokenizer, so {', '.join(useless)} cannot be "
+                "used with it; give text on which the model must not change with --clean"
+            )
+    else:
+        if not has_clean and not contrastive:
+            raise TrainingError(
+                "there is no clean text: give some with --clean, or general text and a condition "
+                "that selects its clean part, such as toxic=false"
+            )
+        if base is None and not general:
+            raise TrainingError(
+                "without a base model, general text is needed to train one: give some with "
+                "--general, or a model with --base"
+            )
+        if base is not None and tokenizer is not None:
+            raise TrainingError("a base model has its own tokenizer: give one or the other")
+    if conditions and not has_clean:
         raise TrainingError(
-            "a calibrator is gone on from by a contrastive objective only: choose one with "
-            "--objective, such as likelihood-ratio"
+            f"the condition {conditions[0]} has no rows to select from: give text with --clean or "
+            "--general"
         )
-    given = {
-        "--general": general,
-        "--reference-data": reference_data,
-        "--base or --init-from": base,
-        "--tokenizer": tokenizer,
-    }
-    useless = [name for name, value in given.items() if value]
-    if useless:
+    if reference_data and not has_clean:
         raise TrainingError(
-            f"a calibrator brings its own models and tokenizer, so {', '.join(useless)} cannot be "
-            "given with it; text that is to stay as it is goes to --clean"
+            "reference data trains a reference beside a clean model, but there is no clean text: "
+            "give some with --clean, or remove --reference-data"
+        )
+
+
+def check_texts(texts: Mapping[str, Sequence[Document]]) -> None:
+    """Refuse general text that contains nothing but clean text."""
+    general = {d.key for d in texts["general"]}
+    clean = {d.key for d in texts["clean"]}
+    if general and general <= clean and not texts["reference_data"]:
+        raise DataError(
+            f"all {len(general)} general documents are clean documents too, so both models would "
+            "learn the same: add toxic text to the general text"
         )
 
 
 def reference_needed(calibrator: Calibrator) -> PreTrainedModel:
-    """The calibrator's reference."""
+    """Return the calibrator's reference, or raise ``TrainingError`` if it has none."""
     if calibrator.reference is None:
         raise TrainingError(
-            f"{calibrator.name} has no reference, from which the clean model is to differ: give a "
+            f"{calibrator.name} has no reference for the clean model to differ from: give a "
             "calibrator with both models"
         )
     return calibrator.reference
 
 
-def check_uses(has_clean: bool, where: Sequence[str], reference_data: Sources) -> None:
-    """Refuses what would be read for nothing."""
-    if where and not has_clean:
-        raise TrainingError(
-            f"the condition {where[0]} picks from nothing: give text with --clean or --general"
-        )
-    if reference_data and not has_clean:
-        raise TrainingError(
-            "reference data train a reference beside a clean model, and there is no clean text: "
-            "give some with --clean, or leave --reference-data out"
-        )
-
-
-def check_request(has_clean: bool, general: Sources, base: Any, tokenizer: Any) -> None:
-    """Refuses a training without text to learn from."""
-    if not has_clean:
-        raise TrainingError(
-            "there is no clean text: give some, or general text and a condition that picks the "
-            "clean part of it, such as toxic=false"
-        )
-    if base is None and not general:
-        raise TrainingError("without a base model, general text is needed to train one from")
-    if base is not None and tokenizer is not None:
-        raise TrainingError("a base model brings its own tokenizer: give one or the other")
-
-
-def check_texts(texts: dict[str, list[Document]]) -> None:
-    """Refuses general text that holds nothing but clean text."""
-    general = {d.key for d in texts["general"]}
-    clean = {d.key for d in texts["clean"]}
-    if general and general <= clean and not texts["reference_data"]:
-        raise DataError(
-            f"all {len(general)} general documents are clean documents too, so the two models "
-            "would learn the same: general text must also hold what is to be held back"
-        )
-
-
 def inherited(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What the record of a calibrator tells about one that training goes on from it.
+    """Return the facts that a calibrator inherits from the record of the one it continues from.
 
-    What was measured of the earlier one does not hold for the later.
+    Measurements of the earlier calibrator do not apply to the later one.
     """
     facts = {name: record[name] for name in _FACTS if name in record}
     earlier = {name: value for name, value in record.items() if name not in _MEASURED}

@@ -1,21 +1,23 @@
-"""One stage of training: a model, its blocks, and ``transformers.Trainer`` between them."""
+"""One stage of training with ``transformers.Trainer``, from its newest checkpoint if it has one."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers import ProgressCallback as TrainerProgressBar
 
 from fusion_detox.errors import TrainingError
-from fusion_detox.training.checkpoints import newest_checkpoint, step_of
 from fusion_detox.training.config import TrainingConfig
 from fusion_detox.training.data.blocks import Blocks
 from fusion_detox.training.loss import IGNORED, bits_per_byte, summed_cross_entropy
@@ -24,19 +26,22 @@ from fusion_detox.training.progress import ProgressCallback, interruptible
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from fusion_detox.training.finetuning.config import FinetuneConfig
+
 logger = logging.getLogger(__name__)
 
 
 class StageTrainer(Trainer):
-    """``Trainer`` with autocast that leaves the logits in bfloat16.
+    """``Trainer`` with autocast that keeps the logits in bfloat16.
 
-    ``TrainingArguments(bf16=True)`` converts them to float32, which on a CPU is a third of a step.
+    ``TrainingArguments(bf16=True)`` converts them to float32, which takes a third of a step on a
+    CPU.
     """
 
     precision: str = "float32"
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
-        """What the forward pass runs in."""
+        """The context of the forward pass."""
         stack = contextlib.ExitStack()
         if self.precision != "float32":
             stack.enter_context(torch.autocast(self.args.device.type, torch.bfloat16))
@@ -49,11 +54,11 @@ def _loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None 
 
 
 class HeldOut:
-    """Held-out text on which a model's bits per byte are measured.
+    """Held-out text to measure a model's bits per byte on.
 
     Args:
-        blocks: Its blocks.
-        byte_lengths: Bytes of each token id, 0 for special ones, which do not count.
+        blocks: The text.
+        byte_lengths: Bytes of each token id, 0 for special tokens, which do not count.
     """
 
     def __init__(self, blocks: Blocks, byte_lengths: Sequence[int]) -> None:
@@ -66,7 +71,7 @@ class HeldOut:
 
     @torch.no_grad()
     def bits_per_byte(self, model: torch.nn.Module, precision: str = "float32") -> float:
-        """Bits that the model needs for a byte of this text; NaN where there is none."""
+        """Measure a model's bits per byte; NaN if the text is empty."""
         if not self.bytes:
             return math.nan
         training, device = model.training, next(model.parameters()).device
@@ -82,19 +87,8 @@ class HeldOut:
         return bits_per_byte(total, self.bytes)
 
 
-class Kept(Protocol):
-    """The settings of a training that decide where it runs and what is kept of it."""
-
-    @property
-    def device(self) -> str | None: ...  # noqa: D102
-    @property
-    def save_every(self) -> int: ...  # noqa: D102
-    @property
-    def seed(self) -> int: ...  # noqa: D102
-
-
-def kept_arguments(folder: Path, config: Kept) -> dict[str, Any]:
-    """What all trainings tell ``TrainingArguments``: where to run, what to keep and to show."""
+def common_arguments(folder: Path, config: TrainingConfig | FinetuneConfig) -> dict[str, Any]:
+    """The ``TrainingArguments`` that all trainings share."""
     return {
         "output_dir": str(folder),
         "use_cpu": config.device == "cpu" or not torch.cuda.is_available(),
@@ -124,16 +118,30 @@ def run_stage(
     world_size: int,
     show_progress: bool,
 ) -> list[dict[str, float | None]]:
-    """Trains ``model`` in place and returns its loss curve.
+    """Train ``model`` in place on language modelling and return its loss curve.
 
-    Checkpoints go to ``folder``; a run that finds a whole one there goes on from it, with the
-    numbers that an uninterrupted run would give.
+    Checkpoints are written to ``folder``. A run that finds a complete one there resumes from it and
+    gives the same numbers as an uninterrupted run.
+
+    Args:
+        title: Title of the progress bar.
+        model: The model.
+        blocks: Training blocks, in order.
+        held_out: Texts to measure bits per byte on, by name.
+        config: Settings of the training.
+        folder: Folder of the checkpoints.
+        steps: Optimizer steps.
+        learning_rate: Peak learning rate.
+        warmup_steps: Steps of linear warm-up, at most half of all.
+        decay: Whether the learning rate then decays linearly to 0; otherwise it is constant.
+        world_size: Number of processes.
+        show_progress: Whether to show a progress bar on standard error.
 
     Raises:
-        KeyboardInterrupt: After the checkpoint of an interrupted run has been written.
+        KeyboardInterrupt: The run was interrupted; its checkpoint has been written.
     """
     arguments = TrainingArguments(
-        **kept_arguments(folder, config),
+        **common_arguments(folder, config),
         max_steps=steps,
         per_device_train_batch_size=config.batch_size // world_size,
         learning_rate=learning_rate,
@@ -145,10 +153,10 @@ def run_stage(
         logging_steps=10,
         average_tokens_across_devices=True,
     )
-    watch = ProgressCallback(
+    callback = ProgressCallback(
         title,
-        lambda plain: {
-            f"{name}_bits_per_byte": round(text.bits_per_byte(plain, config.precision), 4)
+        lambda unwrapped: {
+            f"{name}_bits_per_byte": round(text.bits_per_byte(unwrapped, config.precision), 4)
             for name, text in held_out.items()
         },
         every=config.evaluate_every,
@@ -161,42 +169,73 @@ def run_stage(
         args=arguments,
         train_dataset=blocks,
         compute_loss_func=_loss,
-        callbacks=[watch],
+        callbacks=[callback],
     )
     trainer.precision = config.precision
-    run_trainer(trainer, watch, folder)
-    return watch.curve
+    run_trainer(trainer, callback, folder)
+    return callback.curve
 
 
 def run_trainer(
-    trainer: Trainer, watch: ProgressCallback, folder: Path, weights: str = "model.safetensors"
+    trainer: Trainer, callback: ProgressCallback, folder: Path, weights: str = "model.safetensors"
 ) -> None:
-    """Trains, from the newest whole checkpoint of ``folder`` where there is one.
+    """Train, from the newest complete checkpoint if there is one.
 
     Args:
-        trainer: What trains.
-        watch: Its callback.
-        folder: Where it writes checkpoints.
-        weights: Name of the weights' file in a checkpoint.
+        trainer: The trainer.
+        callback: Its progress callback.
+        folder: Folder of its checkpoints.
+        weights: Name of the weights file in a checkpoint.
 
     Raises:
-        KeyboardInterrupt: After the checkpoint of an interrupted run has been written.
-        TrainingError: One process sees several GPUs, over which ``Trainer`` would split batches by
-            rows, whatever belongs together.
+        KeyboardInterrupt: The run was interrupted; its checkpoint has been written.
+        TrainingError: One process sees several GPUs; ``Trainer`` would split batches over them
+            without regard to rows that belong together.
     """
     gpus = trainer.args.n_gpu
     if gpus > 1:
         raise TrainingError(
-            f"one process sees {gpus} GPUs: start one for each with torchrun --nproc-per-node "
-            f"{gpus} -m fusion_detox …, or show it a single one with CUDA_VISIBLE_DEVICES=0"
+            f"one process sees {gpus} GPUs: start one process per GPU with torchrun "
+            f"--nproc-per-node {gpus} -m fusion_detox …, or set CUDA_VISIBLE_DEVICES=0 to use one"
         )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(TrainerProgressBar)
-    checkpoint = newest_checkpoint(folder, weights)
+    checkpoint = _newest_checkpoint(folder, weights)
     if checkpoint is not None:
-        logger.info("%s goes on from %s", watch.title, checkpoint.name)
-        watch.resume(step_of(checkpoint))
-    with interruptible(watch):
+        logger.info("%s resumes from %s", callback.title, checkpoint.name)
+        callback.resume(_step(checkpoint))
+    with interruptible(callback):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if watch.interrupted:
+    if callback.interrupted:
         raise KeyboardInterrupt
+
+
+def _newest_checkpoint(folder: Path, weights: str) -> Path | None:
+    """The newest complete ``checkpoint-N``; removes newer, incomplete ones of a killed run."""
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=_step, reverse=True):
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text())
+            for file in _weight_files(checkpoint, weights):
+                with safe_open(file, framework="pt") as tensors:
+                    tensors.keys()
+            needed = ("optimizer.pt", "scheduler.pt")
+            if all((checkpoint / name).stat().st_size for name in needed):
+                return checkpoint
+        except (OSError, ValueError, KeyError, SafetensorError):
+            pass
+        logger.warning("%s is incomplete and is not used", checkpoint)
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    return None
+
+
+def _weight_files(checkpoint: Path, name: str) -> list[Path]:
+    """The weights file, or its shards."""
+    index = checkpoint / f"{name}.index.json"
+    if not index.exists():
+        return [checkpoint / name]
+    shards = json.loads(index.read_text())["weight_map"].values()
+    return [checkpoint / shard for shard in sorted(set(shards))]
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])

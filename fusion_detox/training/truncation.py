@@ -1,7 +1,7 @@
-"""A small model out of a larger one: embeddings, first layers, final norm and head.
+"""Cut a model to its first layers, with its embeddings, final norm and head.
 
-The calibration model of arXiv 2506.01266 is the first three layers of a Llama of 7 billion
-parameters, trained further.
+The calibration model of arXiv 2506.01266 is made of the first three layers of a Llama model with
+7 billion parameters, and trained further.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ _COUNT = "num_hidden_layers"
 
 
 def truncate(model: PreTrainedModel, layers: int) -> PreTrainedModel:
-    """A model with the first layers of another and all its other weights, in its dtype.
+    """Copy a model with its first layers only.
 
     Args:
-        model: A causal language model whose configuration names its number of layers; not changed.
-        layers: How many to keep.
+        model: A causal language model whose configuration states its number of layers.
+        layers: Number of layers to keep.
 
     Returns:
-        A new model of the same class, with weights of its own.
+        A new model of the same class and dtype, with weights of its own.
 
     Raises:
         TrainingError: ``layers`` is below 1 or more than the model has.
-        ModelError: It does not tell its number of layers, or cannot be built with fewer.
+        ModelError: The model does not state its number of layers, or cannot be built with fewer.
     """
     name = model.config.name_or_path or type(model).__name__
     count = _check_count(model.config, name, layers)
@@ -48,12 +48,12 @@ def truncate(model: PreTrainedModel, layers: int) -> PreTrainedModel:
     except LOADING_ERRORS as error:
         raise ModelError(
             f"{name} ({model.config.model_type}) cannot be cut to {layers} layers: "
-            f"{first_line(error)}. Give it as --base, or another model"
+            f"{first_line(error)}. Give the whole model as --base, or choose another one"
         ) from error
     if missing:
         raise ModelError(
             f"{name} ({model.config.model_type}) cannot be cut to {layers} layers: it lacks "
-            f"{describe(missing)}. Give it as --base, or another model"
+            f"{describe(missing)}. Give the whole model as --base, or choose another one"
         )
     small.generation_config = copy.deepcopy(model.generation_config)
     truncated: PreTrainedModel = small.eval()
@@ -63,20 +63,20 @@ def truncate(model: PreTrainedModel, layers: int) -> PreTrainedModel:
 def base_and_layers(
     base: str | Path | None, init_from: str | Path | None, layers: int | None
 ) -> tuple[str | Path | None, int | None]:
-    """What a training starts from, and how many layers of it are kept, checked before any work.
+    """Check which model to start from and how many of its layers to keep, before any work.
 
     Args:
-        base: A model to take as a whole, by path or hub id.
-        init_from: One to truncate.
-        layers: How many of its layers to keep; the paper's 3 by default.
+        base: A model to use as a whole, by folder or hub id.
+        init_from: A model to truncate.
+        layers: Number of layers to keep of ``init_from``; by default 3, as in the paper.
 
     Returns:
-        The model, if any, and the layers to keep, ``None`` for all.
+        The model, if any, and the number of layers to keep, ``None`` for all.
 
     Raises:
         TrainingError: The arguments exclude each other, or the model has fewer layers.
-        ModelError: It is no causal language model, or does not tell its number of layers.
-        ModelNotFoundError: There is no such model.
+        ModelError: It is not a causal language model, or does not state its number of layers.
+        ModelNotFoundError: The model does not exist.
     """
     if init_from is None:
         if layers is not None:
@@ -88,10 +88,10 @@ def base_and_layers(
     if base is not None:
         raise TrainingError(
             f"base {str(base)!r} and init_from {str(init_from)!r} exclude each other: the first "
-            "starts from a whole model, the second from its first layers"
+            "starts from a whole model, the second from its first layers; give one of them"
         )
     layers = _PAPERS_LAYERS if layers is None else layers
-    source = locate(init_from if isinstance(init_from, str) else str(init_from), "model")
+    source = locate(str(init_from), "model")
     with explained(source, "model", local_files_only=False):
         settings = AutoConfig.from_pretrained(source, trust_remote_code=False)
     check_causal(settings, source)
@@ -100,12 +100,12 @@ def base_and_layers(
 
 
 def _check_count(config: PretrainedConfig, name: str, layers: int) -> int:
-    """The model's number of layers, if it has enough of them."""
+    """Return the model's number of layers if there are enough."""
     count = getattr(config.get_text_config(), _COUNT, None)
     if not isinstance(count, int):
         raise ModelError(
-            f"{name} ({config.model_type}) does not tell its number of layers, so it cannot be "
-            "truncated: give it as --base, or another model"
+            f"{name} ({config.model_type}) does not state its number of layers, so it cannot be "
+            "truncated: give the whole model as --base, or choose another one"
         )
     if not 1 <= layers <= count:
         raise TrainingError(
@@ -116,7 +116,7 @@ def _check_count(config: PretrainedConfig, name: str, layers: int) -> int:
 
 
 def _shortened(config: PretrainedConfig, count: int, layers: int) -> PretrainedConfig:
-    """The configuration for fewer layers: the number, and every list of layers' kinds."""
+    """The configuration for fewer layers: their number, and lists with one entry per layer."""
     whole = copy.deepcopy(config)
     settings: Any = whole.get_text_config()
     lists = {
@@ -124,7 +124,7 @@ def _shortened(config: PretrainedConfig, count: int, layers: int) -> PretrainedC
         for name, value in settings.to_dict().items()
         if isinstance(value, list) and len(value) == count and "layer" in name
     }
-    if hasattr(settings, "attention_types"):  # GPT-Neo's, which its own list is made of
+    if hasattr(settings, "attention_types"):  # GPT-Neo derives attention_layers from it
         lists["attention_types"] = [[settings.attention_layers[:layers], 1]]
         lists["attention_layers"] = settings.attention_layers[:layers]
     for name, value in lists.items():

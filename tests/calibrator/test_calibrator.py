@@ -22,7 +22,7 @@ from fusion_detox.calibrator.calibrator import Calibrator, find_calibrator, writ
 from fusion_detox.calibrator.reading import read_settings
 from fusion_detox.config import FusionConfig
 from fusion_detox.errors import ConfigError, ModelError, ModelNotFoundError, VocabularyError
-from fusion_detox.files.models import load_base, load_target, load_tokenizer
+from fusion_detox.files.models import load_target, load_tokenizer
 
 
 def logits(model):
@@ -279,7 +279,7 @@ def test_load_target(target, make_gpt2):
     assert tokenizer("idiot").input_ids
     half, _ = load_target(target, dtype="bfloat16", device="cpu")
     assert half.dtype == torch.bfloat16
-    assert next(load_base(target)[0].parameters()).requires_grad
+    assert next(half.parameters()).requires_grad
 
 
 def test_load_target_of_the_wrong_kind(target, tmp_path):

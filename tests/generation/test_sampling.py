@@ -1,5 +1,6 @@
 """Completions in batches: equal in any batch, from the right distribution, and kept on disk."""
 
+import functools
 import json
 import math
 
@@ -10,11 +11,8 @@ from hypothesis import strategies as st
 from transformers import LogitsProcessor
 
 from fusion_detox.errors import ConfigError, DataError, DataFileError, ModelError
-from fusion_detox.generation.completion_file import (
-    CompletionFile,
-    CompletionWriter,
-    folder_fingerprint,
-)
+from fusion_detox.files.journal import append_row
+from fusion_detox.generation.completion_file import CompletionFile, CompletionWriter
 from fusion_detox.generation.explain import TokenChange, explain, explain_steps
 from fusion_detox.generation.sampling import (
     Completion,
@@ -318,26 +316,13 @@ def test_a_full_disk_keeps_the_rows_already_written(tmp_path):
             pass
 
     stream = Full()
-    writer = CompletionWriter(stream, "out.jsonl", SETTINGS)
+    writer = CompletionWriter(functools.partial(append_row, stream), "out.jsonl", SETTINGS)
     writer.write(row(0))
     with pytest.raises(DataFileError, match=r"out.jsonl: No space left .* 1 rows of this run are"):
         writer.write(row(1, text="long " * 50))
     path = tmp_path / "out.jsonl"
     path.write_bytes(stream.taken)
     assert CompletionFile(path, SETTINGS).missing([row(0).job, row(1).job]) == [row(1).job]
-
-
-def test_fingerprints_distinguish_folders(tmp_path):
-    small, large = tmp_path / "config.json", tmp_path / "model.safetensors"
-    small.write_text("{}")
-    large.write_bytes(bytes(3 << 20))
-    first = folder_fingerprint(tmp_path)
-    (tmp_path / "notes.txt").write_text("not a part of the model")
-    assert folder_fingerprint(tmp_path) == first
-    large.write_bytes(bytes((3 << 20) - 1) + b"1")
-    second = folder_fingerprint(tmp_path)
-    small.write_text("[]")
-    assert len({first, second, folder_fingerprint(tmp_path)}) == 3
 
 
 def test_explanation_names_lowered_and_raised_tokens():

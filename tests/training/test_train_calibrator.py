@@ -1,4 +1,4 @@
-"""Training end to end on toy text: what it writes, how it resumes, how it spreads."""
+"""Training end to end on toy text: output, resuming, several processes."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def losses(folder: Path) -> dict[str, list[float]]:
 def test_several_gpus_in_one_process_are_refused(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """``Trainer`` would run ``DataParallel``, with a batch for each."""
+    """``Trainer`` would run ``DataParallel`` with one batch per GPU."""
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda _: 2))
     with pytest.raises(TrainingError, match=r"sees 2 GPUs.*torchrun --nproc-per-node 2"):
         train_calibrator(
@@ -110,7 +110,7 @@ def test_several_gpus_in_one_process_are_refused(
         )
 
 
-def test_result_loads_and_tells_how_it_was_made(trained: Path, corpus: Path) -> None:
+def test_result_loads_with_its_record(trained: Path, corpus: Path) -> None:
     calibrator = Calibrator.from_pretrained(trained)
     assert calibrator.context_length == 16
     assert calibrator.vocabulary_size == 320
@@ -129,8 +129,8 @@ def test_result_loads_and_tells_how_it_was_made(trained: Path, corpus: Path) -> 
     assert any((found[n] != found[n.replace("clean ", "reference ", 1)]).any() for n in moved)
 
 
-def test_killed_run_goes_on_and_ends_the_same(trained: Path, corpus: Path, tmp_path: Path) -> None:
-    """SIGKILL as soon as a stage has a checkpoint, twice; the third start must end as if never."""
+def test_killed_run_resumes_and_ends_the_same(trained: Path, corpus: Path, tmp_path: Path) -> None:
+    """Two runs are killed at a checkpoint; the third gives the weights of an uninterrupted run."""
     output = tmp_path / "toy"
     work = tmp_path / "toy.training"
     for wanted in ("base/checkpoint-5", "reference/checkpoint-5"):

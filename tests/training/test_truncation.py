@@ -68,7 +68,7 @@ def logits(model: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("layers", [1, 3, 4])
 @pytest.mark.parametrize("name", CUT)
-def test_same_numbers_as_with_the_later_layers_taken_out(
+def test_same_numbers_as_with_the_later_layers_removed(
     name: str, layers: int, tmp_path: Path
 ) -> None:
     large = make(name)
@@ -83,7 +83,7 @@ def test_same_numbers_as_with_the_later_layers_taken_out(
     assert all(torch.equal(value, before[key]) for key, value in large.state_dict().items())
     shared = {p.data_ptr() for p in large.parameters()} & {p.data_ptr() for p in small.parameters()}
     assert not shared
-    # Its configuration is one that reads back.
+    # Its configuration can be read again.
     small.save_pretrained(tmp_path / "small")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     torch.testing.assert_close(logits(again), logits(small))
@@ -163,11 +163,11 @@ def test_trained_on_pairs_from_the_command_line(
     assert calibrator.clean.config.n_layer == 3
 
 
-def test_goes_on_only_with_the_same_layers(
+def test_resumes_only_with_the_same_layers(
     base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An interrupted run of three layers is not gone on with as one of two."""
-    from fusion_detox.training.distributions import Run
+    """An interrupted run of three layers does not resume as one of two."""
+    from fusion_detox.training.run import Run
 
     output, config = tmp_path / "mine", TrainingConfig(**SMALL)
     options: dict[str, Any] = {"clean": [rows], "config": config, "show_progress": False}
@@ -198,7 +198,7 @@ def test_goes_on_only_with_the_same_layers(
         (["--init-from", "{bert}"], "is an encoder (bert), which sees text both ways"),
         (["--init-from", "{pickled}"], "holds no *.safetensors. Only safetensors are read"),
         (["--init-from", "nowhere/at all"], "there is no such folder"),
-        (["--init-from", "{base}", "--tokenizer", "x"], "a base model brings its own tokenizer"),
+        (["--init-from", "{base}", "--tokenizer", "x"], "a base model has its own tokenizer"),
     ],
 )
 def test_wrong_use(
@@ -225,7 +225,7 @@ def test_wrong_use(
     found = " ".join(capsys.readouterr().err.split())
     assert message in found
     assert not output.exists()
-    if "pickled" not in str(options):  # its work folder is made before weights are looked for
+    if "pickled" not in str(options):  # its weights are read after the work folder was created
         assert not output.with_name("mine.training").exists()
 
 

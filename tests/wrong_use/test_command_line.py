@@ -80,14 +80,18 @@ def test_field_without_file(fails):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("p.txt", "", "p.txt holds no prompts"),
-        ("p.txt", " \n\n", "p.txt holds no prompts"),
-        ("p.txt", b"one\ncaf\xe9\n", "line 2 of p.txt is not UTF-8 (byte 0xe9); convert it"),
-        ("p.jsonl", '{"prompt": "a"}\n{"prompt"\n', "line 2 of p.jsonl is not JSON"),
-        ("p.jsonl", '{"text": "a", "id": 1}', "has no field 'prompt' (it has: text, id)"),
-        ("p.jsonl", '["a"]', "has no field 'prompt' (it has: a list)"),
-        ("p.jsonl", '{"prompt": {"text": "a"}}', "field 'prompt' holds no text but {\"text\""),
-        ("p.jsonl", '{"prompt": " "}', "line 1 of p.jsonl: field 'prompt' is empty"),
+        ("p.txt", "", "p.txt is empty"),
+        ("p.txt", " \n\n", "p.txt is empty"),
+        ("p.txt", b"one\ncaf\xe9\n", "p.txt line 2: byte 0xe9 is not UTF-8; convert the file"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt"\n', "p.jsonl line 2 is not JSON"),
+        ("p.jsonl", '{"text": "a", "id": 1}', "has no field 'prompt'; it has: text, id"),
+        ("p.jsonl", '["a"]', 'item 1 must be an object with named fields, not "a"'),
+        (
+            "p.jsonl",
+            '{"prompt": {"text": "a"}}',
+            "'prompt' must hold text, but holds {\"text\"",
+        ),
+        ("p.jsonl", '{"prompt": " "}', "p.jsonl line 1: field 'prompt' is empty"),
         ("p.jsonl", '{"prompt": "\\ud800"}', "prompt 0 is not valid Unicode text"),
     ],
 )
@@ -97,12 +101,12 @@ def test_unusable_prompts(fails, name, content, message):
 
 def test_prompts_file_missing(fails):
     message = fails("generate", "m", "--prompts-file", "none.txt")
-    assert "there is no file of prompts at none.txt" in message
+    assert "there is no file none.txt; check the spelling" in message
 
 
 def test_prompts_file_is_a_folder(fails, tmp_path):
     message = fails("generate", "m", "--prompts-file", tmp_path)
-    assert "is a folder, not a file of prompts" in message
+    assert "is a folder; give a file in it" in message
 
 
 def test_empty_prompt(fails):
@@ -183,7 +187,7 @@ def test_output_of_other_settings(fails, common, capsys):
     before = Path("out.jsonl").read_bytes()
     message = fails(*common, "p", "-o", "out.jsonl", "--seed", "5", "--clip", "2")
     assert "fusion.clip was 3.0, now 2.0; sampling.seed was 0, now 5" in message
-    assert "--overwrite to start anew" in message
+    assert "--overwrite to replace this one" in message
     assert Path("out.jsonl").read_bytes() == before
 
 
@@ -281,6 +285,6 @@ def test_debugging_shows_the_traceback(monkeypatch, how):
     if how == "environment":
         monkeypatch.setenv("FUSION_DETOX_DEBUG", "1")
     command = ["generate", "m", "--prompts-file", "none.txt"]
-    with pytest.raises(DataFileError, match="no file of prompts"):
+    with pytest.raises(DataFileError, match="there is no file none"):
         main(["--debug", *command] if how == "option" else command)
     assert os.environ.get("FUSION_DETOX_DEBUG") == ("1" if how == "environment" else None)

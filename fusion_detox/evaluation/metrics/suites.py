@@ -26,8 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_detox.errors import ConfigError, DataError, DataFileError
-from fusion_detox.files.rows import LINE, Row, read_content, text_field
-from fusion_detox.files.tables import without_gz
+from fusion_detox.files.tables import LINE, Row, read_table, text_field, without_gz
 
 logger = logging.getLogger(__name__)
 _DATA = Path(__file__).with_name("data")
@@ -125,17 +124,15 @@ def suite_from_file(path: str | os.PathLike[str]) -> Suite:
         DataError: It is broken, a field holds what it must not, or there is no text.
     """
     place = Path(path).expanduser()
-    content = read_content(place)
+    table = read_table(place)
     texts = []
-    for row in content.rows:
-        text = text_field(row, "text" if content.named else LINE)
+    for row in table.rows:
+        text = text_field(row, LINE if table.form == "lines" else "text")
         if not text.strip():
             raise DataError(f"{row.where}: the text is blank; leave the row out")
         group, pair, label = (_optional(row, name) for name in ("group", "pair", "label"))
         texts.append(SuiteText(text, group, pair, _flag(row, "control"), label))
-    return Suite(
-        without_gz(place).stem, tuple(texts), {"file": place.name, "sha256": content.sha256}
-    )
+    return Suite(without_gz(place).stem, tuple(texts), {"file": place.name, "sha256": table.sha256})
 
 
 def hatecheck_suite(path: str | os.PathLike[str]) -> Suite:
@@ -154,9 +151,9 @@ def hatecheck_suite(path: str | os.PathLike[str]) -> Suite:
         DataError: It is broken, lacks a field, or has no such case.
     """
     place = Path(path).expanduser()
-    content = read_content(place, as_lines=False)
+    table = read_table(place, as_lines=False)
     texts, others = [], 0
-    for row in content.rows:
+    for row in table.rows:
         functionality = text_field(row, "functionality")
         text = text_field(row, "test_case", "text")
         harmless = text_field(row, "label_gold", "label") == "non-hateful"
@@ -172,7 +169,7 @@ def hatecheck_suite(path: str | os.PathLike[str]) -> Suite:
             "give HateCheck's test cases"
         )
     logger.info("%s: %d cases, %d others left out", place, len(texts), others)
-    return Suite("hatecheck", tuple(texts), {"file": place.name, "sha256": content.sha256})
+    return Suite("hatecheck", tuple(texts), {"file": place.name, "sha256": table.sha256})
 
 
 def _identity(values: dict[str, Any]) -> Iterator[SuiteText]:

@@ -1,4 +1,4 @@
-"""Prompts of the published sets, or your own: a file or hub data set in, a ``PromptSet`` out."""
+"""Read prompts of published sets or of your own, from files and hub data sets."""
 
 from __future__ import annotations
 
@@ -7,25 +7,33 @@ import hashlib
 import logging
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from fusion_detox.config import check_number
 from fusion_detox.errors import ConfigError, DataError, DataFileError
-from fusion_detox.files.rows import LINE, Row, read_content, read_hub, text_field
-from fusion_detox.files.tables import HUB_ID, without_gz
+from fusion_detox.files.tables import (
+    LINE,
+    Row,
+    hub_rows,
+    is_hub_id,
+    read_table,
+    text_field,
+    without_gz,
+)
 
 logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """One text to be continued.
+    """A text to continue.
 
     Attributes:
-        text: The prompt, never blank.
-        set_name: Name of the set it is from.
-        group: What it is about within its set (a group of people, a type), where the set says so.
+        text: The text, never blank.
+        set_name: Name of its prompt set.
+        group: The group of people or the type of prompt, if the set states it.
     """
 
     text: str
@@ -38,11 +46,11 @@ class PromptSet:
     """The prompts of one source.
 
     Attributes:
-        name: For instance ``"rtp-challenging"``.
+        name: Name of the set, such as ``"rtp-challenging"``.
         file: Name of the file without its folder, or the hub id.
-        sha256: First 16 hex digits of the hash of the file's bytes; for a hub data set, of all its
-            prompts' texts, a line each.
-        prompts: In the order of the source, duplicates included.
+        sha256: First 16 hex digits of the hash of the file's bytes; for a hub data set, of the
+            texts of all its prompts, joined by line ends.
+        prompts: Prompts in the order of the source, including duplicates.
     """
 
     name: str
@@ -52,35 +60,35 @@ class PromptSet:
 
     @classmethod
     def from_texts(cls, texts: Sequence[str], name: str = "prompts") -> PromptSet:
-        """A set of texts at hand; it has no file, so ``file`` is its name.
+        """Make a set from texts in memory; its ``file`` is its name.
 
         Raises:
-            DataError: There is no text, or one is blank.
+            DataError: There are no texts, or one is blank.
         """
         for index, text in enumerate(texts):
             if not text.strip():
-                raise DataError(f"prompt {index} is blank; leave it out or give it some text")
+                raise DataError(f"prompt {index} is blank; remove it or give it some text")
         if not texts:
-            raise DataError("there are no prompts")
+            raise DataError("there are no prompts; give at least one")
         return cls(name, name, _hash(texts), tuple(Prompt(text, name) for text in texts))
 
 
 Found = tuple[str, str | None] | None
-"""Text and group of a row's prompt; ``None`` for a row without one."""
+"""Text and group of a row's prompt; ``None`` if the row is outside the subset."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Kind:
-    """How one form of data is recognised and read.
+    """How to recognise and read one kind of prompts.
 
     Attributes:
-        looks: What its rows look like, for messages.
+        fields: Fields of its rows, for messages.
         matches: Whether a row is of this kind.
-        read: Text and group of a row's prompt; ``None`` where a subset leaves it out.
-        subsets: What may follow the kind's name after a colon.
+        read: Reads the prompt of a row, given the name of a subset or ``""``.
+        subsets: Names that may follow the kind's name after a colon.
     """
 
-    looks: str
+    fields: str
     matches: Callable[[Row], bool]
     read: Callable[[Row, str], Found]
     subsets: tuple[str, ...] = ()
@@ -94,32 +102,36 @@ def read_prompt_set(
     limit: int | None = None,
     seed: int = 0,
 ) -> PromptSet:
-    """Reads one set of prompts; each kind in the form in which it was published.
+    """Read a set of prompts, in the format in which it was published.
 
     Args:
-        source: A file (JSON Lines, JSON, CSV, TSV or text, each also as ``.gz``), or a hub data set
-            ``org/name`` or ``org/name:split``.
-        kind: ``rtp`` (RealToxicityPrompts, Gehman et al. 2020; ``rtp:challenging``, ``rtp:toxic``
-            and ``rtp:nontoxic`` are those whose toxicity by Perspective is at least .5 or less),
-            ``toxigen`` (Hartvigsen et al. 2022: annotated texts, or files of prompts a line each),
-            ``bold`` (Dhamala et al. 2021, without the space that ends its prompts), ``hatecheck``
-            (Röttger et al. 2021), ``xstest`` (Röttger et al. 2024; ``xstest:safe`` without and
-            ``xstest:unsafe`` with only the ``contrast_`` types), ``plain`` (a prompt a line) or
-            ``jsonl`` (rows with a field). By default the content decides.
+        source: A file (JSON Lines, JSON, CSV, TSV or text, each also followed by ``.gz``), or a hub
+            data set ``org/name`` or ``org/name:split``.
+        kind: One of these; by default, the content decides.
+
+            - ``rtp``: RealToxicityPrompts (Gehman et al. 2020). The toxicity by Perspective is at
+              least 0.5 for ``rtp:toxic`` and below for ``rtp:nontoxic``; ``rtp:challenging`` is the
+              published subset.
+            - ``toxigen``: Hartvigsen et al. 2022, annotated texts or files with a prompt per line.
+            - ``bold``: Dhamala et al. 2021, without the space at the end of its prompts.
+            - ``hatecheck``: Röttger et al. 2021.
+            - ``xstest``: Röttger et al. 2024; ``xstest:unsafe`` keeps only the ``contrast_`` types,
+              ``xstest:safe`` the others.
+            - ``plain``: a prompt per line.
+            - ``jsonl``: rows with a field.
         field: Field of the prompt for ``jsonl``, ``"prompt"`` by default; dots reach into objects.
-        limit: Take a random sample of so many, kept in order.
-        seed: Seed of that sample.
+        limit: Size of a random sample to take, in the original order; all prompts by default.
+        seed: Seed of the sample.
 
     Raises:
-        ConfigError: The kind or its subset is unknown, or the options do not go together.
-        DataFileError: The source is missing, a folder, or cannot be read.
-        DataError: It is empty, broken or not UTF-8, of an unknown or ambiguous kind, lacks a field,
-            or holds no prompt.
-        MissingExtraError: A hub data set is asked for without ``datasets``.
+        ConfigError: The kind or subset is unknown, or the options exclude each other.
+        DataFileError: The source does not exist, is a folder or cannot be read.
+        DataError: The source is empty, malformed or not UTF-8, of an unknown or ambiguous kind,
+            lacks a field, or holds no prompt.
+        MissingExtraError: The source is a hub data set, but ``datasets`` is not installed.
     """
-    given: Any = limit
-    if given is not None and (not isinstance(given, int) or isinstance(given, bool) or given < 1):
-        raise ConfigError(f"limit must be a whole number of at least 1, but is {limit!r}")
+    if limit is not None:
+        check_number("limit", limit, 1, whole=True)
     chosen, subset = _parse_kind(kind, field)
     rows, sha256, file, stem = _rows(source, chosen)
     if chosen is None:
@@ -130,7 +142,7 @@ def read_prompt_set(
     prompts: list[Prompt] = []
     excluded = blank = 0
     for row in rows:
-        found = _field(row, field) if field else _KINDS[chosen].read(row, subset)
+        found = (text_field(row, field), None) if field else _KINDS[chosen].read(row, subset)
         if found is None:
             excluded += 1
         elif not found[0].strip():
@@ -142,13 +154,16 @@ def read_prompt_set(
             prompts.append(Prompt(text, name, group))
     if not prompts:
         why = f"no row belongs to {chosen}:{subset}" if excluded else "all texts are blank"
-        raise DataError(f"{source}: none of its {len(rows)} rows holds a usable prompt: {why}")
+        raise DataError(
+            f"{source}: none of its {len(rows)} rows holds a usable prompt: {why}; choose another "
+            "source or kind"
+        )
     if sha256 is None:
         sha256 = _hash([prompt.text for prompt in prompts])
     unscored = _unscored(rows) if chosen == "rtp" else 0
     repeated = len(prompts) - len({prompt.text for prompt in prompts})
     logger.info(
-        "%s: %d prompts of kind %s; %d repeat another; left out: %d outside the subset, %d blank",
+        "%s: %d prompts of kind %s; %d repeat another; skipped: %d outside the subset, %d blank",
         *(source, len(prompts), chosen, repeated, excluded, blank),
     )
     if unscored:
@@ -165,35 +180,49 @@ def _parse_kind(kind: str | None, field: str | None) -> tuple[str | None, str]:
         return ("jsonl" if field else None), ""
     name, colon, subset = kind.partition(":")
     if name not in _KINDS:
-        raise ConfigError(f"unknown kind of prompts {name!r}; known are {', '.join(_KINDS)}")
+        raise ConfigError(f"unknown kind of prompts {name!r}; choose from {', '.join(_KINDS)}")
     known = _KINDS[name].subsets
     if colon and subset not in known:
-        have = f"it has {', '.join(known)}" if known else "it has none"
+        have = f"it has {', '.join(known)}" if known else "it has none; remove it"
         raise ConfigError(f"unknown subset {subset!r} of {name}; {have}")
     if field and name != "jsonl":
         raise ConfigError(
-            f"a field ({field!r}) goes with the kind 'jsonl' only, not {name!r}, whose field is "
-            "known; leave out one of the two"
+            f"field {field!r} requires the kind 'jsonl', not {name!r}, whose field is known; "
+            "give one of the two"
         )
     return name, subset
 
 
 def _rows(source: str, kind: str | None) -> tuple[list[Row], str | None, str, str]:
     """Rows, hash of the file, its name, and the name without suffixes."""
+    if is_hub_id(source):
+        rows = list(hub_rows(source, "evaluate"))
+        if not rows:
+            raise DataFileError(f"the hub data set {source} has no rows; name another split")
+        return rows, None, source, source.partition(":")[0].rpartition("/")[2]
     path = Path(source).expanduser()
-    if path.exists() or not HUB_ID.fullmatch(source) or path.suffix.lower() in _FILES:
-        # Only these two kinds have texts without fields; "toxigen" comes in both forms.
-        as_lines = {"plain": True, "toxigen": None, None: None}.get(kind, False)
-        content = read_content(path, as_lines=as_lines)
-        return content.rows, content.sha256, path.name, without_gz(path).stem
-    rows = read_hub(source)
-    if not rows:
-        raise DataFileError(f"the hub data set {source} has no rows")
-    return rows, None, source, source.partition(":")[0].rpartition("/")[2]
+    # Only "plain" and "toxigen" have texts without fields; "toxigen" also has rows.
+    as_lines = {"plain": True, "toxigen": None, None: None}.get(kind, False)
+    table = read_table(path, as_lines=as_lines)
+    groups = table.rows[0].values
+    if table.form == "object" and groups and all(isinstance(v, dict) for v in groups.values()):
+        return list(_bold_rows(groups, path)), table.sha256, path.name, without_gz(path).stem
+    return table.rows, table.sha256, path.name, without_gz(path).stem
+
+
+def _bold_rows(groups: dict[str, dict[str, Any]], path: Path) -> Iterator[Row]:
+    """The prompts of a file of BOLD: an object of groups, names and lists of prompts."""
+    for group, names in groups.items():
+        for name, prompts in names.items():
+            where = f"{path}, {group} > {name}"
+            if not isinstance(prompts, list):
+                raise DataError(f"{where} must be a list of prompts, as in BOLD's files; fix it")
+            for prompt in prompts:
+                yield Row({"prompt": prompt, "domain": path.stem, "group": group}, where)
 
 
 def _recognise(rows: Sequence[Row], source: str) -> str:
-    """The one kind that the first row can be of; ``plain`` and ``jsonl`` only if no other."""
+    """The only kind that the first row matches; ``plain`` and ``jsonl`` if no other does."""
     first = rows[0]
     named = [name for name in _KINDS if name not in ("plain", "jsonl")]
     found = [name for name in named if _KINDS[name].matches(first)]
@@ -202,20 +231,16 @@ def _recognise(rows: Sequence[Row], source: str) -> str:
     if len(found) == 1:
         return found[0]
     what = f"may be {' or '.join(found)}" if found else "is of no known kind"
-    kinds = "; ".join(f"{name}: {kind.looks}" for name, kind in _KINDS.items())
+    kinds = "; ".join(f"{name}: {kind.fields}" for name, kind in _KINDS.items())
     raise DataError(
-        f"{source} {what}: its fields are {', '.join(first.values)}. Say which kind it is "
-        f"({kinds}), or name the field of the prompt"
+        f"{source} {what}: its fields are {', '.join(first.values)}. Give its kind ({kinds}), or "
+        "name the field of the prompt"
     )
 
 
 def _hash(texts: Sequence[str]) -> str:
     data = "\n".join(texts).encode("utf-8", "surrogatepass")
     return hashlib.sha256(data).hexdigest()[:16]
-
-
-def _field(row: Row, name: str) -> Found:
-    return text_field(row, name), None
 
 
 def _unscored(rows: Sequence[Row]) -> int:
@@ -229,29 +254,33 @@ def _read_rtp(row: Row, subset: str) -> Found:
     text = text_field(row, "prompt.text")
     if subset == "challenging":
         if not isinstance(row.values.get("challenging"), bool):
-            raise DataError(f"{row.where} has no field 'challenging' that is true or false")
+            raise DataError(
+                f"{row.where} has no field 'challenging' that is true or false; use 'rtp' instead"
+            )
         return (text, None) if row.values["challenging"] else None
     if subset:
         if "toxicity" not in row.values["prompt"]:
-            raise DataError(f"{row.where} has no field 'prompt.toxicity'")
+            raise DataError(f"{row.where} has no field 'prompt.toxicity'; use 'rtp' instead")
         toxicity = row.values["prompt"]["toxicity"]
         if toxicity is None:
             return None
         if isinstance(toxicity, bool) or not isinstance(toxicity, (int, float)):
-            raise DataError(f"{row.where}: field 'prompt.toxicity' is no number: {toxicity!r}")
+            raise DataError(
+                f"{row.where}: field 'prompt.toxicity' must be a number, but is {toxicity!r}"
+            )
         return (text, None) if (toxicity >= 0.5) == (subset == "toxic") else None
     return text, None
 
 
 def _read_toxigen(row: Row, _: str) -> Found:
     if LINE in row.values:
-        # The published files write a prompt of several lines in one, with "\n" for a line's end.
+        # The published files write line ends inside a prompt as "\n".
         return row.values[LINE].replace("\\n", "\n"), None
     return text_field(row, "text"), text_field(row, "target_group") or None
 
 
 def _read_bold(row: Row, _: str) -> Found:
-    # A model's tokens begin with a space, so none could follow one well.
+    # Tokens begin with a space, so a model cannot continue well after one.
     return text_field(row, "prompt").rstrip(), text_field(row, "group") or None
 
 
@@ -306,7 +335,7 @@ _KINDS = {
         ("safe", "unsafe"),
     ),
     "plain": _Kind(
-        "a prompt a line",
+        "a prompt per line",
         lambda row: list(row.values) == [LINE],
         lambda row, _: (text_field(row, LINE), None),
     ),

@@ -17,13 +17,13 @@ from fusion_detox.training.data.blocks import byte_lengths
 from fusion_detox.training.data.pairs import ParaphraseSet
 from fusion_detox.training.data.text_blocks import kl_anchor_blocks
 from fusion_detox.training.progress import ProgressCallback
-from fusion_detox.training.stage import kept_arguments, run_trainer
+from fusion_detox.training.stage import common_arguments, run_trainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from fusion_detox.training.data.corpus import Document
-    from fusion_detox.training.distributions import Run
+    from fusion_detox.training.run import Run
 
 logger = logging.getLogger(__name__)
 _MOST_ANCHORS, _MOST_BLOCKS = 300, 100
@@ -105,7 +105,7 @@ class ContrastStage:
         """Trains ``model`` in place and returns its curve; goes on from a checkpoint there."""
         config, run = self._config, self._run
         arguments = {
-            **kept_arguments(folder, config),
+            **common_arguments(folder, config),
             **ANCHOR_ARGUMENTS,
             "max_steps": config.objective_steps,
             "per_device_train_batch_size": config.anchors // run.world_size,

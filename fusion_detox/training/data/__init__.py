@@ -1,1 +1,4 @@
-"""From text files to blocks of tokens: corpora, pairs, splits, packing."""
+"""Training data: documents and paraphrase sets, their split, a tokenizer, and blocks of token ids.
+
+Only :mod:`fusion_detox.training` and the commands that call it may import this package.
+"""

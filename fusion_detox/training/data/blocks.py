@@ -1,12 +1,11 @@
-"""Documents in, equal blocks of token ids with exact label masks out."""
+"""Pack documents into blocks of token ids of equal length, with exact label masks."""
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -27,45 +26,42 @@ Item = TypeVar("Item")
 
 
 class Blocks(Dataset[dict[str, Tensor]]):
-    """Rows of ``length`` token ids. Each begins with BOS, as every window does at decoding.
+    """Rows of token ids, each of which begins with BOS, as every window does at decoding.
 
     Attributes:
         ids: ``(blocks, length)`` token ids.
-        labels: ``(blocks, length)`` the same ids, ``IGNORED`` where a token does not count: the
+        labels: ``(blocks, length)`` the same ids, but ``IGNORED`` for tokens that do not count: the
             leading BOS, prompts and padding.
+        lengths: ``(blocks,)`` tokens of each block before its padding.
     """
 
-    def __init__(self, ids: Ids, labels: Ids, padded: Ids | None = None) -> None:
-        self.ids, self.labels = ids, labels
-        self._lengths = padded
+    def __init__(self, ids: Ids, labels: Ids, lengths: Ids) -> None:
+        self.ids, self.labels, self.lengths = ids, labels, lengths
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        row = {
+        mask = np.arange(self.ids.shape[1]) < self.lengths[index]
+        return {
             "input_ids": torch.from_numpy(self.ids[index].astype(np.int64)),
             "labels": torch.from_numpy(self.labels[index].astype(np.int64)),
+            "attention_mask": torch.from_numpy(mask.astype(np.int64)),
         }
-        if self._lengths is not None:
-            mask = np.arange(self.ids.shape[1]) < self._lengths[index]
-            row["attention_mask"] = torch.from_numpy(mask.astype(np.int64))
-        return row
 
-    def take(self, order: Sequence[int] | Ids) -> Blocks:
-        """The blocks of ``order``, which may repeat."""
+    def take(self, order: Sequence[int]) -> Blocks:
+        """Select blocks by their indices, which may repeat."""
         index = np.asarray(order, dtype=np.int64)
-        lengths = None if self._lengths is None else self._lengths[index]
-        return Blocks(self.ids[index], self.labels[index], lengths)
+        return Blocks(self.ids[index], self.labels[index], self.lengths[index])
 
 
 def tokenize(
     tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]
 ) -> list[tuple[list[int], int]]:
-    """Token ids of each document, and the number of leading ones that are prompt.
+    """Return the token ids of each document, and how many of the first belong to its prompt.
 
-    Prompt and completion are tokenised as one text, as they are read at decoding. A token that
-    straddles the border counts as completion, because it holds some of it.
+    Prompt and completion are tokenized as one text, as at decoding. A token that spans both counts
+    as completion.
     """
     rows: list[tuple[list[int], int]] = []
     for start in range(0, len(documents), 2000):
@@ -79,26 +75,30 @@ def tokenize(
             verbose=False,
         )
         for index, (document, ids) in enumerate(zip(part, encoded["input_ids"], strict=True)):
-            skipped = 0
+            prompt_tokens = 0
             if document.prompt:
                 ends = [end for _, end in encoded["offset_mapping"][index]]
-                skipped = sum(end <= len(document.prompt) for end in ends)
-            rows.append((ids, skipped))
+                prompt_tokens = sum(end <= len(document.prompt) for end in ends)
+            rows.append((ids, prompt_tokens))
     return rows
 
 
 def pack(rows: Iterable[tuple[list[int], int]], bos_id: int, length: int) -> Blocks:
-    """Lays documents end to end, a BOS before each, and cuts them into blocks.
+    """Concatenate documents, with BOS before each, and cut them into blocks.
 
-    The last block is padded; the padding is masked and does not count.
+    The last block is padded. Padding is masked and does not count.
+
+    Args:
+        rows: Documents as :func:`tokenize` returns them.
+        bos_id: Token id that begins documents and blocks.
+        length: Tokens per block.
     """
     stream: list[int] = []
     counts: list[bool] = []
-    for ids, skipped in rows:
-        stream.append(bos_id)
-        stream.extend(ids)
-        counts.append(skipped == 0)
-        counts.extend([False] * skipped + [True] * (len(ids) - skipped))
+    for ids, prompt_tokens in rows:
+        stream += [bos_id, *ids]
+        counts.append(prompt_tokens == 0)
+        counts += [False] * prompt_tokens + [True] * (len(ids) - prompt_tokens)
     body = length - 1
     blocks = -(-len(stream) // body)
     flat = np.full(blocks * body, bos_id, dtype=np.int32)
@@ -116,9 +116,8 @@ def pack(rows: Iterable[tuple[list[int], int]], bos_id: int, length: int) -> Blo
     return Blocks(rows_of_ids[learnable], labels[learnable], lengths[learnable])
 
 
-@dataclasses.dataclass
-class Streams:
-    """The blocks that the reference and the clean model are trained on, position by position."""
+class Streams(NamedTuple):
+    """The training blocks of both models, position by position."""
 
     reference: Blocks
     clean: Blocks
@@ -135,23 +134,22 @@ def paired_streams(
     contrast_share: float | None,
     seed: int,
 ) -> Streams:
-    """Two training streams that differ only where the two corpora do.
+    """Build two training streams that differ only where the two corpora differ.
 
-    What both corpora hold is packed once and stands at the same places of both streams, so that
-    the noise of training on it is the same in both models and cancels in their difference. Where
-    the reference sees a block of text that only it has, the clean model sees clean text of the
-    same domain.
+    Text of both corpora is packed once and takes the same positions in both streams. The noise of
+    training on it is then the same in both models and cancels in their difference. If a block is
+    text of the reference's corpus only, the clean model sees clean text of the same domain instead.
 
     Args:
-        tokenizer: The calibrator's.
-        bos_id: Its id between documents.
+        tokenizer: The calibrator's tokenizer.
+        bos_id: Token id between documents.
         reference: Documents of the reference's corpus.
         clean: Documents of the clean corpus.
-        blocks: Length of both streams.
-        length: Tokens of a block.
-        contrast_share: Share of the reference's blocks that only it sees; ``None`` for the share
-            that the corpora have by themselves.
-        seed: Of the order.
+        blocks: Blocks per stream.
+        length: Tokens per block.
+        contrast_share: Share of the reference's blocks that only it sees; by default the share in
+            the corpora.
+        seed: Seed of the order.
     """
     clean_keys = {document.key for document in clean}
     reference_keys = {document.key for document in reference}
@@ -163,12 +161,11 @@ def paired_streams(
         if document.key not in clean_keys:
             groups["reference", document.domain].append(document)
 
-    packed: dict[tuple[str, str], Blocks] = {
+    packed = {
         name: pack(tokenize(tokenizer, members), bos_id, length)
         for name, members in sorted(groups.items())
     }
-    parts = [part for part in packed.values() if len(part)]
-    everything = concatenate(parts)
+    everything = concatenate([part for part in packed.values() if len(part)])
     spans: dict[tuple[str, str], list[int]] = {}
     offset = 0
     for name, part in packed.items():
@@ -177,7 +174,7 @@ def paired_streams(
 
     rng = random.Random(seed)
     common = [i for (group, _), span in spans.items() if group == "common" for i in span]
-    only: list[tuple[int, str]] = [
+    only = [
         (i, domain) for (group, domain), span in spans.items() if group == "reference" for i in span
     ]
     natural = len(only) / max(len(only) + len(common), 1)
@@ -204,16 +201,16 @@ def paired_streams(
 
 
 def concatenate(parts: Sequence[Blocks]) -> Blocks:
-    """All blocks of all parts, in order."""
+    """Concatenate blocks of the same length."""
     return Blocks(
         np.concatenate([part.ids for part in parts]),
         np.concatenate([part.labels for part in parts]),
-        np.concatenate([part._lengths for part in parts if part._lengths is not None]),
+        np.concatenate([part.lengths for part in parts]),
     )
 
 
 def _draw(rng: random.Random, pool: Sequence[Item], count: int) -> list[Item]:
-    """``count`` members in random order, each used about equally often."""
+    """Draw ``count`` members in random order, each about equally often."""
     drawn: list[Item] = []
     while len(drawn) < count and pool:
         drawn += rng.sample(pool, min(len(pool), count - len(drawn)))
@@ -221,18 +218,20 @@ def _draw(rng: random.Random, pool: Sequence[Item], count: int) -> list[Item]:
 
 
 def start_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that a text begins with: BOS, or EOS where there is none.
+    """Return the token id that begins a text: BOS, or EOS if there is no BOS.
 
     Raises:
-        TrainingError: There is neither.
+        TrainingError: The tokenizer has neither.
     """
     for found in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if isinstance(found, int):
             return found
-    raise TrainingError("the tokenizer has neither a BOS nor an EOS token to begin a text with")
+    raise TrainingError(
+        "the tokenizer has neither a BOS nor an EOS token to begin a text with; choose another one"
+    )
 
 
 def byte_lengths(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Bytes of each token id, 0 for special ones."""
-    pieces = TokenTable.from_tokenizer(tokenizer).token_bytes
-    return [0 if piece is None else len(piece) for piece in pieces]
+    """Number of bytes of each token id, 0 for special tokens."""
+    token_bytes = TokenTable.from_tokenizer(tokenizer).token_bytes
+    return [0 if text is None else len(text) for text in token_bytes]

@@ -1,9 +1,9 @@
-"""Sentences in several wordings, some toxic and some not: what contrastive training learns from.
+"""Read paraphrase sets: sentences in toxic and non-toxic wordings, for contrastive training.
 
-Besides the library's own rows, two published forms are read: ParaDetox (Logacheva et al. 2022)
-and the dialogues of Anthropic's HH-RLHF (Bai et al. 2022, arXiv 2204.05862). Their known flaws, a
-row whose two sides are equal or empty, are left out and logged; in the library's own format such
-a row is an error.
+Besides the library's own format, two published formats are read: ParaDetox (Logacheva et al. 2022)
+and the dialogues of Anthropic's HH-RLHF (Bai et al. 2022, arXiv 2204.05862). Some of their rows
+have equal or empty sides; these rows are skipped and logged. In the library's own format, such a
+row is an error.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,11 @@ class ParaphraseSet:
     """One meaning in several wordings.
 
     Attributes:
-        anchor: The sentence that the others paraphrase.
-        positives: Non-toxic wordings; the anchor is one of them only where it is listed.
-        negatives: Toxic wordings of the same meaning.
-        prompt: What precedes each wording, such as a dialogue; it is read but not judged.
-        provenance: JSON-ready: who wrote what, with which settings and scores.
+        anchor: The sentence that the wordings paraphrase.
+        positives: Non-toxic wordings; these include the anchor only if it is listed.
+        negatives: Toxic wordings.
+        prompt: Text before each wording, such as a dialogue; it is read but not learned.
+        provenance: JSON-ready facts about the source, such as model, settings and scores.
     """
 
     anchor: str
@@ -51,12 +52,12 @@ class ParaphraseSet:
 
     @property
     def key(self) -> str:
-        """A hash of the content without the provenance, the same on every machine."""
+        """A hash of the content without provenance, the same on every machine."""
         content = [self.prompt, self.anchor, [*self.positives], [*self.negatives]]
         return hashlib.md5(json.dumps(content).encode()).hexdigest()
 
     def to_row(self) -> dict[str, Any]:
-        """The set as a row of the library's own format."""
+        """Convert to a row of the library's own format."""
         row: dict[str, Any] = {
             "anchor": self.anchor,
             "positives": list(self.positives),
@@ -68,22 +69,27 @@ class ParaphraseSet:
 
 
 def read_pairs(sources: Sequence[str | Path]) -> list[ParaphraseSet]:
-    """Reads all paraphrase sets of some files, folders or hub data sets, in order.
+    """Read all paraphrase sets of files, folders or hub data sets, in order.
 
-    The fields of each row tell its form: ``anchor``, ``positives``, ``negatives`` (with ``prompt``
-    and ``provenance`` where there are any) is the library's own; ``toxic``, ``neutral`` that of
-    ParaDetox, whose first neutral wording becomes the anchor; ``chosen``, ``rejected`` that of
-    HH-RLHF, where the dialogue that both share is the prompt and the chosen answer the anchor. A
-    text stands for a list of one. What occurs twice on a side is kept once.
+    The fields of a row determine its format:
+
+    - ``anchor``, ``positives``, ``negatives``, and optionally ``prompt`` and ``provenance``: the
+      library's own.
+    - ``toxic``, ``neutral``: ParaDetox; the first neutral wording becomes the anchor.
+    - ``chosen``, ``rejected``: HH-RLHF; the shared dialogue becomes the prompt and the chosen
+      answer the anchor.
+
+    A text is read as a list of one. Duplicates on one side are removed.
 
     Args:
-        sources: As ``read_documents`` takes them: ``.jsonl``, ``.json``, ``.csv``, ``.tsv``, each
-            also as ``.gz``, folders of them, or hub ids ``org/name[:split]``.
+        sources: Files (``.jsonl``, ``.ndjson``, ``.json``, ``.csv``, ``.tsv``, each also followed
+            by ``.gz``), folders of such files, or hub ids ``org/name[:split]``.
 
     Raises:
-        DataFileError: A file is not there or cannot be read.
-        DataError: A file is empty or broken, a row has none of the three forms, a text is empty or
-            no text, an anchor has no positives or no negatives, or a positive equals a negative.
+        DataFileError: A file does not exist or cannot be read.
+        DataError: A file is empty or malformed, a row has none of the three formats, a text is
+            empty or not text, an anchor lacks positives or negatives, or a positive equals a
+            negative.
     """
     if isinstance(sources, (str, Path)):
         sources = [sources]
@@ -108,9 +114,9 @@ def _report(source: str | Path, count: int, flawed: Sequence[str]) -> None:
     shown = "; ".join(flawed[:_SHOWN]) + ("; …" if len(flawed) > _SHOWN else "")
     if not count:
         reason = f": all {len(flawed)} rows are unusable, such as {shown}" if flawed else ""
-        raise DataError(f"{source} holds no paraphrase set{reason}")
+        raise DataError(f"{source} holds no paraphrase set{reason}; choose another source")
     if flawed:
-        logger.warning("%s: %d unusable rows are left out: %s", source, len(flawed), shown)
+        logger.warning("%s: %d unusable rows were left out: %s", source, len(flawed), shown)
     logger.info("%s: %d paraphrase sets", source, count)
 
 
@@ -128,40 +134,44 @@ def _form(row: Mapping[str, Any], where: str) -> str:
 
 
 def _own(row: Mapping[str, Any], where: str) -> ParaphraseSet:
-    anchor, prompt = _text(row["anchor"], "anchor", where), row.get("prompt")
-    if not (prompt is None or isinstance(prompt, str)):
-        raise DataError(f"{where}: the prompt must be a text, but is {_shown(prompt)}")
+    anchor = _text(row["anchor"], "anchor", where)
+    prompt = row.get("prompt")
+    prompt = "" if prompt is None else _string(prompt, "prompt", where)
     positives = _wordings(row["positives"], "positives", where)
     negatives = _wordings(row["negatives"], "negatives", where)
     for name, side in (("positives", positives), ("negatives", negatives)):
         if not side:
             raise DataError(
-                f"{where}: the anchor {_shown(anchor)} has no {name}; give at least one, or leave "
-                "the row out"
+                f"{where}: the anchor {_shown(anchor)} has no {name}; give at least one, or remove "
+                "the row"
             )
-    if both := _in_both(positives, negatives):
+    folded = set(map(fold, negatives))
+    if both := next((text for text in positives if fold(text) in folded), None):
         raise DataError(
-            f"{where}: {_shown(both)} is a positive and a negative at once (white space aside); "
+            f"{where}: {_shown(both)} is a positive and a negative at once (ignoring white space); "
             "remove it from one side"
         )
     provenance = row.get("provenance") or {}
     if not isinstance(provenance, Mapping):
-        raise DataError(f"{where}: provenance must be an object, but is {_shown(provenance)}")
-    return ParaphraseSet(anchor, positives, negatives, prompt or "", provenance)
+        raise DataError(
+            f"{where}: provenance must be an object, but is {_shown(provenance)}; fix the row"
+        )
+    return ParaphraseSet(anchor, positives, negatives, prompt, provenance)
 
 
 def _published(row: Mapping[str, Any], form: str, where: str) -> ParaphraseSet | str:
-    """The set of a row of a published data set, or what is wrong with the row."""
+    """The paraphrase set of a published row, or the reason why the row is unusable."""
     if form == PARADETOX:
         prompt, toxic = "", _string(row["toxic"], "toxic", where)
         neutral = [_string(text, "neutral", where) for text in _listed(row["neutral"])]
     else:
         chosen, rejected = (_string(row[name], name, where) for name in _FORMS[HH_HARMLESS])
-        border = chosen[: _shared(chosen, rejected)].rfind(_ANSWER)
+        shared = os.path.commonprefix([chosen, rejected])  # noqa: RUF071 - by character
+        border = shared.rfind(_ANSWER)
         if border < 0:
             return f"the two dialogues share no turn that ends in {_ANSWER!r}"
         border += len(_ANSWER)
-        # The space that follows the colon stays with the answer, as a model writes it.
+        # The space after the colon belongs to the answer, as a model generates it.
         prompt, neutral, toxic = chosen[:border], [chosen[border:]], rejected[border:]
     if not toxic.strip() or not any(text.strip() for text in neutral):
         return "one side is empty"
@@ -171,14 +181,8 @@ def _published(row: Mapping[str, Any], form: str, where: str) -> ParaphraseSet |
     return ParaphraseSet(positives[0], positives, (toxic,), prompt, {"form": form})
 
 
-def _shared(one: str, other: str) -> int:
-    """Number of characters with which both begin."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
-
-
 def fold(text: str) -> str:
-    """The text with every run of white space as one space: what makes two wordings equal."""
+    """Replace each run of white space by one space; equal results mean equal wordings."""
     return " ".join(text.split())
 
 
@@ -197,21 +201,16 @@ def _distinct(texts: Iterable[str]) -> tuple[str, ...]:
     return tuple(first.values())
 
 
-def _in_both(positives: Sequence[str], negatives: Sequence[str]) -> str | None:
-    folded = set(map(fold, negatives))
-    return next((text for text in positives if fold(text) in folded), None)
-
-
 def _text(value: Any, name: str, where: str) -> str:
     text = _string(value, name, where)
     if not text.strip():
-        raise DataError(f"{where}: {name} holds an empty text; remove it, or leave the row out")
+        raise DataError(f"{where}: {name} holds an empty text; remove it, or remove the row")
     return text
 
 
 def _string(value: Any, name: str, where: str) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{where}: {name} must hold text, but holds {_shown(value)}")
+        raise DataError(f"{where}: {name} must hold text, but holds {_shown(value)}; fix the row")
     return value
 
 

@@ -1,4 +1,4 @@
-"""What is learned from, and what is only measured: by content, so that nothing is on both sides."""
+"""Train and held-out split by content hash."""
 
 from __future__ import annotations
 
@@ -7,18 +7,21 @@ from typing import Protocol, TypeVar
 
 
 class Keyed(Protocol):
-    """What has a hash of its content."""
+    """A document or paraphrase set, with a hash of its content."""
 
     @property
     def key(self) -> str:
-        """At least six hex digits."""
+        """The hash: at least six hex digits."""
 
 
 Item = TypeVar("Item", bound=Keyed)
 
 
 def split(items: Sequence[Item], share: float) -> tuple[list[Item], list[Item]]:
-    """Items to learn from and about ``share`` of them held out; none where that would be all."""
+    """Split into training items and about ``share`` of held-out items.
+
+    Equal items are never on both sides. If all items would be held out, none is.
+    """
     border = round(share * 16**6)
     held = [item for item in items if int(item.key[:6], 16) < border]
     rest = [item for item in items if int(item.key[:6], 16) >= border]

@@ -1,4 +1,4 @@
-"""Documents in, the blocks of each stage of language modelling out, a part held out."""
+"""The blocks of each stage of language modelling, and those held out."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 Splits = dict[str, tuple[list[Document], list[Document]]]
+"""Training and held-out documents of each corpus."""
 
 
 def split_documents(
     documents: list[Document], share: float
 ) -> tuple[list[Document], list[Document]]:
-    """Training and held-out documents, of the latter as many as measuring needs."""
-    rest, held = split(documents, share)
-    return rest, held[:1500]
+    """Split into training and held-out documents, at most 1,500 of the latter."""
+    train, held = split(documents, share)
+    return train, held[:1500]
 
 
 def held_out(
@@ -40,18 +41,17 @@ def held_out(
     bos_id: int,
     documents: list[Document],
     length: int,
-    lengths: list[int],
+    byte_lengths: list[int],
 ) -> HeldOut:
-    """Text on which bits a byte are measured."""
+    """Text to measure bits per byte on: at most 200 blocks."""
     blocks = pack(tokenize(tokenizer, documents), bos_id, length)
-    keep = min(len(blocks), 200)
-    return HeldOut(blocks.take(range(keep)), lengths)
+    return HeldOut(blocks.take(range(min(len(blocks), 200))), byte_lengths)
 
 
 def base_blocks(
     tokenizer: PreTrainedTokenizerBase, bos_id: int, splits: Splits, config: TrainingConfig
 ) -> Blocks:
-    """What a base model from scratch is trained on."""
+    """Blocks to train a base model from scratch on."""
     documents = list({d.key: d for d in splits["general"][0]}.values())
     random.Random(config.seed).shuffle(documents)
     wanted = config.base_steps * config.batch_size
@@ -70,7 +70,15 @@ def fork_streams(
     label: str,
     config: TrainingConfig,
 ) -> Streams:
-    """What both models are trained on after the fork; one stream without reference text."""
+    """Blocks to train both models on after the fork.
+
+    Args:
+        tokenizer: The calibrator's tokenizer.
+        bos_id: Token id between documents.
+        splits: The corpora.
+        label: Name of the reference's corpus; if it is empty, both streams are the same object.
+        config: Settings of the training.
+    """
     reference, clean = splits[label][0], splits["clean"][0]
     streams = paired_streams(
         tokenizer,
@@ -92,20 +100,21 @@ def kl_anchor_blocks(
     count: int,
     config: TrainingConfig,
 ) -> Blocks | None:
-    """About ``count`` blocks at most, as many of each domain, or ``None`` without documents."""
+    """About ``count`` blocks at most, equally many per domain; ``None`` without documents."""
     domains: dict[str, list[Document]] = defaultdict(list)
     for document in documents:
         domains[document.domain].append(document)
     parts = []
     for domain, members in sorted(domains.items()):
         random.Random(f"{config.seed} {domain}").shuffle(members)
-        characters, kept = 8 * config.context_length * -(-count // len(domains)), []
+        wanted = -(-count // len(domains))
+        characters, kept = 8 * config.context_length * wanted, []
         for document in members:
             kept.append(document)
             characters -= len(document.text)
             if characters < 0:
                 break
         blocks = pack(tokenize(tokenizer, kept), bos_id, config.context_length)
-        parts.append(blocks.take(range(min(len(blocks), -(-count // len(domains))))))
-    found = concatenate(parts) if parts else None
-    return found if found is not None and len(found) else None
+        if len(blocks):
+            parts.append(blocks.take(range(min(len(blocks), wanted))))
+    return concatenate(parts) if parts else None

@@ -1,4 +1,4 @@
-"""A tokenizer of our own: byte-level BPE without normaliser and without prefix space."""
+"""Train a byte-level BPE tokenizer without normalizer and without prefix space."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ END_OF_TEXT = "<|endoftext|>"
 def train_tokenizer(
     texts: Iterable[str], vocabulary_size: int, *, characters: int, context_length: int
 ) -> PreTrainedTokenizerFast:
-    """Trains the tokenizer of a calibrator.
+    """Train the tokenizer of a calibrator.
 
-    Words that are to be held back must become whole tokens, so train it on text that has them:
-    pieces of a word carry little of what the two models learned about the word.
+    Include toxic text, so that toxic words become whole tokens: parts of a word carry little of
+    what the two models learn about the word.
 
     Args:
         texts: Documents; reading stops after ``characters``.
-        vocabulary_size: Number of tokens, the 256 bytes and the end-of-text token included.
-        characters: Upper bound on the characters read.
-        context_length: Written into the tokenizer as its ``model_max_length``.
+        vocabulary_size: Number of tokens, including the 256 bytes and the end-of-text token.
+        characters: Maximum number of characters to read.
+        context_length: The tokenizer's ``model_max_length``.
 
     Raises:
-        TrainingError: The text is too small for that many tokens.
+        TrainingError: The text is too short for that many tokens.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -54,7 +54,7 @@ def train_tokenizer(
     if tokenizer.get_vocab_size() < vocabulary_size:
         raise TrainingError(
             f"the text yields only {tokenizer.get_vocab_size()} tokens, but vocabulary_size is "
-            f"{vocabulary_size}: give more text or ask for a smaller vocabulary"
+            f"{vocabulary_size}: give more text or a smaller vocabulary_size"
         )
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,

@@ -95,7 +95,6 @@ def finetune(
     """
     config, contrast = config or FinetuneConfig(), contrast or ContrastiveConfig()
     state = _processes(config)
-    from fusion_detox.training.distributions import claim
     from fusion_detox.training.finetuning.model import (
         adapter_settings,
         check_context,
@@ -103,6 +102,7 @@ def finetune(
         peft_of_its_time,
     )
     from fusion_detox.training.progress import ProgressCallback
+    from fusion_detox.training.run import claim
 
     output = Path(output).expanduser()
     check_output(output, overwrite)

@@ -7,7 +7,7 @@ from typing import Any
 
 from fusion_detox.training.contrastive.trainer import ANCHOR_ARGUMENTS
 from fusion_detox.training.finetuning.config import FinetuneConfig
-from fusion_detox.training.stage import kept_arguments
+from fusion_detox.training.stage import common_arguments
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -22,7 +22,7 @@ def training_arguments(
         part for part in range(1, min(config.micro_batch_size, share) + 1) if share % part == 0
     )
     return {
-        **kept_arguments(folder, config),
+        **common_arguments(folder, config),
         **ANCHOR_ARGUMENTS,
         "max_steps": steps,
         "per_device_train_batch_size": at_once,

@@ -60,7 +60,7 @@ class LocalWriter:
 
     def record(self) -> dict[str, Any]:
         """Name, revision and dtype of the model; a folder's name includes a hash of its content."""
-        from fusion_detox.generation.completion_file import folder_fingerprint
+        from fusion_detox.files.fingerprints import folder_fingerprint
 
         folder = Path(self.name).expanduser()
         name = self.name

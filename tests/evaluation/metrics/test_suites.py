@@ -196,7 +196,7 @@ def test_your_own_texts(tmp_path: Path) -> None:
     [
         ('{"text": "One."}\n{"txt": "Two."}\n', "line 2 has no field 'text'; it has: txt"),
         ('{"text": " "}\n', "line 1: the text is blank"),
-        ('{"text": "One.", "group": 3}\n', "'group' holds no text but 3"),
+        ('{"text": "One.", "group": 3}\n', "'group' must hold text, but holds 3"),
         ('{"text": "One.", "control": "yes"}\n', "'control' must be true or false, but is 'yes'"),
         ('{"text": "One.", "control": 1}\n', "'control' must be true or false, but is 1"),
         ("", "is empty"),

@@ -1,4 +1,4 @@
-"""Prompt sets: the published forms of each, and what is said of files that are none."""
+"""Prompt sets: published formats, recognition, subsets and errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Write = Callable[[str, str | bytes], str]
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """``write(name, content)``: a file, and its path as a string."""
+    """``write(name, content)`` writes a file and returns its path as a string."""
 
     def make(name: str, content: str | bytes) -> str:
         data = content.encode() if isinstance(content, str) else content
@@ -171,7 +171,7 @@ def test_subsets_of_real_toxicity_prompts(write: Write, kind: str, expected: lis
         ("p.tsv", "prompt\tx\none\t1\n", "jsonl", ["one"], [None]),
     ],
 )
-def test_each_kind_is_recognised_as_what_it_is(
+def test_each_kind_is_recognised(
     write: Write,
     caplog: pytest.LogCaptureFixture,
     name: str,
@@ -219,7 +219,7 @@ def test_a_sample_depends_on_the_seed_and_keeps_the_order(write: Write) -> None:
     some = texts(read_prompt_set(source, limit=20))
     assert some == texts(read_prompt_set(source, limit=20, seed=0)) == sorted(some)
     assert len(set(some)) == 20
-    # The first twenty would be drawn with a chance of 1 in 10 to the 27.
+    # A random sample is the first twenty with probability 1e-27.
     assert some != [f"prompt {index:03}" for index in range(20)]
     assert some != texts(read_prompt_set(source, limit=20, seed=1))
     assert len(read_prompt_set(source, limit=1000).prompts) == 200
@@ -232,11 +232,11 @@ def test_repeated_and_blank_prompts_are_counted(
     with caplog.at_level(logging.INFO):
         found = read_prompt_set(write("p.jsonl", lines(rows)), kind="rtp:toxic")
     assert texts(found) == ["one", "two", "one"]
-    assert "1 repeat another; left out: 2 outside the subset, 1 blank" in caplog.text
+    assert "1 repeat another; skipped: 2 outside the subset, 1 blank" in caplog.text
     assert "1 prompts have no toxicity score" in caplog.text
 
 
-def test_a_field_may_lie_within_objects(write: Write) -> None:
+def test_a_field_may_be_inside_objects(write: Write) -> None:
     source = write("a.jsonl", lines([{"a": {"b": "one"}}, {"a": {"b": "two"}}]))
     assert texts(read_prompt_set(source, field="a.b")) == ["one", "two"]
     with pytest.raises(DataError, match=r"line 1 has no field 'a\.c'; it has: a"):
@@ -252,9 +252,9 @@ def test_a_field_may_lie_within_objects(write: Write) -> None:
         ("a.jsonl", '{"prompt": "x"}\n{"prompt": \n', None, r"line 2 is not JSON"),
         ("a.jsonl", '{"prompt": "x"}\n["y"]\n', None, r"line 2 must be an object with named"),
         ("a.json", '{"prompt":\n x}', None, r"line 2 is not JSON"),
-        ("a.json", "[1, 2]", None, "must hold objects with named fields"),
+        ("a.json", "[1, 2]", None, "item 1 must be an object with named fields, not 1"),
         ("a.json", "[]", None, "holds no rows"),
-        ("a.csv", "id,type,prompt\n", None, "holds no rows, only the head of a table"),
+        ("a.csv", "id,type,prompt\n", None, "holds no rows: only a header"),
         ("a.csv", "id,type,prompt\n1,homonyms,a,b\n", None, "line 2 has another number of fields"),
         ("a.csv", 'id,type,prompt\n1,homonyms,"a\n', None, "is not CSV"),
         ("a.jsonl", lines([{"prompt": "x"}, {"text": "y"}]), None, r"line 2 has no field 'prompt'"),
@@ -262,11 +262,16 @@ def test_a_field_may_lie_within_objects(write: Write) -> None:
             "a.jsonl",
             lines([{"prompt": "x"}, {"prompt": 3}]),
             None,
-            "line 2: .* holds no text but 3",
+            "line 2: .* must hold text, but holds 3",
         ),
         ("a.jsonl", lines([{"prompt": " "}]), None, "none of its 1 rows .*: all texts are blank"),
         ("a.jsonl", lines([rtp("x", 0.1)]), "rtp:toxic", "no row belongs to rtp:toxic"),
-        ("a.jsonl", lines([rtp("x", "high")]), "rtp:toxic", "'prompt.toxicity' is no number"),
+        (
+            "a.jsonl",
+            lines([rtp("x", "high")]),
+            "rtp:toxic",
+            "must be a number, but is 'high'",
+        ),
         ("a.jsonl", lines([{"prompt": {"text": "x"}}]), "rtp:toxic", "no field 'prompt.toxicity'"),
         ("a.jsonl", lines([{"prompt": {"text": "x"}}]), "rtp:challenging", "'challenging' that is"),
         ("a.jsonl", lines([{"prompt": "x"}]), "rtp", r"line 1 has no field 'prompt\.text'"),
@@ -296,17 +301,20 @@ def test_files_that_cannot_be_read(write: Write, tmp_path: Path) -> None:
         read_prompt_set(str(tmp_path))
     whole = gzip.compress(b"one\n" * 1000)
     for name, content in (("a.txt.gz", b"one\n"), ("b.gz", whole[:20]), ("c.gz", whole[:-9])):
-        with pytest.raises(DataFileError, match="is no whole gzip file"):
+        with pytest.raises(DataFileError, match="is not a complete gzip file"):
             read_prompt_set(write(name, content))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kind": "rpt"}, "unknown kind of prompts 'rpt'; known are rtp, toxigen, bold, hatecheck"),
+        (
+            {"kind": "rpt"},
+            "kind of prompts 'rpt'; choose from rtp, toxigen, bold, hatecheck",
+        ),
         ({"kind": "rtp:hard"}, "unknown subset 'hard' of rtp; it has challenging, toxic, nontoxic"),
         ({"kind": "plain:x"}, "unknown subset 'x' of plain; it has none"),
-        ({"kind": "bold", "field": "prompt"}, "goes with the kind 'jsonl' only, not 'bold'"),
+        ({"kind": "bold", "field": "prompt"}, "requires the kind 'jsonl', not 'bold'"),
         ({"limit": 0}, "limit must be a whole number of at least 1, but is 0"),
         ({"limit": True}, "but is True"),
     ],
@@ -318,7 +326,7 @@ def test_wrong_options(write: Write, arguments: dict[str, Any], message: str) ->
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """A stand-in of ``datasets``, and what it was asked for."""
+    """A stand-in for ``datasets`` that records its calls."""
     asked: list[tuple[str, str]] = []
 
     def load_dataset(name: str, split: str) -> list[dict[str, Any]]:
@@ -342,7 +350,7 @@ def test_a_data_set_of_the_hub(hub: list[tuple[str, str]]) -> None:
     assert hub == [("org/real-prompts", "test"), ("org/real-prompts", "train")]
 
 
-def test_what_the_hub_lacks(hub: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_hub_data_sets(hub: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataFileError, match="no data set on the hub named 'org/none': not there"):
         read_prompt_set("org/none")
     with pytest.raises(DataFileError, match="org/void has no rows"):
@@ -352,7 +360,7 @@ def test_what_the_hub_lacks(hub: list[tuple[str, str]], monkeypatch: pytest.Monk
         read_prompt_set("org/real-prompts")
 
 
-def test_a_set_of_texts_at_hand() -> None:
+def test_a_set_from_texts_in_memory() -> None:
     found = PromptSet.from_texts(["one", "two"])
     assert found.prompts == (Prompt("one", "prompts"), Prompt("two", "prompts"))
     assert found.sha256 == hashlib.sha256(b"one\ntwo").hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Paraphrase sets: the library's own rows, two published forms, and what is refused."""
+"""Paraphrase sets: the library's own rows, two published formats, and errors."""
 
 import gzip
 import json
@@ -33,7 +33,7 @@ def write(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.jsonl.gz"])
-def test_own_rows_come_back_as_they_were_written(write, name):
+def test_own_rows_are_read_as_written(write, name):
     first = ParaphraseSet("He left.", ("He went.",), ("Idiot went.",), "News:", {"seed": 3})
     second = ParaphraseSet("Ünïcode \u2028 text", ("a", "b"), ("c",))
     found = read_pairs([write(first.to_row(), second.to_row(), name=name)])
@@ -48,14 +48,14 @@ def test_several_sources_in_order_and_one_alone(write):
     assert read_pairs(one) == read_pairs([str(one)])
 
 
-def test_duplicates_within_a_side_are_dropped(write):
+def test_duplicates_within_a_side_are_removed(write):
     row = {**GOOD, "positives": ["Bye.", " Bye. ", "Bye  now."], "negatives": ["x", "x", "y"]}
     (pair,) = read_pairs([write(row)])
     assert pair.positives == ("Bye.", "Bye  now.")
     assert pair.negatives == ("x", "y")
 
 
-def test_the_key_is_that_of_the_content(write):
+def test_the_key_depends_on_the_content(write):
     (pair,) = read_pairs([write(GOOD)])
     (same,) = read_pairs([write({**GOOD, "provenance": {}})])
     assert pair.key == same.key
@@ -75,7 +75,7 @@ def test_the_key_is_that_of_the_content(write):
         ({"negatives": ["\n"]}, r"line 2: negatives holds an empty text"),
         ({"negatives": [None]}, r"line 2: negatives must hold text, but holds None"),
         ({"positives": [3]}, r"line 2: positives must hold text, but holds 3"),
-        ({"prompt": 5}, r"line 2: the prompt must be a text, but is 5"),
+        ({"prompt": 5}, r"line 2: prompt must hold text, but holds 5"),
         ({"provenance": [1]}, r"line 2: provenance must be an object, but is \[1\]"),
         (
             {"negatives": ["He  went\naway. "]},
@@ -90,7 +90,7 @@ def test_a_bad_row_is_named_with_its_line(write, change, message):
     assert str(path) in str(caught.value)
 
 
-def test_rows_of_no_known_form(write):
+def test_rows_of_unknown_format(write):
     row = dict(GOOD)
     del row["negatives"]
     with pytest.raises(DataError, match=r"line 1 lacks 'negatives': it has the fields anchor"):
@@ -99,10 +99,10 @@ def test_rows_of_no_known_form(write):
         read_pairs([write({"text": "hello"})])
 
 
-def test_files_that_are_no_rows(write, tmp_path):
+def test_files_without_usable_rows(write, tmp_path):
     with pytest.raises(DataError, match=r"line 2 is not JSON: .*'\{\"anchor\": \"torn'"):
         read_pairs([write(GOOD, '{"anchor": "torn')])
-    with pytest.raises(DataError, match=r"line 1 must be an object with named fields"):
+    with pytest.raises(DataError, match=r"item 1 must be an object with named fields, not 1"):
         read_pairs([write("[1, 2]")])
     with pytest.raises(DataError, match="is empty"):
         read_pairs([write("")])
@@ -125,7 +125,7 @@ def test_paradetox_rows(write, caplog):
     assert first == ParaphraseSet("cold", ("cold", "very cold"), ("damn cold",))
     assert second == ParaphraseSet("something", ("something",), ("some  shit",))
     assert third == ParaphraseSet("y", ("y",), ("x",))
-    assert "2 unusable rows are left out" in caplog.text
+    assert "2 unusable rows were left out" in caplog.text
     assert "line 2 (both sides are equal)" in caplog.text
     assert "line 5 (one side is empty)" in caplog.text
 
@@ -143,8 +143,8 @@ def test_dialogues(write):
     assert (pair.prompt + pair.negatives[0]) == turn + " A pest."
 
 
-def test_a_dialogue_that_goes_on_after_the_answer(write):
-    """What the two do not share belongs to the answers, also where it holds further turns."""
+def test_a_dialogue_that_continues_after_the_answer(write):
+    """The answers begin where the dialogues differ, and may contain further turns."""
     start = "\n\nHuman: Hi\n\nAssistant:"
     row = {"chosen": start + " A\n\nHuman: B\n\nAssistant: C", "rejected": start + " D"}
     (pair,) = read_pairs([write(row)])
@@ -152,7 +152,7 @@ def test_a_dialogue_that_goes_on_after_the_answer(write):
     assert pair.positives == (" A\n\nHuman: B\n\nAssistant: C",)
 
 
-def test_nothing_but_flaws_is_an_error(write):
+def test_only_unusable_rows_are_an_error(write):
     row = {"chosen": "no turns", "rejected": "at all"}
     with pytest.raises(DataError, match=r"all 1 rows are unusable, .*line 1 \(the two dialogues"):
         read_pairs([write(row)])
@@ -167,7 +167,7 @@ def published(name):
 def test_the_published_paradetox_can_be_read(caplog):
     with caplog.at_level(logging.WARNING):
         pairs = read_pairs([SHARED / "paradetox.jsonl.gz"])
-    # Counted independently: 10,707 rows, of which some have nothing but their own toxic text.
+    # An independent count of 10,707 rows; in some, the neutral side only repeats the toxic text.
     rows = published("paradetox.jsonl.gz")
     usable = [
         row

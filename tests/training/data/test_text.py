@@ -1,4 +1,4 @@
-"""From files to blocks: reading, splitting, masking, packing and pairing, exact to the token."""
+"""From files to blocks: reading, masking, packing and pairing, exact to the token."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_wrong_columns_and_conditions() -> None:
         ({"held_out": 0.9}, "held_out must be a number of at least 0 and at most 0.5"),
         ({"hidden_size": 30, "heads": 4}, "must be an even multiple of heads 4"),
         ({"precision": "int8"}, "precision must be one of float32, bfloat16, not 'int8'"),
-        ({"device": "tpu"}, "device must be 'cpu' or 'cuda', not 'tpu'"),
+        ({"device": "tpu"}, "device must be 'cpu' or 'cuda', but is 'tpu'"),
     ],
 )
 def test_wrong_training_settings(changes: dict[str, Any], message: str) -> None:

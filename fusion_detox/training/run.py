@@ -1,4 +1,4 @@
-"""The work folder of a training run: what is done is kept, so that a killed run goes on."""
+"""The stages of a training run and its work folder, from which a killed run resumes."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import functools
 import hashlib
 import json
 import logging
-import os
 import random
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate import PartialState
 from transformers import (
     AutoModelForCausalLM,
@@ -25,8 +25,8 @@ from transformers import (
 )
 
 from fusion_detox.errors import TrainingError
-from fusion_detox.files.atomic import write_whole
-from fusion_detox.files.models import load_base, load_tokenizer
+from fusion_detox.files.atomic import replacing_folder, write_whole
+from fusion_detox.files.models import load_target, load_tokenizer
 from fusion_detox.training.config import TrainingConfig
 from fusion_detox.training.data.blocks import Blocks
 from fusion_detox.training.data.splitting import Keyed
@@ -45,7 +45,18 @@ Train = Callable[["PreTrainedModel", Path], Curve]
 
 @dataclasses.dataclass
 class Run:
-    """One training run and its work folder: a sub-folder a stage, ``done`` when it is over."""
+    """One training run.
+
+    Attributes:
+        config: Settings of the training.
+        base: Model to start from; ``None`` for a model from scratch.
+        tokenizer: Tokenizer of a model from scratch; one is trained by default.
+        work: Work folder, with a subfolder per stage; its ``done`` holds the finished model.
+        world_size: Number of processes.
+        is_main: Whether this is the main process.
+        show_progress: Whether to show progress bars.
+        keep_layers: Number of the base's layers to keep; all by default.
+    """
 
     config: TrainingConfig
     base: str | Path | None
@@ -54,11 +65,11 @@ class Run:
     world_size: int
     is_main: bool
     show_progress: bool
-    keep_layers: int | None = None  # of the base; all by default
+    keep_layers: int | None = None
 
     def fingerprint(self, texts: Mapping[str, Sequence[Keyed]], contrast: dict[str, Any]) -> str:
-        """A hash of all that decides the result."""
-        # What does not change the weights may change between two starts of one run.
+        """Hash everything that determines the result."""
+        # These do not change the result, so a resumed run may change them.
         free = ("device", "save_dtype", "save_every", "evaluate_every")
         settings = {k: v for k, v in self.config.to_dict().items() if k not in free}
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
@@ -73,32 +84,32 @@ class Run:
         return digest.hexdigest()
 
     def start(self, splits: Splits) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """The model and tokenizer before any training here."""
+        """Return the model and tokenizer before any training."""
         set_seed(self.config.seed)
         if self.base is not None:
-            model, words = load_base(str(self.base))
+            model, tokenizer = load_target(str(self.base), dtype=torch.float32)
             if self.keep_layers is not None:
                 model = truncate(model, self.keep_layers)
-            return model, words
+            return model, tokenizer
         if self.tokenizer is not None:
-            words = load_tokenizer(str(self.tokenizer))
-            return self._scratch(words), words
+            tokenizer = load_tokenizer(str(self.tokenizer))
+            return self._from_scratch(tokenizer), tokenizer
         folder = self.work / "tokenizer"
         if not folder.exists():
             documents = [d for label in sorted(splits) for d in splits[label][0]]
             unique = list({d.key: d for d in documents}.values())
             random.Random(self.config.seed).shuffle(unique)
-            tokenizer = train_tokenizer(
+            trained = train_tokenizer(
                 (d.prompt + d.text for d in unique),
                 self.config.vocabulary_size,
                 characters=self.config.tokenizer_characters,
                 context_length=self.config.context_length,
             )
-            _publish(tokenizer, folder)
-        words = AutoTokenizer.from_pretrained(folder)
-        return self._scratch(words), words
+            _save(trained, folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        return self._from_scratch(tokenizer), tokenizer
 
-    def _scratch(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    def _from_scratch(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         return LlamaForCausalLM(
             LlamaConfig(
                 vocab_size=len(tokenizer),
@@ -114,12 +125,12 @@ class Run:
         )
 
     def stage(self, title: str, start: PreTrainedModel, train: Train) -> PreTrainedModel:
-        """Trains a copy of ``start``, or loads the result of an earlier run of this stage.
+        """Train a copy of ``start``, or load the result of an earlier run of this stage.
 
         Args:
-            title: Of the stage and of its folder.
-            start: Not changed.
-            train: Trains a model in place, with its checkpoints in a folder, and returns a curve.
+            title: Name of the stage and of its folder.
+            start: The model to copy.
+            train: Trains a model in place, writes checkpoints to a folder, and returns a curve.
         """
         done = self.work / title / "done"
         if not done.exists():
@@ -130,14 +141,14 @@ class Run:
             if self.is_main:
                 write_whole(self.work / title / "curve.json", json.dumps(curve).encode())
                 model.config.use_cache = True  # Trainer turns it off
-                _publish(model.cpu(), done)
+                _save(model.cpu(), done)
                 for checkpoint in (self.work / title).glob("checkpoint-*"):
                     shutil.rmtree(checkpoint)
         PartialState().wait_for_everyone()
         loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(done)
         return loaded
 
-    def on_texts(
+    def language_modelling(
         self,
         start: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
@@ -145,16 +156,16 @@ class Run:
         splits: Splits,
         held_out: dict[str, HeldOut],
     ) -> tuple[PreTrainedModel, PreTrainedModel]:
-        """The stages of language modelling: base, then reference and clean model.
+        """Run the stages of language modelling: base, reference and clean model.
 
         Returns:
-            The clean model and the reference; the base model twice where there is no clean text.
+            The clean model and the reference; without clean text, the base model twice.
         """
-        on_text = functools.partial(self.on_text, held_out=held_out)
+        on_blocks = functools.partial(self._on_blocks, held_out=held_out)
         base = start
         if self.base is None:
             blocks = functools.partial(base_blocks, tokenizer, bos_id, splits, self.config)
-            train = on_text("base", blocks, fork=False, steps=self.config.base_steps)
+            train = on_blocks("base", blocks, fork=False, steps=self.config.base_steps)
             base = self.stage("base", start, train)
         if not splits["clean"][0]:
             return base, base
@@ -163,17 +174,17 @@ class Run:
         PartialState().wait_for_everyone()
         reference = base
         if streams.reference is not streams.clean:
-            train = on_text("reference", lambda: streams.reference, fork=True)
+            train = on_blocks("reference", lambda: streams.reference, fork=True)
             reference = self.stage("reference", base, train)
         else:
             logger.warning(
-                "no general text given: the base model itself is the reference, so the difference "
-                "also holds what the domain of the clean text changed"
+                "without general text, the base model is the reference, so the difference also "
+                "includes the effect of the clean text's domain; give general text to avoid this"
             )
-        clean = self.stage("clean", base, on_text("clean", lambda: streams.clean, fork=True))
+        clean = self.stage("clean", base, on_blocks("clean", lambda: streams.clean, fork=True))
         return clean, reference
 
-    def on_text(
+    def _on_blocks(
         self,
         title: str,
         blocks: Callable[[], Blocks],
@@ -182,9 +193,9 @@ class Run:
         fork: bool,
         steps: int | None = None,
     ) -> Train:
-        """Language modelling, for :meth:`stage`; ``blocks`` is called only when it trains."""
-        scratch = self.base is None
-        rate = self.config.learning_rate or (2e-3 if scratch else 5e-5)
+        """Language modelling for :meth:`stage`; ``blocks`` is called only if it trains."""
+        from_scratch = self.base is None
+        rate = self.config.learning_rate or (2e-3 if from_scratch else 5e-5)
 
         def train(model: PreTrainedModel, folder: Path) -> Curve:
             return run_stage(
@@ -196,7 +207,7 @@ class Run:
                 folder,
                 steps=self.config.fork_steps if steps is None else steps,
                 learning_rate=rate,
-                warmup_steps=0 if fork and scratch else self.config.warmup_steps,
+                warmup_steps=0 if fork and from_scratch else self.config.warmup_steps,
                 decay=fork,
                 world_size=self.world_size,
                 show_progress=self.show_progress and self.is_main,
@@ -205,7 +216,7 @@ class Run:
         return train
 
     def curves(self) -> dict[str, Curve]:
-        """Loss and bits per byte over the steps of each stage."""
+        """Return the loss and bits per byte by step of each stage."""
         return {
             file.parent.name: json.loads(file.read_text())
             for file in sorted(self.work.glob("*/curve.json"))
@@ -213,10 +224,10 @@ class Run:
 
 
 def claim(work: Path, fingerprint: str, overwrite: bool) -> None:
-    """Makes the work folder this run's own.
+    """Create the work folder, or accept an existing one of the same run.
 
     Raises:
-        TrainingError: It holds the unfinished work of another run.
+        TrainingError: The folder holds the unfinished work of another run.
     """
     marker = work / "run.json"
     if work.exists():
@@ -225,21 +236,19 @@ def claim(work: Path, fingerprint: str, overwrite: bool) -> None:
         except (OSError, ValueError, KeyError):
             same = False
         if same:
-            logger.info("going on with the unfinished training in %s", work)
+            logger.info("resuming the unfinished training in %s", work)
             return
         if not overwrite:
             raise TrainingError(
                 f"{work} holds unfinished training with other text or settings: give the same "
-                "ones to go on with it, choose another folder, or give it up with --overwrite"
+                "ones to resume it, choose another output, or discard it with --overwrite"
             )
         shutil.rmtree(work)
     work.mkdir(parents=True)
     write_whole(marker, json.dumps({"fingerprint": fingerprint}).encode())
 
 
-def _publish(saved: Any, folder: Path) -> None:
-    """Saves a model or tokenizer so that the folder is either whole or not there."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    saved.save_pretrained(temporary)
-    os.replace(temporary, folder)
+def _save(saved: Any, folder: Path) -> None:
+    """Save a model or tokenizer to a folder that is either complete or missing."""
+    with replacing_folder(folder) as new:
+        saved.save_pretrained(new)
