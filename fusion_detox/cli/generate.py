@@ -259,7 +259,7 @@ def _writer(file: CompletionFile | None, settings: dict[str, Any]) -> Iterator[C
 
 def _identity(name: str, without: tuple[str, ...] = ()) -> str:
     """A folder's name and content, as another model may be saved to it; else the name."""
-    from fusion_detox.calibrator.shipped import find_shipped
+    from fusion_detox.calibrator.lookup import find_shipped
     from fusion_detox.generation.completion_file import folder_fingerprint
 
     path = Path(name).expanduser()

@@ -18,8 +18,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from fusion_detox.calibrator.calibrator import Calibrator, find_calibrator, write_config
-from fusion_detox.calibrator.reading import read_settings
+from fusion_detox.calibrator.calibrator import Calibrator
+from fusion_detox.calibrator.folder import read_settings, write_config
+from fusion_detox.calibrator.lookup import find_calibrator
 from fusion_detox.config import FusionConfig
 from fusion_detox.errors import ConfigError, ModelError, ModelNotFoundError, VocabularyError
 from fusion_detox.files.models import load_base, load_target, load_tokenizer

@@ -1,4 +1,4 @@
-"""What can be wrong with a calibrator's folder or name, and what its user is told."""
+"""Errors for damaged calibrator folders, wrong names and failed writes, and their messages."""
 
 import errno
 import json
@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast, T5Config
 
 from fusion_detox.calibrator import lookup as calibrator_lookup
-from fusion_detox.calibrator.calibrator import Calibrator, write_config
+from fusion_detox.calibrator.calibrator import Calibrator
+from fusion_detox.calibrator.folder import write_config
 from fusion_detox.config import FusionConfig
 from fusion_detox.errors import (
     CalibratorError,
@@ -89,7 +90,7 @@ def remote_code(folder):
 
 CLEAN, MAIN = "clean/config.json", "calibrator.json"
 GATE = "model.layers.0.mlp.gate_proj.weight"
-# name: (how the folder is damaged, what the message says: where, why, how to mend it)
+# name: (how to damage the folder, parts of the message: which file, the reason, the remedy)
 DAMAGES = {
     "no calibrator.json": (
         lambda f: (f / MAIN).unlink(),
@@ -97,7 +98,7 @@ DAMAGES = {
     ),
     "broken JSON": (
         lambda f: break_line_three(f / MAIN),
-        [f"{MAIN}, line 4", "not valid JSON", "correct that place"],
+        [f"{MAIN}, line 4", "not valid JSON", "correct that line"],
     ),
     "empty JSON file": (lambda f: (f / MAIN).write_text(""), [f"{MAIN}, line 1", "not valid JSON"]),
     "not UTF-8": (lambda f: (f / MAIN).write_bytes(b'{"a": "\xff"}'), [MAIN, "UTF-8", "again"]),
@@ -129,7 +130,7 @@ DAMAGES = {
     ),
     "strength out of range": (
         lambda f: edit(f / MAIN, fusion={"strength": -1}),
-        [MAIN, "strength must be a number of at least 0", "-1", "Correct it there"],
+        [MAIN, "strength must be a number of at least 0", "-1", "Correct it in this file"],
     ),
     "unknown fusion setting": (
         lambda f: edit(f / MAIN, fusion={"alpha": 1}),
@@ -169,7 +170,7 @@ DAMAGES = {
     ),
     "unknown tensor": (
         lambda f: tensors(f / "clean", lambda t: t.update(extra=torch.ones(2))),
-        ["clean: the weights hold, unknown, the tensor extra", "again"],
+        ["clean: the model", "does not have the tensor extra", "again"],
     ),
     "tensor of another shape": (
         lambda f: tensors(f / "clean", lambda t: t.update({GATE: torch.ones(63, 32)})),
@@ -181,7 +182,7 @@ DAMAGES = {
     ),
     "edited width": (
         lambda f: edit(f / CLEAN, intermediate_size=80),
-        ["config.json asks for", "edited"],
+        ["config.json implies", "edited"],
     ),
     "impossible width": (
         lambda f: edit(f / CLEAN, hidden_size=-1),
@@ -264,7 +265,7 @@ def test_missing_path_under_home(tmp_path, monkeypatch):
 
 def test_a_file(calibrator_folder):
     with pytest.raises(
-        CalibratorNotFoundError, match=r"calibrator.json is a file. Give the folder"
+        CalibratorNotFoundError, match=r"calibrator.json is a file. Give the calibrator's folder"
     ):
         Calibrator.from_pretrained(calibrator_folder / "calibrator.json")
 
@@ -339,7 +340,7 @@ def test_hub_that_does_not_answer(monkeypatch, failure, expected):
 
 def test_hub_repository_of_something_else(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(tmp_path))
-    with pytest.raises(CalibratorError, match=r"repository a/b is no calibrator.*shipped ones"):
+    with pytest.raises(CalibratorError, match=r"repository a/b is not a calibrator.*Shipped calibrators"):
         Calibrator.from_pretrained("a/b")
 
 
@@ -400,9 +401,9 @@ def test_contrast_without_reference(calibrator, byte_tokenizer):
 
 def test_saving_over_something_else(calibrator, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(CalibratorError, match=r"exists and is no calibrator.*new folder"):
+    with pytest.raises(CalibratorError, match=r"exists and is not a calibrator.*new or empty folder"):
         calibrator.save_pretrained(tmp_path)
-    with pytest.raises(CalibratorError, match="exists and is no calibrator"):
+    with pytest.raises(CalibratorError, match="exists and is not a calibrator"):
         calibrator.save_pretrained(tmp_path / "thesis.txt")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
@@ -454,7 +455,7 @@ def test_full_disk_while_storing_settings(calibrator_folder, monkeypatch):
         raise FULL
 
     before = {path: path.read_bytes() for path in calibrator_folder.iterdir() if path.is_file()}
-    monkeypatch.setattr(Path, "write_text", fail)
+    monkeypatch.setattr(Path, "write_bytes", fail)
     with pytest.raises(DataFileError, match="No space left on device"):
         write_config(calibrator_folder, FusionConfig(strength=2.0))
     after = {path: path.read_bytes() for path in calibrator_folder.iterdir() if path.is_file()}
@@ -482,7 +483,7 @@ def test_interrupted_saving(calibrator, calibrator_folder, monkeypatch):
 
 def test_record_that_is_not_json(calibrator, tmp_path):
     calibrator.record = {"when": object()}
-    with pytest.raises(CalibratorError, match=r"training.json cannot be written.*what JSON can"):
+    with pytest.raises(CalibratorError, match=r"training.json cannot be written.*JSON values only"):
         calibrator.save_pretrained(tmp_path / "new")
     assert not list(tmp_path.iterdir())
 
