@@ -299,8 +299,8 @@ class Calibrator:
             if isinstance(id, int) and 0 <= id < self.vocabulary_size:
                 return id
         raise CalibratorError(
-            "The tokenizer has neither a BOS nor an EOS token that the models know, so no token can "
-            "begin a text. Set tokenizer.bos_token to one of its tokens."
+            "The tokenizer has neither a BOS nor an EOS token that the models know, so no text can "
+            "begin. Set tokenizer.bos_token to one of its tokens."
         )
 
     def _check_context(self, context_length: Any) -> int:

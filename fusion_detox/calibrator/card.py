@@ -15,16 +15,25 @@ _TEMPLATE = Path(__file__).with_name("card.md.jinja")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _LANGUAGES = {"en": "English", "de": "German", "fr": "French", "es": "Spanish", "it": "Italian"}
 # The license identifiers of the hub that models commonly use.
-_LICENSES = frozenset(
-    "apache-2.0 mit bsd-3-clause gpl-3.0 lgpl-3.0 agpl-3.0 mpl-2.0 openrail cc0-1.0 cc-by-4.0 "
-    "cc-by-sa-4.0 cc-by-nc-4.0 cc-by-nc-sa-4.0 cc-by-sa-3.0 pddl cdla-sharing-1.0 "
-    "cdla-permissive-2.0 odc-by unlicense other".split()
-)
+_LICENSES = {
+    *("apache-2.0", "mit", "bsd-3-clause", "gpl-3.0", "lgpl-3.0", "agpl-3.0", "mpl-2.0"),
+    *("cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "cc-by-sa-3.0"),
+    *(
+        "cdla-sharing-1.0",
+        "cdla-permissive-2.0",
+        "odc-by",
+        "openrail",
+        "pddl",
+        "unlicense",
+        "other",
+    ),
+}
 # These have sections of their own or are too long for a card; training.json has all of them.
-_NOT_IN_FACTS = frozenset(
-    "name command language license data data_files datasets base_model settings bits_per_byte "
-    "evaluation versions curves fingerprint tuning continued_from".split()
-)
+_NOT_IN_FACTS = {
+    *("name", "command", "language", "license", "data", "data_files", "datasets", "base_model"),
+    *("settings", "bits_per_byte", "evaluation", "versions", "curves", "fingerprint", "tuning"),
+    "continued_from",
+}
 _MAX_FACT_LENGTH = 600
 
 

@@ -268,7 +268,9 @@ def _weight_files(folder: Path) -> list[Path]:
     single = folder / "model.safetensors"
     if single.is_file():
         return [single]
-    pickled = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    pickled = sorted(
+        p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt")
+    )
     if pickled:
         raise CalibratorError(
             f"{folder} holds {pickled[0]} but no model.safetensors. Pickled weights are not read, "

@@ -17,9 +17,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from fusion_detox.errors import VocabularyError
-from fusion_detox.vocabulary.build import ENGLISH
 from fusion_detox.vocabulary.map import Cover, VocabularyMap
-from fusion_detox.vocabulary.token_table import TokenTable
+from fusion_detox.vocabulary.token_table import ENGLISH, TokenTable
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"
 PUBLISHED = ("gpt2", "cl100k_base", "o200k_base", "mistral_v1_sentencepiece", "tekken")
@@ -54,7 +53,7 @@ def build(calibrator, tokenizer, **options):
     )
 
 
-def laws(*shape, seed=0):
+def distributions(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).mul(3).softmax(-1)
 
 
@@ -69,7 +68,7 @@ def byte_level(merges, added=()):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-class Law(torch.nn.Module):
+class LastTokenModel(torch.nn.Module):
     """A language model whose next token depends on nothing but the last one."""
 
     def __init__(self, table):
@@ -101,7 +100,7 @@ def test_identity_returns_exactly_the_probabilities(own, byte_tokenizer):
     assert found.kind == "identity"
     assert found.coverage == 1.0
     assert found.mapped.tolist() == [piece is not None for piece in own.tokens.token_bytes]
-    probs = laws(2, 3, own.vocabulary_size)
+    probs = distributions(2, 3, own.vocabulary_size)
     covers = [Cover(0, 2, b""), Cover(1, 0, b""), Cover(2, 0, b"")]
     for mode in ("prefix", "transfer"):
         result = found.project(probs, covers, torch.ones(2, 3), 3, mode=mode)
@@ -112,7 +111,7 @@ def test_identity_with_padding_on_either_side(byte_tokenizer, make_llama):
     wider = copy.deepcopy(byte_tokenizer)
     wider.add_special_tokens({"pad_token": "<pad>", "cls_token": "<cls>"})
     small, large = len(byte_tokenizer), len(wider)
-    probs = laws(2, 1, large)
+    probs = distributions(2, 1, large)
 
     found = build(stand_in(byte_tokenizer, make_llama(small)), wider)
     assert found.kind == "identity"
@@ -158,7 +157,7 @@ def test_transfer_sums_to_one(own, target):
     assert static["transfer_values"].min() >= 0
     assert static["prefix_values"].max() <= 1
 
-    probs = laws(2, 20, own.vocabulary_size)
+    probs = distributions(2, 20, own.vocabulary_size)
     covers, weights = some_covers(own, 16)
     mass = found.project(probs, covers, weights, 16, mode="transfer")
     assert mass.shape == (2, 16, len(target))
@@ -177,7 +176,7 @@ def test_a_prefix_mass_never_grows_with_more_bytes(own, target):
     assert len(pairs) > 100
     short, long = torch.tensor(pairs).t()
     for seed in range(3):
-        probs = laws(2, 20, own.vocabulary_size, seed=seed)
+        probs = distributions(2, 20, own.vocabulary_size, seed=seed)
         covers, weights = some_covers(own, 16, seed)
         mass = found.project(probs, covers, weights, 16, mode="prefix")
         assert mass.min() >= 0
@@ -189,7 +188,7 @@ def test_normal_pieces_before_their_byte_twins(own, sentencepiece_tokenizer):
     found = build(own, sentencepiece_tokenizer)
     at = sentencepiece_tokenizer.convert_tokens_to_ids
     normal, twin, only = at("a"), at("<0x61>"), at("<0xE6>")
-    probs = laws(1, 1, own.vocabulary_size)
+    probs = distributions(1, 1, own.vocabulary_size)
     arguments = (probs, [Cover(0, 0, b"")], torch.ones(1, 1), 1)
     mass = found.project(*arguments, mode="transfer")[0, 0]
     assert mass[normal] > 0
@@ -225,7 +224,7 @@ def test_static_factors_of_long_tokens(make_llama):
     ab, cd, ce, c = mine.convert_tokens_to_ids(["ab", "cd", "ce", "c"])
     with torch.no_grad():
         after = own.clean(torch.tensor([[own.bos_id, ab]])).logits[0, -1].softmax(-1)
-    probs = laws(1, 1, own.vocabulary_size)
+    probs = distributions(1, 1, own.vocabulary_size)
     p = probs[0, 0]
     for mode in ("transfer", "prefix"):
         mass = found.project(probs, [Cover(0, 0, b"")], torch.ones(1, 1), 1, mode=mode)[0, 0]
@@ -238,7 +237,7 @@ def test_static_factors_of_long_tokens(make_llama):
 
 def test_a_row_does_not_depend_on_its_neighbours(own, target):
     found = build(own, target)
-    probs = laws(2, 20, own.vocabulary_size)
+    probs = distributions(2, 20, own.vocabulary_size)
     covers, weights = some_covers(own, 16)
     for mode in ("prefix", "transfer"):
         together = found.project(probs, covers, weights, 16, mode=mode)
@@ -256,7 +255,7 @@ def test_a_row_does_not_depend_on_its_neighbours(own, target):
 
 def test_only_proportions_of_weights_matter_and_inputs_stay(own, other_tokenizer):
     found = build(own, other_tokenizer)
-    probs = laws(2, 20, own.vocabulary_size)
+    probs = distributions(2, 20, own.vocabulary_size)
     covers, weights = some_covers(own, 16)
     before = probs.clone(), weights.clone()
     mass = found.project(probs, covers, weights, 16, mode="prefix")
@@ -271,7 +270,7 @@ def test_inside_of_a_character(own, other_tokenizer):
     """The text ends with the first byte of a character: no cover is without remainder."""
     found = build(own, other_tokenizer)
     first = "é".encode()[:1]
-    probs = laws(1, 1, own.vocabulary_size)
+    probs = distributions(1, 1, own.vocabulary_size)
     mass = found.project(probs, [Cover(0, 0, first)], torch.ones(1, 1), 1, mode="transfer")[0, 0]
     assert mass.sum().item() == pytest.approx(1.0, abs=1e-5)
     pieces = TokenTable.from_tokenizer(other_tokenizer).token_bytes
@@ -281,7 +280,7 @@ def test_inside_of_a_character(own, other_tokenizer):
 
 def test_a_text_that_no_calibrator_token_continues(own, other_tokenizer):
     found = build(own, other_tokenizer)
-    probs = laws(1, 1, own.vocabulary_size)
+    probs = distributions(1, 1, own.vocabulary_size)
     for mode in ("prefix", "transfer"):
         mass = found.project(probs, [Cover(0, 0, b"\x01zzz")], torch.ones(1, 1), 1, mode=mode)
         assert mass.eq(0).all()
@@ -294,16 +293,19 @@ MERGES = [("Ġ", "a"), ("Ġ", "b"), ("Ġa", "b"), ("Ġab", "c"), ("Ġab", "d")]
 
 
 def word_model():
-    """A calibrator that writes whole words only, each drawn on its own."""
+    """A calibrator that writes whole words only, each drawn independently."""
     tokenizer = byte_level(MERGES)
-    law = torch.zeros(len(tokenizer))
-    law[tokenizer.convert_tokens_to_ids(WORDS)] = torch.tensor([0.1, 0.3, 0.2, 0.15, 0.25])
-    return stand_in(tokenizer, Law(law.repeat(len(tokenizer), 1))), law
+    distribution = torch.zeros(len(tokenizer))
+    distribution[tokenizer.convert_tokens_to_ids(WORDS)] = torch.tensor([0.1, 0.3, 0.2, 0.15, 0.25])
+    return stand_in(tokenizer, LastTokenModel(distribution.repeat(len(tokenizer), 1))), distribution
 
 
-def exact_law(law, tokenizer, text):
-    """Next-byte law after a text, over all sequences of words that begin with it."""
-    words = {word.replace("Ġ", " "): law[tokenizer.convert_tokens_to_ids(word)] for word in WORDS}
+def exact_next_byte(distribution, tokenizer, text):
+    """Next-byte distribution after a text, from all sequences of words that begin with it."""
+    words = {
+        word.replace("Ġ", " "): distribution[tokenizer.convert_tokens_to_ids(word)]
+        for word in WORDS
+    }
     found = dict.fromkeys(" abcd", 0.0)
 
     def extend(written, probability):
@@ -320,37 +322,37 @@ def exact_law(law, tokenizer, text):
     return {byte: p / total for byte, p in found.items()}
 
 
-def covers_of(calibrator, law, text):
+def covers_of(calibrator, distribution, text):
     """The covers of a text of which the last word is one token of the calibrator."""
     last = text[text.rindex(" ") :]
     token = calibrator.tokenizer.convert_tokens_to_ids(last.replace(" ", "Ġ"))
-    weights = torch.tensor([[law[token], 1.0]])
+    weights = torch.tensor([[distribution[token], 1.0]])
     return [Cover(0, 0, b""), Cover(0, 0, last.encode())], weights
 
 
 @pytest.mark.parametrize("mode", ["prefix", "transfer"])
 @pytest.mark.parametrize("text", [" a", " ab", " b a", " ab ab", " abc"])
-def test_healing_gives_the_exact_next_byte_law(mode, text):
-    calibrator, law = word_model()
+def test_healing_gives_the_exact_next_byte_distribution(mode, text):
+    calibrator, distribution = word_model()
     bytes_only = byte_level([])
     found = build(calibrator, bytes_only)
-    covers, weights = covers_of(calibrator, law, text)
-    mass = found.project(law[None, None], covers, weights, 1, mode=mode)[0, 0]
-    wanted = exact_law(law, calibrator.tokenizer, text)
+    covers, weights = covers_of(calibrator, distribution, text)
+    mass = found.project(distribution[None, None], covers, weights, 1, mode=mode)[0, 0]
+    wanted = exact_next_byte(distribution, calibrator.tokenizer, text)
     names = [byte.replace(" ", "Ġ") for byte in wanted]
     got = mass[bytes_only.convert_tokens_to_ids(names)].tolist()
     assert got == pytest.approx(list(wanted.values()), abs=1e-6)
 
 
 def test_healing_counts_only_tokens_that_the_target_ends_there():
-    calibrator, law = word_model()
+    calibrator, distribution = word_model()
     # The target has " ab" and " abc", so " ab" is never followed by "c"; "d" it writes apart.
     coarse = byte_level([merge for merge in MERGES if merge[1] != "d"])
     found = build(calibrator, coarse)
-    covers, weights = covers_of(calibrator, law, " ab")
+    covers, weights = covers_of(calibrator, distribution, " ab")
     space, c, d = coarse.convert_tokens_to_ids(["Ġa", "c", "d"])
     for mode in ("prefix", "transfer"):
-        mass = found.project(law[None, None], covers, weights, 1, mode=mode)[0, 0]
+        mass = found.project(distribution[None, None], covers, weights, 1, mode=mode)[0, 0]
         assert mass[c] == 0
         assert mass[d].item() == pytest.approx(0.15 / (0.3 + 0.15))
         assert mass[space] > 0
@@ -366,7 +368,7 @@ def test_too_little_coverage_is_refused(own):
     words = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
     with (
         pytest.warns(UserWarning, match="approximate"),
-        pytest.raises(VocabularyError, match=r"only \d\.\d\d% .* at least 98\.00% .* train a cal"),
+        pytest.raises(VocabularyError, match=r"only \d\.\d\d% .* at least 98\.00% .* Train a cal"),
     ):
         build(own, words)
     with pytest.warns(UserWarning, match="approximate"):
@@ -439,20 +441,20 @@ def shifted(path):
 
 
 @pytest.mark.parametrize("damage", [truncate, empty, foreign, another_pair, shifted])
-def test_a_damaged_cache_file_is_built_anew(own, other_tokenizer, tmp_path, damage, caplog):
+def test_a_damaged_cache_file_is_rebuilt(own, other_tokenizer, tmp_path, damage, caplog):
     built = build(own, other_tokenizer, use_cache=True, cache_dir=tmp_path)
     (path,) = tmp_path.iterdir()
     damage(path)
     with caplog.at_level(logging.WARNING):
         again = build(own, other_tokenizer, use_cache=True, cache_dir=tmp_path)
-    assert "is built anew" in caplog.text
+    assert "is rebuilt" in caplog.text
     assert not again.from_cache
     assert same(built, again)
     assert build(own, other_tokenizer, use_cache=True, cache_dir=tmp_path).from_cache
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_cache_that_cannot_be_written(own, other_tokenizer, tmp_path, caplog):
+def test_a_read_only_cache(own, other_tokenizer, tmp_path, caplog):
     (tmp_path / "file").write_text("")
     with caplog.at_level(logging.WARNING):
         found = build(own, other_tokenizer, use_cache=True, cache_dir=tmp_path / "file" / "maps")
@@ -477,7 +479,7 @@ def test_processes_that_build_at_once(own, other_tokenizer, tmp_path):
 
 def test_pickle_and_deepcopy(own, other_tokenizer):
     found = build(own, other_tokenizer)
-    probs = laws(2, 20, own.vocabulary_size)
+    probs = distributions(2, 20, own.vocabulary_size)
     covers, weights = some_covers(own, 16)
     wanted = found.project(probs, covers, weights, 16, mode="prefix")
     for other in (pickle.loads(pickle.dumps(found)), copy.deepcopy(found)):
@@ -529,7 +531,7 @@ def test_published_vocabularies(eight_thousand, name, tmp_path):
         built.mapped, torch.tensor([piece is not None for piece in tokens.token_bytes])
     )
 
-    probs = laws(2, 2, eight_thousand.vocabulary_size)
+    probs = distributions(2, 2, eight_thousand.vocabulary_size)
     covers = [Cover(0, 0, b""), Cover(0, 1, b" stu"), Cover(1, 1, b"")]
     mass = loaded.project(probs, covers, torch.ones(2, 3), 2, mode="transfer")
     assert torch.allclose(mass.sum(-1), torch.ones(2, 2), atol=1e-4)

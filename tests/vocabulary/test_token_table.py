@@ -130,7 +130,7 @@ def test_a_part_written_in_python(byte_tokenizer):
         tokenizer_object=Tokenizer.from_str(byte_tokenizer.backend_tokenizer.to_str())
     )
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(Custom())
-    with pytest.raises(VocabularyError, match="cannot be serialised"):
+    with pytest.raises(VocabularyError, match="cannot be serialized"):
         TokenTable.from_tokenizer(tokenizer)
 
 

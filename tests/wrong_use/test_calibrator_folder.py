@@ -340,7 +340,9 @@ def test_hub_that_does_not_answer(monkeypatch, failure, expected):
 
 def test_hub_repository_of_something_else(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(tmp_path))
-    with pytest.raises(CalibratorError, match=r"repository a/b is not a calibrator.*Shipped calibrators"):
+    with pytest.raises(
+        CalibratorError, match=r"repository a/b is not a calibrator.*Shipped calibrators"
+    ):
         Calibrator.from_pretrained("a/b")
 
 
@@ -401,7 +403,9 @@ def test_contrast_without_reference(calibrator, byte_tokenizer):
 
 def test_saving_over_something_else(calibrator, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(CalibratorError, match=r"exists and is not a calibrator.*new or empty folder"):
+    with pytest.raises(
+        CalibratorError, match=r"exists and is not a calibrator.*new or empty folder"
+    ):
         calibrator.save_pretrained(tmp_path)
     with pytest.raises(CalibratorError, match="exists and is not a calibrator"):
         calibrator.save_pretrained(tmp_path / "thesis.txt")
