@@ -150,8 +150,8 @@ class FusionConfig:
             tokens. Toxic text is then steered strongly while harmless text hardly changes. It
             needs a calibrator with a reference, whatever the rule. ``None`` keeps the strength
             constant.
-        aligned_norm: How the aligned rules normalize a projected hidden state: ``"layer"`` is
-            layer normalization without weights, as in the paper; ``"target"`` multiplies that by
+        aligned_norm: How the aligned rules normalise a projected hidden state: ``"layer"`` is
+            layer normalisation without weights, as in the paper; ``"target"`` multiplies that by
             the root mean square of the target's own hidden states; ``"none"`` does nothing.
             ``"auto"`` is ``"layer"`` for aligned and ``"target"`` for aligned_contrast.
     """

@@ -13,8 +13,8 @@ from fusion_detox.errors import DataFileError
 
 def prompt_digest(prompt: str) -> str:
     """10 hex digits that identify a prompt, ignoring case and white space."""
-    normalized = " ".join(prompt.lower().split()).encode("utf-8", "replace")
-    return hashlib.sha256(normalized).hexdigest()[:10]
+    normalised = " ".join(prompt.lower().split()).encode("utf-8", "replace")
+    return hashlib.sha256(normalised).hexdigest()[:10]
 
 
 def prompts_in_common(one: Iterable[str], other: Iterable[str]) -> int:

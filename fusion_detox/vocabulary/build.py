@@ -36,7 +36,7 @@ def build_static(
     Returns:
         ``prefix_*`` and ``transfer_*``: sparse matrices ``(target tokens, calibrator tokens)`` as
         row pointers, column ids and values. ``split_ptr`` and ``split_ids``: the target's
-        tokenization of each calibrator token, empty if there is none.
+        tokenisation of each calibrator token, empty if there is none.
     """
     token_bytes = calibrator_token_bytes(calibrator)
     own = ByteIndex(token_bytes, calibrator.tokens.byte_ids)
@@ -134,7 +134,7 @@ def _transfer_entries(
 ) -> _Entries:
     """Entries of the "transfer" matrix: where each calibrator token's probability goes.
 
-    Every column sums to 1. The probability goes to the first token of the target's tokenization,
+    Every column sums to 1. The probability goes to the first token of the target's tokenisation,
     minus the shares of long target tokens that no calibrator token reaches. The share of a long
     token excludes the shares of even longer tokens that begin with it (a Moebius inversion over
     prefixes).

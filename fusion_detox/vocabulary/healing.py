@@ -38,7 +38,7 @@ class HealingTables:
         byte_ids: The calibrator's ``<0xNN>`` tokens.
         target: The target's token table.
         split_ptr: ``(V_C + 1,)`` where each calibrator token's ids begin in ``split_ids``.
-        split_ids: The target's tokenization of all calibrator tokens.
+        split_ids: The target's tokenisation of all calibrator tokens.
     """
 
     def __init__(
@@ -88,9 +88,9 @@ class HealingTables:
     def _following(self, j: int, left: int, rest: bytes, target: ByteIndex) -> int | None:
         """The target token that begins after ``left`` bytes of calibrator token ``j``.
 
-        ``None`` if the target's tokenization of ``j`` has no boundary there: the target would not
+        ``None`` if the target's tokenisation of ``j`` has no boundary there: the target would not
         have ended a token at that point, so the text cannot be on its way to ``j``. If the target
-        has no tokenization of ``j``, the longest target token that fits.
+        has no tokenisation of ``j``, the longest target token that fits.
         """
         begin, end = self._split_ptr[j : j + 2].tolist()
         if begin == end:

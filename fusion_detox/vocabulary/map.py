@@ -96,7 +96,7 @@ class VocabularyMap:
     def __init__(
         self, calibrator: CalibratorLike, target: TokenTable, static: dict[str, Tensor] | None
     ) -> None:
-        """Use ``build``."""
+        """Call ``build`` instead."""
         self._token_bytes = calibrator_token_bytes(calibrator)
         self._size = len(target.token_bytes)
         self._static = static or {}
@@ -276,7 +276,7 @@ class VocabularyMap:
 
 
 def _agree(own: tuple[bytes | None, ...], target: tuple[bytes | None, ...]) -> bool:
-    """Whether both have the same bytes id for id, apart from ids without bytes at either end."""
+    """Whether both have the same bytes id for id, apart from trailing ids without bytes."""
     common = min(len(own), len(target))
     return own[:common] == target[:common] and not any(own[common:]) and not any(target[common:])
 

@@ -65,7 +65,7 @@ class TokenTable:
                 too much of a text's spacing to be mapped exactly.
 
         Raises:
-            VocabularyError: The tokenizer has no fast backend or cannot be serialized, or its
+            VocabularyError: The tokenizer has no fast backend or cannot be serialised, or its
                 tokens do not spell a given text.
         """
         backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -275,7 +275,7 @@ def _parts(backend: Tokenizer) -> dict[str, Any]:
         return cast("dict[str, Any]", json.loads(shell.to_str()))
     except Exception as error:  # the Rust side raises plain exceptions
         raise VocabularyError(
-            f"The tokenizer cannot be serialized ({error}). Replace its parts written in Python "
+            f"The tokenizer cannot be serialised ({error}). Replace its parts written in Python "
             "with parts of the tokenizers library."
         ) from error
 

@@ -236,7 +236,7 @@ def test_tokenizer_of_another_calibrator(calibrator_folder, tmp_path):
     path = calibrator_folder / "tokenizer.json"
     values = json.loads(path.read_text())
     vocabulary = values["model"]["vocab"]
-    # Two letters trade places: same size, same tokens, other ids.
+    # Swap two letters: same size, same tokens, different ids.
     vocabulary["A"], vocabulary["B"] = vocabulary["B"], vocabulary["A"]
     path.write_text(json.dumps(values))
     with pytest.raises(CalibratorError, match=r"tokenizer\.json holds other tokens than"):
@@ -299,7 +299,7 @@ def test_name_that_resembles_nothing(monkeypatch):
 
 
 def test_hub_id_while_offline():
-    # Set by conftest.py; the socket guard there would fail anything that tried all the same.
+    # conftest.py sets HF_HUB_OFFLINE, and its socket guard fails any attempt to connect.
     with pytest.raises(CalibratorNotFoundError) as raised:
         Calibrator.from_pretrained("someone/calibrator")
     message = str(raised.value)
@@ -309,7 +309,7 @@ def test_hub_id_while_offline():
 
 
 class NoRepositoryError(RepositoryNotFoundError):
-    """As the hub raises it, without the response that it is made from."""
+    """The hub's error without the response that it normally wraps."""
 
     def __init__(self):
         pass
@@ -338,7 +338,7 @@ def test_hub_that_does_not_answer(monkeypatch, failure, expected):
     assert expected in str(raised.value)
 
 
-def test_hub_repository_of_something_else(monkeypatch, tmp_path):
+def test_hub_repository_without_a_calibrator(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(tmp_path))
     with pytest.raises(
         CalibratorError, match=r"repository a/b is not a calibrator.*Shipped calibrators"
@@ -358,7 +358,7 @@ def test_dtype_that_does_not_exist(calibrator_folder, dtype):
         Calibrator.from_pretrained(calibrator_folder, dtype=dtype)
 
 
-# Putting one together
+# Construction
 
 
 def test_models_of_different_vocabularies(byte_tokenizer, make_llama):
@@ -401,7 +401,7 @@ def test_contrast_without_reference(calibrator, byte_tokenizer):
 # Writing
 
 
-def test_saving_over_something_else(calibrator, tmp_path):
+def test_saving_over_other_files(calibrator, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(
         CalibratorError, match=r"exists and is not a calibrator.*new or empty folder"
@@ -446,7 +446,7 @@ def test_full_disk(calibrator, calibrator_folder, monkeypatch, failure, target):
 
 def test_full_disk_while_writing_the_tokenizer(calibrator, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
-        raise Exception("No space left on device (os error 28)")  # as tokenizers says it
+        raise Exception("No space left on device (os error 28)")  # as raised by tokenizers
 
     monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", fail)
     with pytest.raises(DataFileError, match="No space left on device"):
@@ -474,7 +474,7 @@ def test_interrupted_saving(calibrator, calibrator_folder, monkeypatch):
 
     def interrupted(source, target):
         calls.append(target)
-        if len(calls) == 2:  # the older folder is out of the way, the new one not yet in place
+        if len(calls) == 2:  # the old folder has been moved away, the new one is not yet in place
             raise KeyboardInterrupt
         rename(source, target)
 
@@ -492,7 +492,7 @@ def test_record_that_is_not_json(calibrator, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_storing_settings_nowhere(tmp_path):
+def test_storing_settings_in_an_empty_folder(tmp_path):
     with pytest.raises(CalibratorError, match=r"no calibrator.json"):
         write_config(tmp_path, FusionConfig())
 
