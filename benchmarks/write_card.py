@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from fusion_detox.calibrator.calibrator import write_config
+from fusion_detox.calibrator.folder import write_config
 from fusion_detox.config import FusionConfig
 
 

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fusion_detox import Calibrator, FusionLogitsProcessor
-from fusion_detox.calibrator.shipped import demo_target_path
+from fusion_detox.calibrator.lookup import demo_target_path
 
 
 def main() -> None:

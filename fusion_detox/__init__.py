@@ -1,20 +1,21 @@
-"""Detoxify any Hugging Face causal language model while it writes.
+"""Detoxify any Hugging Face causal language model at decoding time.
 
-A *calibrator* is a small language model that knows two next-token distributions: ``clean``, after
-training on non-toxic text, and ``reference``, without it. Their difference is what non-toxic
-training changes, and the processor adds it to the log-probs of the model that you use. That
-model stays as it is, and its vocabulary may be another one. For a ``model`` with its
-``tokenizer``, three lines do it::
+A *calibrator* is a small language model with two next-token distributions: ``clean``, after
+training on non-toxic text, and ``reference``, without that training (the expert and anti-expert of
+DExperts). Their difference shows what non-toxic training changes, and the processor adds it to the
+log-probs of your model. Your model stays unchanged, and its vocabulary may differ from the
+calibrator's. For a ``model`` and its ``tokenizer``, three lines suffice::
 
     calibrator = Calibrator.from_pretrained("english-16k")
     processor = FusionLogitsProcessor(calibrator, tokenizer)
     model.generate(**inputs, do_sample=True, logits_processor=[processor])
 
-The same processor serves every call of ``generate()``: sampling, greedy, beams, batches with
-left padding. ``FusionConfig`` sets rule and strength; the calibrator's card carries the settings
-recommended for it. ``train_calibrator`` makes a calibrator of your own text, as the command
-``fusion-detox train-calibrator`` does. ``evaluate`` measures what fusion gains on your model and
-what it costs, with a report: toxicity, fluency, diversity, change on harmless text by group.
+One processor serves every call of ``generate()``: sampling, greedy or beam search, and batches
+with left padding. ``FusionConfig`` sets the rule and the strength; by default, the processor uses
+the settings that the calibrator recommends. ``train_calibrator`` (``fusion-detox
+train-calibrator`` on the command line) trains a calibrator on your own text. ``evaluate`` measures
+the benefit and the cost of fusion on your model and writes a report: toxicity, fluency, diversity,
+and the change on harmless text by group.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Settings: how they are declared, checked and replaced, and ``FusionConfig`` itself."""
+"""``FusionConfig``, and helpers that declare, check and replace the settings of any dataclass."""
 
 from __future__ import annotations
 
@@ -21,7 +21,15 @@ def setting(
     *,
     aliases: tuple[str, ...] = (),
 ) -> Any:
-    """A dataclass field; the command line's options and help are made from its metadata."""
+    """A dataclass field whose metadata defines its command-line option.
+
+    Args:
+        default: The default value.
+        group: Heading of the option in the command's help.
+        text: Help text of the option.
+        low: Smallest value; without it, no range is checked.
+        high: Largest value, if there is one.
+    """
     return dataclasses.field(
         default=default,
         metadata={"group": group, "help": text, "low": low, "high": high, "aliases": aliases},
@@ -29,11 +37,11 @@ def setting(
 
 
 def check_settings(settings: Any) -> None:
-    """Checks each field of a dataclass against its range and its literal type.
+    """Check each field of a dataclass against its range and its ``Literal`` type.
 
     Raises:
-        ConfigError: A value is not one of the words that its type lists, not a finite number, or
-            outside its range. ``None`` passes.
+        ConfigError: A value is not in its ``Literal``, is not a finite number, or is out of range.
+            ``None`` is always in range.
     """
     hints = get_type_hints(type(settings))
     for field in dataclasses.fields(settings):
@@ -46,10 +54,10 @@ def check_settings(settings: Any) -> None:
 
 
 def check_choice(name: str, value: object, choices: tuple[Any, ...]) -> None:
-    """Checks that a setting is one of some words.
+    """Check that a setting is one of the given choices.
 
     Raises:
-        ConfigError: It is not; the message lists the words.
+        ConfigError: It is not; the message lists the choices.
     """
     if value not in choices:
         raise ConfigError(f"{name} must be one of {', '.join(map(str, choices))}, not {value!r}")
@@ -66,20 +74,20 @@ def check_number(
     finite: bool = True,
     note: str = "",
 ) -> None:
-    """Checks that a setting is a number within its range.
+    """Check that a setting is a number within its range.
 
     Args:
-        name: The setting, for the message.
-        value: What was given; booleans are not numbers.
+        name: Name of the setting, for the message.
+        value: Its value; booleans do not count as numbers.
         low: Smallest value.
         high: Largest value, if there is one.
         above: Exclude ``low`` itself.
         whole: Require an integer.
         finite: Refuse infinity.
-        note: Ends the message.
+        note: Appended to the message.
 
     Raises:
-        ConfigError: It is not.
+        ConfigError: It is not a number or is out of range.
     """
     kind = int if whole else (int, float)
     if (
@@ -98,10 +106,10 @@ def check_number(
 
 
 def replace_settings(settings: _Settings, changes: dict[str, Any], kind: str) -> _Settings:
-    """A copy of a dataclass with some fields changed, checked again.
+    """A copy of a settings dataclass with some fields changed and checked again.
 
     Raises:
-        ConfigError: A name is unknown or a value out of range.
+        ConfigError: A name is unknown or a value is out of range.
     """
     known = [field.name for field in dataclasses.fields(settings)]  # type: ignore[arg-type]
     unknown = sorted(set(changes) - set(known))
@@ -121,37 +129,39 @@ AlignedNorm = Literal["auto", "layer", "target", "none"]
 class FusionConfig:
     """Settings of a fusion rule.
 
-    A calibrator's card carries the settings recommended for it; passing none uses those.
+    Each calibrator recommends settings of its own, which are the default of the processor.
 
     Attributes:
         rule: ``"contrast"`` adds the difference of the calibrator's two distributions to the
-            target's log-probs; ``"product"`` and ``"mixture"`` average the target's and the
-            clean distribution geometrically or arithmetically. ``"aligned"`` averages the target's
-            last hidden states and the clean model's, carried over by a learned matrix (arXiv
-            2506.01266); ``"aligned_contrast"`` is the contrast rule with distributions that come
-            that way. These two need the target and an alignment.
-        strength: How much of it, 0 or more; at most 1 for product, mixture and aligned. 0 returns
-            the target's scores untouched.
-        plausibility: Tokens less probable than this fraction of the target's most probable token
-            are not judged, in 0..1; 0 judges all. (Li et al. 2023, contrastive decoding, eq. 3.)
-        outside: What happens to those: ``"keep"`` leaves them as they stand to each other,
-            ``"remove"`` gives them no probability.
-        clip: Bound of a token's log-ratio, in nats, above 0.
-        threshold: Log-ratios smaller than this, in nats, count as no difference, and larger ones
-            lose as much (soft threshold), 0 or more. It keeps harmless text as it was.
-        floor: Probability added to both distributions before their ratio is taken, so that
-            the noise of tokens that both find impossible does not count.
-        kl_budget: Per step, the strength is lowered until the fused distribution is at most this
-            many nats of KL divergence away from the target's; ``None`` sets no bound.
-        context_kl: Adapts the strength to the text so far: it is whole where the calibrator's
-            reference and clean model have differed by this many nats, KL(reference ‖ clean)
-            averaged over the last 16 tokens, and in proportion less where they agree more. Toxic
-            text is then steered hard while harmless text stays nearly as it was. It needs a
-            calibrator with a reference, whatever the rule. ``None``: the same strength everywhere.
-        aligned_norm: What the aligned rules do to a vector that was carried over: ``"layer"`` is
-            layer normalisation without weights, as in the paper, ``"target"`` the same times the
-            root mean square of the target's own vectors, ``"none"`` nothing. ``"auto"`` is
-            ``"layer"`` for aligned and ``"target"`` for aligned_contrast.
+            target's log-probs. ``"product"`` and ``"mixture"`` are the geometric and the
+            arithmetic average of the target's and the clean distribution. ``"aligned"`` averages
+            the target's last hidden states with the clean model's, projected by a learned matrix
+            (arXiv 2506.01266). ``"aligned_contrast"`` is the contrast rule with distributions
+            computed from projected hidden states. The aligned rules need the target model and an
+            alignment.
+        strength: Weight of the calibrator, 0 or more; at most 1 for product, mixture and aligned.
+            0 returns the target's scores untouched.
+        plausibility: The candidates are the tokens at least this fraction as probable as the
+            target's most probable token, in 0..1; with 0, all tokens are candidates. (Li et al.
+            2023, contrastive decoding, eq. 3.)
+        outside: How to treat tokens that are not candidates: ``"keep"`` preserves their relative
+            probabilities, ``"remove"`` sets them to zero probability.
+        clip: Bound on the absolute log-ratio of a token, in nats, above 0.
+        threshold: Soft threshold on log-ratios, in nats, 0 or more: smaller ones become 0 and
+            larger ones shrink by it. It protects harmless text from small differences.
+        floor: Probability added to both distributions before their ratio is taken, so that noise
+            in tokens that both consider impossible has no effect.
+        kl_budget: Upper bound on KL(fused ‖ target) per step, in nats; the strength is lowered to
+            meet it. ``None`` sets no bound.
+        context_kl: Adapts the strength to the text so far by the factor ``min(1, d /
+            context_kl)``, where ``d`` is KL(reference ‖ clean) in nats, averaged over the last 16
+            tokens. Toxic text is then steered strongly while harmless text hardly changes. It
+            needs a calibrator with a reference, whatever the rule. ``None`` keeps the strength
+            constant.
+        aligned_norm: How the aligned rules normalise a projected hidden state: ``"layer"`` is
+            layer normalisation without weights, as in the paper; ``"target"`` multiplies that by
+            the root mean square of the target's own hidden states; ``"none"`` does nothing.
+            ``"auto"`` is ``"layer"`` for aligned and ``"target"`` for aligned_contrast.
     """
 
     rule: Rule = "contrast"
@@ -183,12 +193,12 @@ class FusionConfig:
 
     @functools.cached_property
     def contrasts(self) -> bool:
-        """Whether the rule reads the reference model too."""
+        """Whether the rule needs the reference model."""
         return self.rule in ("contrast", "aligned_contrast")
 
     @functools.cached_property
     def aligned(self) -> bool:
-        """Whether the rule works on hidden states, so that it needs the target and an alignment."""
+        """Whether the rule uses hidden states, and so needs the target model and an alignment."""
         return self.rule in ("aligned", "aligned_contrast")
 
     @property
@@ -199,27 +209,27 @@ class FusionConfig:
         return "layer" if self.rule == "aligned" else "target"
 
     def replace(self, **changes: Any) -> FusionConfig:
-        """A copy with some settings changed; their ranges are checked again."""
+        """A copy with some settings changed and checked again."""
         return replace_settings(self, changes, "fusion")
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as JSON-ready values."""
+        """The settings as JSON values."""
         values = dataclasses.asdict(self)
         if math.isinf(self.clip):
             values["clip"] = None
-        if self.aligned_norm == "auto":  # of no interest to the other rules
+        if self.aligned_norm == "auto":  # keeps the files of the other rules short
             del values["aligned_norm"]
         return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> FusionConfig:
-        """Settings from a dictionary such as a calibrator's card holds.
+        """Settings from a dictionary that ``to_dict`` returned.
 
         Raises:
-            ConfigError: A name is unknown or a value out of range.
+            ConfigError: A name is unknown or a value is out of range.
         """
         if not isinstance(values, dict):
-            raise ConfigError(f"fusion settings must be an object of names and values: {values!r}")
+            raise ConfigError(f"fusion settings must be a JSON object, but are {values!r}")
         if values.get("clip", 0) is None:
             values = {**values, "clip": math.inf}
         return cls().replace(**values)

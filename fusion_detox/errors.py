@@ -1,30 +1,30 @@
-"""What a user can do wrong, by name. Each error is also a ``ValueError`` or an ``OSError``."""
+"""The errors that the library raises. Each is also a ``ValueError`` or an ``OSError``."""
 
 from __future__ import annotations
 
 
 class FusionDetoxError(Exception):
-    """Base of all errors raised on purpose by this library."""
+    """Base class of the library's errors."""
 
 
 class ConfigError(FusionDetoxError, ValueError):
-    """An option is out of its range, or two options contradict each other."""
+    """An option is out of range, or two options contradict each other."""
 
 
 class CalibratorError(FusionDetoxError, ValueError):
-    """A calibrator folder is incomplete, damaged or does not fit together."""
+    """A calibrator folder is incomplete, damaged or inconsistent."""
 
 
 class CalibratorNotFoundError(FusionDetoxError, OSError):
-    """No calibrator at that path, hub id or shipped name."""
+    """No calibrator was found under that path, shipped name or hub id."""
 
 
 class ModelError(FusionDetoxError, ValueError):
-    """A model cannot serve as target, base or calibrator."""
+    """A model cannot be used as target, base or calibrator."""
 
 
 class ModelNotFoundError(FusionDetoxError, OSError):
-    """No model or tokenizer at that path or hub id."""
+    """No model or tokenizer was found under that path or hub id."""
 
 
 class VocabularyError(FusionDetoxError, ValueError):
@@ -32,11 +32,11 @@ class VocabularyError(FusionDetoxError, ValueError):
 
 
 class AlignmentError(FusionDetoxError, ValueError):
-    """A calibrator's vectors cannot be carried over to a target, or an alignment is damaged."""
+    """A calibrator's hidden states cannot be projected to a target, or an alignment is damaged."""
 
 
 class DataError(FusionDetoxError, ValueError):
-    """Training or prompt data cannot be used as it is."""
+    """Training data or prompts are unusable."""
 
 
 class DataFileError(FusionDetoxError, OSError):
@@ -44,11 +44,11 @@ class DataFileError(FusionDetoxError, OSError):
 
 
 class TrainingError(FusionDetoxError, ValueError):
-    """Training cannot start or go on with these settings."""
+    """Training cannot start or resume with these settings."""
 
 
 class EndpointError(FusionDetoxError, OSError):
-    """A service that writes text rejects every request, or does not answer."""
+    """A text generation service rejects every request or does not respond."""
 
 
 class MissingExtraError(FusionDetoxError, ImportError, ValueError):
@@ -56,6 +56,6 @@ class MissingExtraError(FusionDetoxError, ImportError, ValueError):
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(
-            f"This needs the package {package!r}, which is not installed. "
+            f"The package {package!r} is required but not installed. "
             f'Install it with: pip install "fusion-detox[{extra}]"'
         )

@@ -13,7 +13,7 @@ from transformers import LogitsProcessor
 
 from fusion_detox.alignment.aligned_rule import AlignedTarget
 from fusion_detox.calibrator.calibrator import Calibrator
-from fusion_detox.calibrator.reading import check_rule
+from fusion_detox.calibrator.folder import check_rule
 from fusion_detox.config import FusionConfig
 from fusion_detox.decoding.decoder import check_calibrator
 from fusion_detox.decoding.session import CalibratorSession, Reading, plain_mode

@@ -26,7 +26,7 @@ from tokenizers import (
 )
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from fusion_detox.vocabulary.sample_text import ENGLISH
+from fusion_detox.vocabulary.token_table import ENGLISH
 
 TEXTS = [
     "The weather was fine, so we walked to the river and had lunch there.",

@@ -16,8 +16,7 @@ from fusion_detox.decoding.head_inputs import head_inputs, output_layer
 from fusion_detox.decoding.session import plain_mode
 from fusion_detox.errors import ModelError
 from fusion_detox.files.models import check_causal
-from fusion_detox.vocabulary.sample_text import ENGLISH
-from fusion_detox.vocabulary.token_table import encode
+from fusion_detox.vocabulary.token_table import ENGLISH, encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -1,4 +1,4 @@
-"""``Calibrator``: two next-token distributions over one tokenizer, with recommended settings."""
+"""The ``Calibrator``: two small models that share a tokenizer, with recommended settings."""
 
 from __future__ import annotations
 
@@ -13,53 +13,54 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fusion_detox.calibrator.lookup import find_calibrator
-from fusion_detox.calibrator.reading import (
+from fusion_detox.calibrator.folder import (
     Settings,
     check_rule,
     read_model,
     read_record,
     read_settings,
     read_tokenizer,
+    write_folder,
 )
-from fusion_detox.calibrator.writing import write_config, write_folder
+from fusion_detox.calibrator.lookup import find_calibrator
 from fusion_detox.config import FusionConfig
 from fusion_detox.errors import CalibratorError, ConfigError, ModelError, VocabularyError
 from fusion_detox.files.loading_errors import first_line
 from fusion_detox.files.models import check_causal, check_device, check_dtype, logits_width
 from fusion_detox.vocabulary.token_table import TokenTable
 
-__all__ = ["Calibrator", "find_calibrator", "write_config"]
-
-_LONGEST_CONTEXT = 128
+_DEFAULT_MAX_CONTEXT = 128
 
 
 class Calibrator:
     """A small language model before and after training on non-toxic text.
 
-    The models are put into eval mode and their parameters are frozen.
+    In the terms of DExperts (Liu et al. 2021), ``clean`` is the expert and ``reference`` the
+    anti-expert. Both models are put into eval mode and their parameters are frozen.
 
     Args:
         clean: A causal language model, trained on non-toxic text.
-        reference: The same model without that training, or ``None``; then only the rules
-            ``"product"`` and ``"mixture"`` are possible.
-        tokenizer: Of both; one that the ``tokenizers`` library runs.
-        config: Recommended settings, by default those of ``FusionConfig``.
-        context_length: Tokens that it may see at once, BOS included; by default all positions
-            that the models have, but at most 128.
-        record: How it was trained, JSON-ready; goes into ``training.json`` and the card.
-        name: What it is called in messages and on its card.
+        reference: The same model without that training. If it is ``None``, only rules that use
+            the clean model alone are possible, such as ``"product"`` and ``"mixture"``.
+        tokenizer: The fast tokenizer of both models.
+        config: Recommended settings. By default those of ``FusionConfig``, or the product rule
+            with strength 0.5 if there is no reference.
+        context_length: Maximum number of tokens per model call, including BOS. By default as many
+            as the models have positions, but at most 128.
+        record: How the calibrator was trained, as JSON values; stored in ``training.json`` and
+            shown on the card.
+        name: The calibrator's name in messages and on its card.
 
     Attributes:
         tokens: The bytes of every token of ``tokenizer``.
-        bos_id: The token that begins a text: BOS, or EOS where there is none.
-        vocabulary_size: Width of the distributions: the tokenizer's ids that the models judge.
-        folder: What ``from_pretrained`` loaded it from; ``None`` for one made in memory.
+        bos_id: The token that begins a text: BOS, or EOS if the tokenizer has no BOS.
+        vocabulary_size: Width of the distributions: the tokenizer's ids that the models score.
+        folder: The folder that ``from_pretrained`` loaded; ``None`` if built in memory.
 
     Raises:
-        CalibratorError: Models and tokenizer do not fit each other.
-        ModelError: A model is no causal language model.
-        VocabularyError: The bytes of the tokenizer's tokens cannot be found out.
+        CalibratorError: Models and tokenizer do not match.
+        ModelError: A model is not a causal language model.
+        VocabularyError: The bytes of the tokenizer's tokens cannot be determined.
         ConfigError: The rule of ``config`` needs a reference and there is none.
     """
 
@@ -97,7 +98,7 @@ class Calibrator:
 
     @property
     def models(self) -> dict[str, PreTrainedModel]:
-        """The models by the name of their distribution, the clean one first."""
+        """The models by distribution: ``"clean"`` and, if there is one, ``"reference"``."""
         both = {"clean": self.clean}
         if self.reference is not None:
             both["reference"] = self.reference
@@ -105,7 +106,7 @@ class Calibrator:
 
     @property
     def device(self) -> torch.device:
-        """Where its models are."""
+        """The device of the models."""
         return self.clean.device
 
     @classmethod
@@ -120,25 +121,24 @@ class Calibrator:
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
     ) -> Calibrator:
-        """Load a calibrator, checking everything before use.
+        """Load a calibrator after checking all of its files.
 
         Args:
             name_or_path: A folder, the name of a shipped calibrator, or a hub id
-                (``"organisation/name"``), looked for in this order. The network is used for a
-                hub id only.
+                (``"organisation/name"``), tried in this order. Only a hub id needs the network.
             device: Where to put the models; the CPU by default.
-            dtype: Of the weights; float32 by default.
+            dtype: Type of the weights; float32 by default.
             revision: Branch, tag or commit of a hub repository.
             token: For private hub repositories; by default the one of ``hf auth login``.
-            cache_dir: Where downloads are kept, by default the hub's cache.
+            cache_dir: Where downloads are stored; by default the hub's cache.
             local_files_only: Take a hub repository from the cache only.
 
         Raises:
-            CalibratorNotFoundError: There is none of that name.
-            CalibratorError: The folder is incomplete, damaged or does not fit together.
-            ConfigError: The device or dtype does not exist here.
+            CalibratorNotFoundError: No calibrator has that name.
+            CalibratorError: The folder is incomplete, damaged or inconsistent.
+            ConfigError: The device or dtype is not available.
         """
-        place, kind = check_device(device), check_dtype(dtype or torch.float32)
+        on_device, weight_dtype = check_device(device), check_dtype(dtype or torch.float32)
         folder = find_calibrator(
             name_or_path,
             revision=revision,
@@ -150,7 +150,7 @@ class Calibrator:
         tokenizer = read_tokenizer(folder)
         try:
             models = {
-                part: read_model(folder / part, device=place, dtype=kind)
+                part: read_model(folder / part, device=on_device, dtype=weight_dtype)
                 for part in settings.distributions
             }
             calibrator = cls(
@@ -178,16 +178,16 @@ class Calibrator:
         *,
         dtype: str | torch.dtype | None = None,
     ) -> None:
-        """Write the calibrator's folder, which replaces an older calibrator there as a whole.
+        """Write the calibrator to a folder, replacing any calibrator there as a whole.
 
         Args:
-            directory: The folder; made if it does not exist.
-            dtype: Of the weights on disk, by default the models' own. ``"bfloat16"`` takes half
-                the space of float32.
+            directory: The folder; created if it does not exist.
+            dtype: Type of the weights on disk; by default that of the models. ``"bfloat16"``
+                takes half the space of float32.
 
         Raises:
-            CalibratorError: The folder holds something else.
-            DataFileError: It cannot be written; nothing is left behind.
+            CalibratorError: The folder holds something other than a calibrator.
+            DataFileError: It cannot be written; the folder is left as it was.
         """
         folder = Path(directory).expanduser()
         self._write(folder, dtype, name=folder.resolve().name)
@@ -201,31 +201,31 @@ class Calibrator:
         commit_message: str | None = None,
         revision: str | None = None,
     ) -> str:
-        """Upload the calibrator's folder to a hub repository, which is made if need be.
+        """Upload the calibrator to a hub repository, which is created if it does not exist.
 
         Args:
             repo_id: ``"organisation/name"``.
-            private: Whether a new repository is private; by default what the organisation says.
+            private: Whether a new repository is private; by default the organisation's setting.
             token: By default the one of ``hf auth login``.
-            commit_message: Of the upload.
-            revision: The branch, made if it does not exist; ``main`` by default.
+            commit_message: Message of the commit.
+            revision: The branch, created if it does not exist; ``main`` by default.
 
         Returns:
-            The address of the commit.
+            The URL of the commit.
 
         Raises:
-            CalibratorError: The hub refused it or cannot be reached.
+            CalibratorError: The hub refuses the upload or cannot be reached.
         """
         api = huggingface_hub.HfApi(token=token)
         try:
-            made = api.create_repo(repo_id, private=private, exist_ok=True)
+            repository = api.create_repo(repo_id, private=private, exist_ok=True)
             if revision is not None:
-                api.create_branch(made.repo_id, branch=revision, exist_ok=True)
-            with tempfile.TemporaryDirectory() as place:
-                folder = Path(place) / "calibrator"
-                self._write(folder, None, name=made.repo_id)
+                api.create_branch(repository.repo_id, branch=revision, exist_ok=True)
+            with tempfile.TemporaryDirectory() as temporary:
+                folder = Path(temporary) / "calibrator"
+                self._write(folder, None, name=repository.repo_id)
                 commit = api.upload_folder(
-                    repo_id=made.repo_id,
+                    repo_id=repository.repo_id,
                     folder_path=folder,
                     commit_message=commit_message or "Upload calibrator",
                     revision=revision,
@@ -238,16 +238,16 @@ class Calibrator:
         return str(commit.commit_url)
 
     def to(self, device: str | torch.device) -> Calibrator:
-        """Move its models to a device; returns itself."""
-        place = check_device(device)
+        """Move the models to a device and return the calibrator itself."""
+        checked = check_device(device)
         for model in self.models.values():
-            model.to(place)  # type: ignore[arg-type]
+            model.to(checked)  # type: ignore[arg-type]
         return self
 
     def with_config(self, config: FusionConfig) -> Calibrator:
-        """The same calibrator, on the same weights, with other recommended settings.
+        """A copy with other recommended settings that shares the models.
 
-        To store them in a saved calibrator without writing its weights, see ``write_config``.
+        ``fusion_detox.calibrator.folder.write_config`` stores settings in a saved calibrator.
         """
         check_rule(config, self.reference is not None)
         changed = copy.copy(self)
@@ -257,16 +257,16 @@ class Calibrator:
     def __repr__(self) -> str:
         return (
             f"Calibrator({self.name or 'unnamed'}: {' and '.join(self.models)}, "
-            f"{self.vocabulary_size} tokens, context of {self.context_length})"
+            f"{self.vocabulary_size} tokens, context {self.context_length})"
         )
 
     def _write(self, folder: Path, dtype: str | torch.dtype | None, *, name: str) -> None:
         models = self.models
         if dtype is not None:
-            kind = check_dtype(dtype)
+            checked = check_dtype(dtype)
             for part, model in models.items():
                 converted: Any = copy.deepcopy(model)
-                models[part] = converted.to(kind)
+                models[part] = converted.to(checked)
         settings = Settings(
             context_length=self.context_length,
             fusion=self.config,
@@ -281,19 +281,16 @@ class Calibrator:
         if len(set(widths.values())) > 1:
             raise CalibratorError(
                 f"The clean model has {widths['clean']} logits and the reference "
-                f"{widths['reference']}. Both have to use one vocabulary: train one from the other."
+                f"{widths['reference']}. Both must use one vocabulary; train one from the other."
             )
         width, ids = widths["clean"], len(self.tokens.token_bytes)
-        ordinary = [
-            id
-            for id in range(width, ids)
-            if self.tokens.token_bytes[id] is not None and id not in self.tokens.special_ids
-        ]
-        if ordinary:
+        # Special and unused ids have no bytes and may lie beyond the models' logits.
+        unscored = [text for text in self.tokens.token_bytes[width:] if text is not None]
+        if unscored:
             raise CalibratorError(
-                f"The tokenizer has {ids} ids, but the models only {width} logits, so that "
-                f"{len(ordinary)} tokens have no probability. The tokenizer belongs to other "
-                f"models."
+                f"The tokenizer has {ids} ids, but the models only {width} logits, so "
+                f"{len(unscored)} tokens would have no probability. The tokenizer belongs to other "
+                f"models; give the one that they were trained with."
             )
         return min(width, ids)
 
@@ -302,48 +299,47 @@ class Calibrator:
             if isinstance(id, int) and 0 <= id < self.vocabulary_size:
                 return id
         raise CalibratorError(
-            "The tokenizer has neither a BOS nor an EOS token that the models know, so a text "
-            "cannot begin. Set tokenizer.bos_token to one of its tokens."
+            "The tokenizer has neither a BOS nor an EOS token that the models know, so no text can "
+            "begin. Set tokenizer.bos_token to one of its tokens."
         )
 
-    def _check_context(self, asked: Any) -> int:
+    def _check_context(self, context_length: Any) -> int:
         positions = [
             int(found)
             for model in self.models.values()
             if (found := getattr(model.config, "max_position_embeddings", None))
         ]
         longest = min(positions, default=None)
-        if asked is None:
-            return min(_LONGEST_CONTEXT, longest or _LONGEST_CONTEXT)
-        fits = isinstance(asked, int) and 2 <= asked <= (longest or asked)
-        if not fits:
-            most = "" if longest is None else f" and at most {longest}, the models' positions"
-            raise CalibratorError(
-                f"context_length must be an integer of at least 2{most}, but is {asked!r}."
-            )
-        return int(asked)
+        if context_length is None:
+            return min(_DEFAULT_MAX_CONTEXT, longest or _DEFAULT_MAX_CONTEXT)
+        if isinstance(context_length, int) and 2 <= context_length <= (longest or context_length):
+            return context_length
+        limit = "" if longest is None else f" and at most {longest}, the models' positions"
+        raise CalibratorError(
+            f"context_length must be an integer of at least 2{limit}, but is {context_length!r}."
+        )
 
     def _check_devices(self) -> None:
         devices = {str(model.device) for model in self.models.values()}
         if len(devices) > 1:
             raise CalibratorError(
-                f"The clean model is on {self.clean.device} and the reference on another device "
-                f"({', '.join(sorted(devices))}). Move both to one with .to(device)."
+                f"The clean model is on {self.clean.device}, but the models' devices are "
+                f"{', '.join(sorted(devices))}. Move both to one device with .to(device)."
             )
 
 
 def _check_vocabulary(folder: Path, settings: Settings, calibrator: Calibrator) -> None:
-    """Refuse a tokenizer that is not the one that the folder was written with."""
+    """Refuse a tokenizer that is not the one the folder was saved with."""
     if calibrator.vocabulary_size != settings.vocabulary_size:
         reason = (
             f"vocabulary_size is {settings.vocabulary_size} in calibrator.json, but "
             f"tokenizer.json and the models have {calibrator.vocabulary_size} tokens"
         )
     elif calibrator.tokens.fingerprint() != settings.vocabulary_fingerprint:
-        reason = "tokenizer.json holds other tokens than vocabulary_fingerprint stands for"
+        reason = "tokenizer.json holds other tokens than vocabulary_fingerprint identifies"
     else:
         return
     raise CalibratorError(
         f"{folder}: {reason}. Files of two calibrators are mixed or one was edited; copy the "
-        f"whole folder again from where it came."
+        f"whole folder again from its source."
     )

@@ -1,4 +1,4 @@
-"""Where a calibrator is: a folder, a shipped one, or a hub repository."""
+"""Find a calibrator by name: a folder, one that ships with the library, or a hub repository."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from fusion_detox.calibrator.reading import HUB_FILES
-from fusion_detox.calibrator.shipped import find_shipped, shipped_names
+from fusion_detox.calibrator.folder import HUB_FILES
 from fusion_detox.errors import (
     CalibratorError,
     CalibratorNotFoundError,
@@ -17,7 +16,10 @@ from fusion_detox.errors import (
 )
 from fusion_detox.files.models import download
 
+DEFAULT_CALIBRATOR = "english-16k"
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def find_calibrator(
@@ -28,25 +30,32 @@ def find_calibrator(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """The folder of a calibrator: a path, a shipped one, or one that is downloaded.
+    """The folder of a calibrator; downloads it if the name is a hub id.
+
+    Args:
+        name_or_path: A folder, the name of a shipped calibrator, or a hub id, tried in this order.
+        revision: Branch, tag or commit of a hub repository.
+        token: For private hub repositories; by default the one of ``hf auth login``.
+        cache_dir: Where downloads are stored; by default the hub's cache.
+        local_files_only: Take a hub repository from the cache only.
 
     Raises:
-        CalibratorNotFoundError: There is none of that name, or the hub cannot be reached.
-        CalibratorError: The hub repository is no calibrator.
+        CalibratorNotFoundError: No calibrator has that name, or the hub cannot be reached.
+        CalibratorError: The hub repository is not a calibrator.
     """
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         return path
     if path.exists():
         raise CalibratorNotFoundError(
-            f"{path} is a file. Give the folder of a calibrator, the one with calibrator.json."
+            f"{path} is a file. Give the calibrator's folder, the one that holds calibrator.json."
         )
     name = os.fspath(name_or_path)
     shipped = find_shipped(name)
     if shipped is not None:
         return shipped
     if not _HUB_ID.fullmatch(name):
-        raise CalibratorNotFoundError(_nothing_called(name, path))
+        raise CalibratorNotFoundError(_not_found(name, path))
     try:
         folder = download(
             name,
@@ -60,20 +69,59 @@ def find_calibrator(
         raise CalibratorNotFoundError(str(error)) from error
     if not (folder / "calibrator.json").is_file():
         raise CalibratorError(
-            f"The hub repository {name} is no calibrator: it has no calibrator.json. A model to "
-            f"detoxify is not a calibrator; shipped ones: {', '.join(shipped_names()) or 'none'}."
+            f"The hub repository {name} is not a calibrator: it has no calibrator.json. A model to "
+            f"detoxify is not a calibrator. Shipped calibrators: "
+            f"{', '.join(shipped_names()) or 'none'}."
         )
     return folder
 
 
-def _nothing_called(name: str, path: Path) -> str:
+def shipped_names() -> list[str]:
+    """Names of the calibrators that ship with the library, sorted."""
+    return sorted(_shipped())
+
+
+def find_shipped(name: str) -> Path | None:
+    """The folder of a shipped calibrator; ``None`` if no shipped calibrator has that name."""
+    return _shipped().get(name)
+
+
+def demo_target_path() -> Path:
+    """The folder of the small model that the demo detoxifies.
+
+    Raises:
+        ModelNotFoundError: This installation does not include it.
+    """
+    # In an installed package, or in a checkout beside its training script.
+    candidates = (
+        _PACKAGE / "_shipped" / "demo_target",
+        _PACKAGE.parent / "examples" / "demo_target" / "model",
+    )
+    for folder in candidates:
+        if (folder / "config.json").is_file():
+            return folder
+    raise ModelNotFoundError(
+        f"The demo target is missing from {' and '.join(map(str, candidates))}. Reinstall the "
+        f"package, or train the model with examples/demo_target/train.py."
+    )
+
+
+def _shipped() -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for folder in (_PACKAGE / "_shipped" / "calibrators", _PACKAGE.parent / "calibration_ckpts"):
+        for path in folder.glob("*/calibrator.json"):
+            found.setdefault(path.parent.name, path.parent)
+    return found
+
+
+def _not_found(name: str, path: Path) -> str:
     names = shipped_names()
     known = ", ".join(names) or "none in this installation"
     if path.is_absolute() or name.startswith((".", "~")):
         return f"There is no folder {path}. Check the path, or use a shipped calibrator: {known}."
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    meant = f" Did you mean {close[0]!r}?" if close else ""
+    suggestion = f" Did you mean {close[0]!r}?" if close else ""
     return (
-        f"There is no calibrator {name!r}: no folder of that name, and none that is shipped "
-        f"(shipped: {known}).{meant} A hub id has the form 'organisation/name'."
+        f"There is no calibrator {name!r}: neither a folder nor a shipped calibrator has that name "
+        f"(shipped: {known}).{suggestion} A hub id has the form 'organisation/name'."
     )

@@ -85,7 +85,7 @@ def _run(
     calibrator_name: str, target_name: str | None, strength: float | None, sampling: Sampling
 ) -> tuple[tuple[Side, Side], Any, FusionConfig, str]:
     from fusion_detox.calibrator.calibrator import Calibrator
-    from fusion_detox.calibrator.shipped import demo_target_path
+    from fusion_detox.calibrator.lookup import demo_target_path
     from fusion_detox.files.models import load_target
     from fusion_detox.generation.sampling import generate_rows, jobs, pad_token_id
     from fusion_detox.processor import FusionLogitsProcessor

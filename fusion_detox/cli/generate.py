@@ -251,7 +251,7 @@ def _writer(file: CompletionFile | None, settings: dict[str, Any]) -> Iterator[C
 
 def _identity(name: str, without: tuple[str, ...] = ()) -> str:
     """A folder's name and a digest of its content, or else the name as it is."""
-    from fusion_detox.calibrator.shipped import find_shipped
+    from fusion_detox.calibrator.lookup import find_shipped
     from fusion_detox.files.fingerprints import folder_fingerprint
 
     path = Path(name).expanduser()

@@ -54,7 +54,7 @@ def info(
 def describe(calibrator: Calibrator, name: str) -> dict[str, Any]:
     """Describes a calibrator as JSON-ready values."""
     from fusion_detox.alignment.store import describe_alignments
-    from fusion_detox.calibrator.calibrator import find_calibrator
+    from fusion_detox.calibrator.lookup import find_calibrator
 
     folder = find_calibrator(name)
     return {

@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusion_detox.calibrator.calibrator import Calibrator, write_config
+from fusion_detox.calibrator.calibrator import Calibrator
+from fusion_detox.calibrator.folder import write_config
 from fusion_detox.calibrator.tuning_record import prompt_digest, prompts_in_common, write_tuning
 from fusion_detox.config import FusionConfig
 from fusion_detox.errors import ConfigError, DataError

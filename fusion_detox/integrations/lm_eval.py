@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from fusion_detox.calibrator.calibrator import Calibrator
-from fusion_detox.calibrator.shipped import DEFAULT_CALIBRATOR
+from fusion_detox.calibrator.lookup import DEFAULT_CALIBRATOR
 from fusion_detox.config import FusionConfig
 from fusion_detox.errors import ConfigError, MissingExtraError, ModelError
 from fusion_detox.files.loading_errors import explained

@@ -1,5 +1,5 @@
-"""The map from a calibrator's vocabulary to a target's, through the bytes of their tokens.
+"""Projecting a calibrator's distributions to a target's vocabulary, through the bytes of tokens.
 
-``calibrator`` and everything above it may import this package; it knows a calibrator only by the
-few attributes that it reads.
+``calibrator`` and the rooms above it may import this package. It knows a calibrator only as
+``CalibratorLike``, the few attributes that it reads.
 """

@@ -4,44 +4,26 @@ from __future__ import annotations
 
 from array import array
 from itertools import chain
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fusion_detox.vocabulary.byte_index import ByteIndex
-from fusion_detox.vocabulary.factors import Paths, from_array, static_factors
-from fusion_detox.vocabulary.sample_text import ENGLISH
-from fusion_detox.vocabulary.token_table import TokenTable, encode
+from fusion_detox.vocabulary.factors import CalibratorLike, from_array, static_factors
+from fusion_detox.vocabulary.token_table import ByteIndex, TokenTable
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
-# Long target tokens together take at most this much of the calibrator token they begin with.
-_LARGEST_SHARE = 0.999
-_FEW_FOREIGN = 0.01
-
-
-class CalibratorLike(Protocol):
-    """What the map needs of a calibrator."""
-
-    clean: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    tokens: TokenTable
-    vocabulary_size: int
-    bos_id: int
+# Long target tokens together take at most this much of the calibrator token that they begin with.
+_MAX_TAKEN = 0.999
+_FEW_NON_ASCII = 0.01
 
 
 def calibrator_token_bytes(calibrator: CalibratorLike) -> tuple[bytes | None, ...]:
-    """The calibrator's pieces, exactly as many as its distributions are wide."""
-    pieces = calibrator.tokens.token_bytes[: calibrator.vocabulary_size]
-    return pieces + (None,) * (calibrator.vocabulary_size - len(pieces))
-
-
-def english_coverage(mapped: Tensor, target_tokenizer: PreTrainedTokenizerBase) -> float:
-    """Share of an English sample's target tokens that the map reaches."""
-    (ids,) = encode(target_tokenizer, [ENGLISH])
-    return mapped[torch.tensor(ids)].double().mean().item() if ids else 0.0
+    """The calibrator's token bytes, cut or padded to the width of its distributions."""
+    found = calibrator.tokens.token_bytes[: calibrator.vocabulary_size]
+    return found + (None,) * (calibrator.vocabulary_size - len(found))
 
 
 def build_static(
@@ -49,47 +31,45 @@ def build_static(
     target_tokens: TokenTable,
     target_tokenizer: PreTrainedTokenizerBase,
 ) -> dict[str, Tensor]:
-    """Computes all tensors that a map keeps on disk.
+    """Compute all tensors of a map that are stored on disk.
 
     Returns:
         ``prefix_*`` and ``transfer_*``: sparse matrices ``(target tokens, calibrator tokens)`` as
-        row pointers, column ids and values. ``split_ptr`` and ``split_ids``: the target's own
-        tokenisation of each calibrator token, empty where it has none.
+        row pointers, column ids and values. ``split_ptr`` and ``split_ids``: the target's
+        tokenisation of each calibrator token, empty if there is none.
     """
-    pieces = calibrator_token_bytes(calibrator)
-    own = ByteIndex.of(pieces, calibrator.tokens.byte_ids)
-    target = ByteIndex.of(target_tokens.token_bytes, target_tokens.byte_ids)
-    known = [j for j, piece in enumerate(pieces) if piece is not None]
-    splits: list[tuple[int, ...]] = [()] * len(pieces)
-    found = target_tokens.split(target_tokenizer, [pieces[j] or b"" for j in known])
-    for j, split in zip(known, found, strict=True):
+    token_bytes = calibrator_token_bytes(calibrator)
+    own = ByteIndex(token_bytes, calibrator.tokens.byte_ids)
+    target = ByteIndex(target_tokens.token_bytes, target_tokens.byte_ids)
+    known = [(j, text) for j, text in enumerate(token_bytes) if text is not None]
+    splits: list[tuple[int, ...]] = [()] * len(token_bytes)
+    first: list[int | None] = [None] * len(token_bytes)
+    found = target_tokens.split(target_tokenizer, [text for _, text in known])
+    for (j, text), split in zip(known, found, strict=True):
         splits[j] = split or ()
-    first = [
-        split[0] if split else target.longest_prefix(piece) if piece else None
-        for piece, split in zip(pieces, splits, strict=True)
-    ]
+        first[j] = split[0] if split else target.longest_prefix(text)
 
-    places, paths = _spell_longer(calibrator, own, target, len(pieces))
-    factors = static_factors(calibrator, Paths.of(paths), _subtrees(pieces))
+    places, paths = _long_tokens(calibrator, own, target, len(token_bytes))
+    factors = static_factors(calibrator, paths, _subtrees(token_bytes))
     heads = [path[0] for path in paths]
-    exact, goes_on = (_Long(places, heads, factor.tolist()) for factor in factors)
+    exact, continued = (_Long(places, heads, factor.tolist()) for factor in factors)
     parents = _parents(target.sorted)
-    size = (len(target_tokens.token_bytes), len(pieces))
+    size = (len(target_tokens.token_bytes), len(token_bytes))
     return {
-        **_csr("prefix", size, _prefix_entries(pieces, target, parents, goes_on)),
+        **_csr("prefix", size, _prefix_entries(token_bytes, target, parents, continued)),
         **_csr("transfer", size, _transfer_entries(first, target, parents, exact)),
         "split_ptr": _pointers(torch.tensor([len(split) for split in splits])),
         "split_ids": from_array(array("i", chain.from_iterable(splits))),
     }
 
 
-def _spell_longer(
+def _long_tokens(
     calibrator: CalibratorLike, own: ByteIndex, target: ByteIndex, width: int
 ) -> tuple[list[int], list[tuple[int, ...]]]:
-    """Target tokens that are no single calibrator token, in the calibrator's tokenisation."""
-    foreign = sum(len(text) > 1 and not text.isascii() for text in own.ids)
-    # Longest match is as good, and quicker, for scripts that the calibrator writes in bytes.
-    exactly = foreign > _FEW_FOREIGN * len(own.ids)
+    """Target tokens that take several calibrator tokens: places in byte order, and those tokens."""
+    non_ascii = sum(len(text) > 1 and not text.isascii() for text in own.ids)
+    # Longest match is as good, and faster, for scripts that the calibrator represents as bytes.
+    exactly = non_ascii > _FEW_NON_ASCII * len(own.ids)
     longer = [n for n, text in enumerate(target.sorted) if text not in own.ids]
     chosen = [n for n in longer if exactly or target.sorted[n].isascii()]
     texts = [target.sorted[n] for n in chosen]
@@ -113,37 +93,36 @@ _Entries = tuple["array[int]", "array[int]", "array[float]"]
 class _Long(NamedTuple):
     """Target tokens that take several calibrator tokens, in byte order."""
 
-    places: list[int]  # in the target's sorted bytes
-    heads: list[int]  # the first calibrator token of each
-    factors: list[float]  # probability of the others after it
+    places: list[int]  # in the target's sorted byte strings
+    heads: list[int]  # first calibrator token of each
+    factors: list[float]  # probability of the remaining calibrator tokens
 
 
 def _prefix_entries(
-    pieces: tuple[bytes | None, ...], target: ByteIndex, parents: list[int], long: _Long
+    token_bytes: tuple[bytes | None, ...], target: ByteIndex, parents: list[int], long: _Long
 ) -> _Entries:
-    """What each calibrator token says about "the text goes on with these bytes".
+    """Entries of the "prefix" matrix: how much each calibrator token supports each target token.
 
-    A calibrator token supports every target token that it starts with. A longer target token is
-    supported by the first of its calibrator tokens times its static factor, and so are the target
-    tokens in between, by the largest such factor: so no token's mass exceeds that of a prefix.
+    A calibrator token supports every target token that it starts with. The first calibrator token
+    of a longer target token supports it by the static factor. Target tokens of lengths in between
+    get the largest such factor, so that no token's mass exceeds that of one of its prefixes.
     """
     rows, columns, values = array("i"), array("i"), array("f")
-    for j, piece in enumerate(pieces):
-        if piece is not None:
-            rows.extend(found := target.prefixes(piece))
+    for j, text in enumerate(token_bytes):
+        if text is not None:
+            rows.extend(found := target.prefixes(text))
             columns.extend([j] * len(found))
     values.extend([1.0] * len(rows))
     largest: dict[tuple[int, int], float] = {}
     for place, head, factor in zip(*long, strict=True):
-        shortest = len(pieces[head] or b"")
+        shortest = len(token_bytes[head] or b"")
         while place >= 0 and len(target.sorted[place]) > shortest:
             if largest.get((place, head), -1.0) >= factor:
-                break  # and so it is for all shorter ones
+                break  # the shorter ones have at least this factor too
             largest[place, head] = factor
             place = parents[place]
     for (place, head), factor in largest.items():
-        text = target.sorted[place]
-        for i in (target.ids[text], *target.twins.get(text, ())):
+        for i in target.all_ids(target.sorted[place]):
             rows.append(i)
             columns.append(head)
             values.append(factor)
@@ -153,11 +132,12 @@ def _prefix_entries(
 def _transfer_entries(
     first: list[int | None], target: ByteIndex, parents: list[int], long: _Long
 ) -> _Entries:
-    """Where each calibrator token's probability goes, so that each column sums to 1.
+    """Entries of the "transfer" matrix: where each calibrator token's probability goes.
 
-    All of it goes to the first target token of its tokenisation, less the shares of long target
-    tokens that no calibrator token reaches. A share leaves out what goes to longer tokens still
-    that begin alike (a Moebius inversion over prefixes).
+    Every column sums to 1. The probability goes to the first token of the target's tokenisation,
+    minus the shares of long target tokens that no calibrator token reaches. The share of a long
+    token excludes the shares of even longer tokens that begin with it (a Moebius inversion over
+    prefixes).
     """
     reached = {i for i in first if i is not None}
     ids = [target.ids[text] for text in target.sorted]
@@ -177,7 +157,7 @@ def _transfer_entries(
     for head_at, share in zip(head_of, shares, strict=True):
         if head_at is not None:
             taken[head_at] += max(share, 0.0)
-    scale = [min(1.0, _LARGEST_SHARE / total) if total else 1.0 for total in taken]
+    scale = [min(1.0, _MAX_TAKEN / total) if total else 1.0 for total in taken]
 
     rows, columns, values = array("i"), array("i"), array("f")
     for i, head_at, share in zip(ids, head_of, shares, strict=True):
@@ -194,7 +174,7 @@ def _transfer_entries(
 
 
 def _parents(texts: list[bytes]) -> list[int]:
-    """For each of sorted texts the place of the longest other one that it starts with, or -1."""
+    """For each of the sorted texts, the place of the longest other one it starts with, or -1."""
     parents: list[int] = []
     for place, text in enumerate(texts):
         parent = place - 1
@@ -218,14 +198,16 @@ def _pointers(lengths: Tensor) -> Tensor:
     return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
 
 
-def _subtrees(pieces: tuple[bytes | None, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids in byte order, and for each id where in it the tokens that start with it begin and end.
+def _subtrees(token_bytes: tuple[bytes | None, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids in byte order; and for each id, start and stop of the tokens that begin with its bytes.
 
-    Ids without bytes come last and stand for themselves.
+    Ids without bytes come last, each in a range of its own.
     """
-    order = sorted(range(len(pieces)), key=lambda j: (pieces[j] is None, pieces[j] or b"", j))
-    texts = [piece for j in order if (piece := pieces[j]) is not None]
-    stop = list(range(1, len(pieces) + 1))
+    order = sorted(
+        range(len(token_bytes)), key=lambda j: (token_bytes[j] is None, token_bytes[j] or b"", j)
+    )
+    texts = [text for j in order if (text := token_bytes[j]) is not None]
+    stop = list(range(1, len(order) + 1))
     for place, parent in reversed(list(enumerate(_parents(texts)))):
         if parent >= 0:
             stop[parent] = max(stop[parent], stop[place])

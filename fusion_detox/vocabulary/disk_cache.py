@@ -1,4 +1,4 @@
-"""Vocabulary maps on disk: one safetensors file for each pair of vocabularies."""
+"""Vocabulary maps on disk: one safetensors file per pair of vocabularies, named by its key."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FORMAT_VERSION = 1
 
 
 def cache_folder(cache_dir: Path | None = None) -> Path:
-    """Where maps are kept: the argument, else ``$FUSION_DETOX_CACHE``, else the user's cache."""
+    """The cache folder: the argument, else ``$FUSION_DETOX_CACHE``, else the user's cache."""
     if cache_dir is not None:
         return Path(cache_dir)
     if named := os.environ.get("FUSION_DETOX_CACHE"):
@@ -27,10 +27,10 @@ def cache_folder(cache_dir: Path | None = None) -> Path:
     return Path.home() / ".cache" / "fusion-detox" / "maps"
 
 
-def load_map(path: Path, key: str) -> tuple[dict[str, Tensor], float] | None:
-    """A map's tensors and coverage, or ``None`` where there is none that can be used.
+def load_map(path: Path) -> tuple[dict[str, Tensor], float] | None:
+    """A map's tensors and coverage, or ``None`` if there is no usable file.
 
-    A truncated, damaged or foreign file is reported in the log and counts as none.
+    A truncated, damaged or foreign file is reported in the log and then ignored.
     """
     try:
         if not path.exists():
@@ -39,22 +39,22 @@ def load_map(path: Path, key: str) -> tuple[dict[str, Tensor], float] | None:
             metadata = file.metadata() or {}
             if metadata.get("format") != f"fusion-detox-map-{FORMAT_VERSION}":
                 raise ValueError("it is not a vocabulary map of this version")
-            if metadata.get("key") != key:
+            if metadata.get("key") != path.stem:
                 raise ValueError("it belongs to another pair of vocabularies")
             names = list(file.keys())
             tensors = {name: file.get_tensor(name) for name in names}
         _check(tensors, json.loads(metadata["sizes"]))
         return tensors, float(metadata["coverage"])
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        logger.warning("the cached vocabulary map %s is built anew: %s", path, error)
+        logger.warning("the cached vocabulary map %s is rebuilt: %s", path, error)
         return None
 
 
-def save_map(path: Path, key: str, tensors: dict[str, Tensor], coverage: float) -> None:
-    """Writes a map so that no reader ever sees half of it. A failure is only logged."""
+def save_map(path: Path, tensors: dict[str, Tensor], coverage: float) -> None:
+    """Write a map atomically. A failure is only logged."""
     metadata = {
         "format": f"fusion-detox-map-{FORMAT_VERSION}",
-        "key": key,
+        "key": path.stem,
         "coverage": repr(coverage),
         "sizes": json.dumps({name: list(tensor.shape) for name, tensor in tensors.items()}),
     }
@@ -64,8 +64,8 @@ def save_map(path: Path, key: str, tensors: dict[str, Tensor], coverage: float) 
             save_file(tensors, temporary, metadata)
     except (OSError, SafetensorError) as error:
         logger.warning(
-            "the vocabulary map cannot be kept in %s (%s), so it is built in every process; set "
-            "FUSION_DETOX_CACHE to a folder that can be written",
+            "the vocabulary map cannot be cached in %s (%s), so every process builds it again; set "
+            "FUSION_DETOX_CACHE to a writable folder",
             path.parent,
             error,
         )
@@ -73,8 +73,8 @@ def save_map(path: Path, key: str, tensors: dict[str, Tensor], coverage: float) 
 
 def _check(tensors: dict[str, Tensor], sizes: dict[str, list[int]]) -> None:
     if {name: list(tensor.shape) for name, tensor in tensors.items()} != sizes:
-        raise ValueError("its tensors are not the ones that were written")
+        raise ValueError("its tensors do not have the recorded shapes")
     for name in ("prefix", "transfer", "split"):
         pointers = tensors[f"{name}_ptr"]
         if pointers[0] != 0 or pointers[-1] != len(tensors[f"{name}_ids"]):
-            raise ValueError(f"its {name} rows do not fit together")
+            raise ValueError(f"its {name} rows are inconsistent")

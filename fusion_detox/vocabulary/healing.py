@@ -1,23 +1,21 @@
-"""Healing: what continues a calibrator token in the middle of which the text ends."""
+"""Token healing: continuing a calibrator token that the text's end cuts in two."""
 
 from __future__ import annotations
 
-import threading
+import functools
 from array import array
-from collections import OrderedDict
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fusion_detox.vocabulary.byte_index import ByteIndex
-from fusion_detox.vocabulary.token_table import TokenTable
+from fusion_detox.vocabulary.token_table import ByteIndex, TokenTable
 
-_MOST_TABLES = 2048
+_MAX_TABLES = 2048
 
 
 class Healing(NamedTuple):
-    """What the calibrator tokens that continue given bytes say about the next target token.
+    """The calibrator tokens that continue given bytes, and what they imply for the target.
 
     Attributes:
         tokens: ``(tokens,)`` calibrator ids.
@@ -33,59 +31,50 @@ class Healing(NamedTuple):
 
 
 class HealingTables:
-    """Tables by remainder, built on first use; the most recent ones are kept.
+    """Healing tables by remainder, built on first use; the most recently used ones are kept.
 
     Args:
-        pieces: The calibrator's pieces by id.
-        byte_ids: Its ``<0xNN>`` tokens.
-        target: The target's table.
-        split_ptr: ``(V_C + 1,)`` where in ``split_ids`` each calibrator token's ids begin.
-        split_ids: The target's own tokenisation of all calibrator tokens.
+        token_bytes: The calibrator's token bytes by id.
+        byte_ids: The calibrator's ``<0xNN>`` tokens.
+        target: The target's token table.
+        split_ptr: ``(V_C + 1,)`` where each calibrator token's ids begin in ``split_ids``.
+        split_ids: The target's tokenisation of all calibrator tokens.
     """
 
     def __init__(
         self,
-        pieces: tuple[bytes | None, ...],
+        token_bytes: tuple[bytes | None, ...],
         byte_ids: frozenset[int],
         target: TokenTable,
         split_ptr: Tensor,
         split_ids: Tensor,
     ) -> None:
-        self._token_bytes, self._byte_ids, self._target = pieces, byte_ids, target
+        self._token_bytes, self._byte_ids, self._target = token_bytes, byte_ids, target
         self._split_ptr, self._split_ids = split_ptr, split_ids
-        self._indices: tuple[ByteIndex, ByteIndex] | None = None
-        self._tables: OrderedDict[bytes, Healing] = OrderedDict()
-        self._lock = threading.Lock()
+        self._memo = functools.lru_cache(_MAX_TABLES)(self._build)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_tables": OrderedDict(), "_lock": None}
+        return {name: value for name, value in self.__dict__.items() if name != "_memo"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock())
+        self.__dict__.update(state)
+        self._memo = functools.lru_cache(_MAX_TABLES)(self._build)
 
-    def of(self, remainder: bytes) -> Healing:
+    def table(self, remainder: bytes) -> Healing:
         """The table of the calibrator tokens that start with the remainder and are longer."""
-        with self._lock:
-            table = self._tables.get(remainder)
-            if table is not None:
-                self._tables.move_to_end(remainder)
-                return table
-            table = self._tables[remainder] = self._build(remainder)
-            if len(self._tables) > _MOST_TABLES:
-                self._tables.popitem(last=False)
-            return table
+        return self._memo(remainder)
+
+    @functools.cached_property
+    def _indices(self) -> tuple[ByteIndex, ByteIndex]:
+        own = ByteIndex(self._token_bytes, self._byte_ids)
+        return own, ByteIndex(self._target.token_bytes, self._target.byte_ids)
 
     def _build(self, remainder: bytes) -> Healing:
-        if self._indices is None:
-            self._indices = (
-                ByteIndex.of(self._token_bytes, self._byte_ids),
-                ByteIndex.of(self._target.token_bytes, self._target.byte_ids),
-            )
         own, target = self._indices
         tokens, following, owners, prefixes = array("q"), array("q"), array("q"), array("q")
-        for piece in own.extending(remainder):
-            rest = piece[len(remainder) :]
-            for j in (own.ids[piece], *own.twins.get(piece, ())):
+        for text in own.extensions(remainder):
+            rest = text[len(remainder) :]
+            for j in own.all_ids(text):
                 following_id = self._following(j, len(remainder), rest, target)
                 if following_id is not None:
                     found = target.prefixes(rest)
@@ -99,9 +88,9 @@ class HealingTables:
     def _following(self, j: int, left: int, rest: bytes, target: ByteIndex) -> int | None:
         """The target token that begins after ``left`` bytes of calibrator token ``j``.
 
-        ``None`` where the target's tokenisation of ``j`` has no boundary there: the target would
-        not have ended a token then, so the text is not on its way to ``j``. Where it has no
-        tokenisation of ``j``, the longest target token that fits.
+        ``None`` if the target's tokenisation of ``j`` has no boundary there: the target would not
+        have ended a token at that point, so the text cannot be on its way to ``j``. If the target
+        has no tokenisation of ``j``, the longest target token that fits.
         """
         begin, end = self._split_ptr[j : j + 2].tolist()
         if begin == end:

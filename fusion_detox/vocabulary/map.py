@@ -1,4 +1,4 @@
-"""``VocabularyMap``: a calibrator's distributions in the vocabulary of a target."""
+"""``VocabularyMap``: projects a calibrator's distributions to the vocabulary of a target."""
 
 from __future__ import annotations
 
@@ -13,34 +13,28 @@ import torch
 from torch import Tensor
 
 from fusion_detox.errors import VocabularyError
-from fusion_detox.vocabulary.build import (
-    CalibratorLike,
-    build_static,
-    calibrator_token_bytes,
-    english_coverage,
-)
+from fusion_detox.vocabulary.build import build_static, calibrator_token_bytes
 from fusion_detox.vocabulary.disk_cache import FORMAT_VERSION, cache_folder, load_map, save_map
-from fusion_detox.vocabulary.factors import factor_identity
+from fusion_detox.vocabulary.factors import CalibratorLike, model_digest
 from fusion_detox.vocabulary.healing import HealingTables
-from fusion_detox.vocabulary.sample_text import ENGLISH
-from fusion_detox.vocabulary.token_table import TokenTable, encode
+from fusion_detox.vocabulary.token_table import ENGLISH, TokenTable, encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Mode = Literal["prefix", "transfer"]
 
-# Columns of a sparse product that are transposed at a time, so that they stay in the CPU's cache.
+# Numbers that a sparse product transposes at a time, so that they stay in the CPU's cache.
 _BLOCK = 1 << 18
 
 
 class Cover(NamedTuple):
-    """One way to read a text's end: the calibrator's token there begins at an earlier boundary.
+    """One way to continue a text: the next calibrator token begins at or before the text's end.
 
     Attributes:
-        row: Row of the result that it belongs to.
-        position: Which of the calibrator's distributions predicts that token.
-        remainder: The bytes between that boundary and the text's end.
+        row: Row of the result that the cover belongs to.
+        position: Index of the calibrator's distribution that predicts that token.
+        remainder: The bytes from the beginning of that token to the text's end.
     """
 
     row: int
@@ -56,14 +50,14 @@ class _Matrix(NamedTuple):
     values: Tensor
 
     def apply(self, dense: Tensor) -> Tensor:
-        """``(rows, calibrator tokens)`` to ``(rows, target tokens)``."""
+        """Map ``(rows, calibrator tokens)`` to ``(rows, target tokens)``."""
         transposed = dense.t().contiguous()
         size = len(self.pointers) - 1
         result = dense.new_empty(len(dense), size)
         step = size if dense.device.type != "cpu" else max(1, _BLOCK // max(1, len(dense)))
         bounds = [*range(0, size, step), size]
         edges: list[int] = self.pointers[bounds].tolist()
-        # As fast as a CSR product at batch 1 and several times faster at batch 32.
+        # As fast as a CSR product for one row and several times faster for 32 rows.
         for (low, high), (begin, end) in zip(pairwise(bounds), pairwise(edges), strict=True):
             bags = torch.nn.functional.embedding_bag(
                 self.columns[begin:end],
@@ -78,18 +72,18 @@ class _Matrix(NamedTuple):
 
 
 class VocabularyMap:
-    """Carries next-token distributions of a calibrator over to a target's tokens.
+    """Projects next-token distributions of a calibrator to a target's tokens.
 
-    The identity where both vocabularies agree id for id. Otherwise one static sparse matrix for
-    each mode, the same for all distributions, plus "healing": where the text ends inside of what
-    would be one calibrator token, the tokens that continue it count as well, each weighted by how
-    probable it was at its own beginning (covers: Vieira et al. 2024; Hayase et al. 2025).
+    If both vocabularies agree id for id, the map is the identity. Otherwise it is one static sparse
+    matrix per mode, the same for all distributions, plus token healing: if the text may end inside
+    a calibrator token, the tokens that continue it count as well, each weighted by its probability
+    at its own beginning (covers: Vieira et al. 2024; Hayase et al. 2025).
 
     Attributes:
         kind: ``"identity"`` or ``"projection"``.
-        coverage: Share of an English sample's target tokens that are mapped, in 0..1.
-        build_seconds: Time that ``build`` took, or loading from the disk cache.
-        mapped: ``(target tokens,)`` bool, the tokens that the calibrator can judge.
+        coverage: Share of the target tokens of an English sample that are mapped, in 0..1.
+        build_seconds: Time that ``build`` took, including loading from the disk cache.
+        mapped: ``(target tokens,)`` bool, the tokens that the calibrator can score.
         from_cache: Whether the static part came from the disk cache.
     """
 
@@ -102,7 +96,7 @@ class VocabularyMap:
     def __init__(
         self, calibrator: CalibratorLike, target: TokenTable, static: dict[str, Tensor] | None
     ) -> None:
-        """Use ``build``."""
+        """Call ``build`` instead."""
         self._token_bytes = calibrator_token_bytes(calibrator)
         self._size = len(target.token_bytes)
         self._static = static or {}
@@ -113,7 +107,7 @@ class VocabularyMap:
             self.kind = "identity"
             width = len(self._token_bytes)
             self.mapped = torch.tensor(
-                [piece is not None and i < width for i, piece in enumerate(target.token_bytes)]
+                [text is not None and i < width for i, text in enumerate(target.token_bytes)]
             )
         else:
             self.kind = "projection"
@@ -137,66 +131,46 @@ class VocabularyMap:
         use_cache: bool = True,
         minimum_coverage: float = 0.98,
     ) -> VocabularyMap:
-        """The map from a calibrator's vocabulary to a target's.
+        """Build the map from a calibrator's vocabulary to a target's, or load it from the cache.
 
         Args:
             calibrator: Its clean model, tokenizer and token table are used.
             target_tokens: The target tokenizer's table.
-            target_tokenizer: The target's tokenizer; splits the calibrator's tokens.
-            cache_dir: Folder of the disk cache; ``$FUSION_DETOX_CACHE`` or
-                ``~/.cache/fusion-detox/maps`` by default.
+            target_tokenizer: The target's tokenizer, which splits the calibrator's tokens.
+            cache_dir: Folder of the disk cache; by default ``$FUSION_DETOX_CACHE`` or
+                ``~/.cache/fusion-detox/maps``.
             use_cache: Whether to read and write the disk cache.
             minimum_coverage: Smallest coverage to accept, in 0..1.
 
         Raises:
-            VocabularyError: Less than ``minimum_coverage`` of English text can be mapped.
+            VocabularyError: The coverage is less than ``minimum_coverage``.
         """
         started = time.perf_counter()
-        if _agree(calibrator_token_bytes(calibrator), target_tokens.token_bytes):
-            result = cls(calibrator, target_tokens, None)
-            result.coverage = english_coverage(result.mapped, target_tokenizer)
-        else:
-            result = cls._project(
-                calibrator,
-                target_tokens,
-                target_tokenizer,
-                cache_dir if use_cache else None,
-                use_cache,
+        static = path = cached = None
+        if not _agree(calibrator_token_bytes(calibrator), target_tokens.token_bytes):
+            if use_cache:
+                key = _key(calibrator, target_tokens, target_tokenizer)
+                path = cache_folder(cache_dir) / f"{key}.safetensors"
+                cached = load_map(path)
+            static = (
+                cached[0] if cached else build_static(calibrator, target_tokens, target_tokenizer)
             )
+        result = cls(calibrator, target_tokens, static)
+        result.from_cache = cached is not None
+        result.coverage = cached[1] if cached else _coverage(result.mapped, target_tokenizer)
+        if path and static and not cached:
+            save_map(path, static, result.coverage)
         result.build_seconds = time.perf_counter() - started
         if result.coverage < minimum_coverage:
             raise VocabularyError(
-                f"the calibrator reaches only {result.coverage:.2%} of the target's tokens in "
-                f"English text, and at least {minimum_coverage:.2%} are needed: train a calibrator "
-                "whose tokenizer spells the target's characters (byte-level BPE spells all)"
+                f"The calibrator covers only {result.coverage:.2%} of the target's tokens in "
+                f"English text, but at least {minimum_coverage:.2%} are required. Train a "
+                "calibrator whose tokenizer covers the target's characters, as byte-level BPE does."
             )
         return result
 
-    @classmethod
-    def _project(
-        cls,
-        calibrator: CalibratorLike,
-        tokens: TokenTable,
-        tokenizer: PreTrainedTokenizerBase,
-        cache_dir: Path | None,
-        use_cache: bool,
-    ) -> VocabularyMap:
-        key = _key(calibrator, tokens, tokenizer) if use_cache else ""
-        path = cache_folder(cache_dir) / f"{key}.safetensors"
-        cached = load_map(path, key) if use_cache else None
-        if cached is not None:
-            result = cls(calibrator, tokens, cached[0])
-            result.coverage, result.from_cache = cached[1], True
-            return result
-        static = build_static(calibrator, tokens, tokenizer)
-        result = cls(calibrator, tokens, static)
-        result.coverage = english_coverage(result.mapped, tokenizer)
-        if use_cache:
-            save_map(path, key, static, result.coverage)
-        return result
-
     def to(self, device: torch.device | str) -> VocabularyMap:
-        """Puts the static part on a device ahead of its first use there."""
+        """Copy the static part to a device before its first use there."""
         if self.kind == "projection":
             self._matrices(torch.device(device))
         return self
@@ -204,23 +178,24 @@ class VocabularyMap:
     def project(
         self, probs: Tensor, covers: Sequence[Cover], weights: Tensor, rows: int, *, mode: Mode
     ) -> Tensor:
-        """Distributions over the calibrator's tokens as masses of the target's.
+        """Project distributions over the calibrator's tokens to the target's tokens.
 
         Args:
             probs: ``(distributions, positions, V_C)`` float32 next-token probabilities.
-            covers: For each row one with no remainder, unless the text ends inside of a character,
-                and any number with one.
-            weights: ``(distributions, covers)`` probability of the tokens up to each cover's
-                boundary; only the proportions within a row matter.
+            covers: Per row, one cover without remainder, unless the text ends inside a character,
+                and any number of covers with one.
+            weights: ``(distributions, covers)`` probability of the calibrator tokens before the one
+                that each cover begins; only the proportions within a row matter.
             rows: Number of rows.
-            mode: ``"transfer"``: probability that the next target token is this one; sums to 1 over
-                the mapped tokens. ``"prefix"``: probability that the text goes on with the token's
-                bytes; the longer the bytes, the smaller, and no sum is promised.
+            mode: ``"transfer"`` gives the probability that the next target token is this one, which
+                sums to 1 over the mapped tokens. ``"prefix"`` gives the probability that the text
+                continues with the token's bytes, which never grows with more bytes and has no fixed
+                sum.
 
         Returns:
-            ``(distributions, rows, V_T)`` float32 on the device of ``probs``; all zeros for a row
-            of which no cover can be continued. For the identity the very ``probs``, padded with
-            zeros where the target is wider.
+            ``(distributions, rows, V_T)`` float32 on the device of ``probs``. A row is all zeros if
+            none of its covers can be continued. For the identity, exactly ``probs``, padded with
+            zeros if the target is wider.
         """
         device = probs.device
         columns = [(n, *cover[:2]) for n, cover in enumerate(covers) if not cover.remainder]
@@ -236,14 +211,14 @@ class VocabularyMap:
         mixed.index_add_(1, row, probs[:, positions] * weights[:, kept, None])
         total = mixed @ usable
         healed = self._heal(total, probs, covers, weights, mode)
-        # Scaled here rather than at the end, where there are many times more numbers.
+        # Scale here: the target's vocabulary is usually many times larger.
         scale = torch.where(total > torch.finfo(total.dtype).tiny, 1 / total, 0.0)
         result = matrices[mode].apply((mixed * scale[..., None]).flatten(0, 1))
         result = result.view(len(probs), rows, self._size)
         if healed is not None:
             row_of, targets, values = healed
             where = row_of * self._size + targets
-            # One-dimensional on purpose: index_add_ along an inner dimension is far slower.
+            # index_add_ along an inner dimension is far slower than in one dimension.
             for d in range(len(probs)):
                 result[d].view(-1).index_add_(0, where, values[d] * scale[d, row_of])
         return result
@@ -251,13 +226,13 @@ class VocabularyMap:
     def _heal(
         self, total: Tensor, probs: Tensor, covers: Sequence[Cover], weights: Tensor, mode: Mode
     ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """What covers with a remainder contribute: rows, target ids, ``(distributions, n)`` masses.
+        """The contribution of covers with a remainder: rows, target ids, and masses.
 
-        Their weight is added to ``total``, in place.
+        The masses have the shape ``(distributions, n)``. Adds them up in ``total``, in place.
         """
         chosen, healings = [], []
         for n, cover in enumerate(covers):
-            if cover.remainder and len((healing := self._tables.of(cover.remainder)).tokens):
+            if cover.remainder and len((healing := self._tables.table(cover.remainder)).tokens):
                 chosen.append(n)
                 healings.append(healing)
         if not chosen:
@@ -270,7 +245,7 @@ class VocabularyMap:
         tokens = torch.cat([healing.tokens for healing in healings])
         gather = (position_of * probs.shape[-1] + tokens).to(device)
         cover_of, row_of = cover_of.to(device), row_of.to(device)
-        values = torch.stack([law.flatten()[gather] for law in probs]) * weights[:, cover_of]
+        values = probs.flatten(1)[:, gather] * weights[:, cover_of]
         for d in range(len(probs)):
             total[d].index_add_(0, row_of, values[d])
         if mode == "transfer":
@@ -283,7 +258,7 @@ class VocabularyMap:
         return row_of[owners], targets, values[:, owners]
 
     def _matrices(self, device: torch.device) -> tuple[dict[str, _Matrix], Tensor]:
-        """The matrices, and which calibrator tokens they use as 0 and 1, on a device."""
+        """The matrices on a device, and a 0/1 mask of the calibrator tokens that they use."""
         if device not in self._on_device:
             matrices = {
                 mode: _Matrix(
@@ -301,14 +276,20 @@ class VocabularyMap:
 
 
 def _agree(own: tuple[bytes | None, ...], target: tuple[bytes | None, ...]) -> bool:
-    """Whether both have the same bytes id for id, and what only one has are padding or specials."""
+    """Whether both have the same bytes id for id, apart from trailing ids without bytes."""
     common = min(len(own), len(target))
     return own[:common] == target[:common] and not any(own[common:]) and not any(target[common:])
 
 
+def _coverage(mapped: Tensor, tokenizer: PreTrainedTokenizerBase) -> float:
+    """Share of an English sample's tokens that are mapped."""
+    (ids,) = encode(tokenizer, [ENGLISH])
+    return mapped[torch.tensor(ids)].double().mean().item() if ids else 0.0
+
+
 def _key(calibrator: CalibratorLike, tokens: TokenTable, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What a map depends on: both vocabularies, how both split text, and the static factors."""
+    """A digest of all that a map depends on: vocabularies, their splits, and the static factors."""
     parts: list[object] = [FORMAT_VERSION, calibrator.vocabulary_size, calibrator.bos_id]
-    parts += [calibrator.tokens.fingerprint(), tokens.fingerprint(), factor_identity(calibrator)]
+    parts += [calibrator.tokens.fingerprint(), tokens.fingerprint(), model_digest(calibrator)]
     parts += [encode(calibrator.tokenizer, [ENGLISH]), encode(tokenizer, [ENGLISH])]
     return hashlib.sha256(repr(parts).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Calibrators: what comes out is what went in."""
+"""Calibrators: saving and loading, construction, the hub, and loading target models."""
 
 import json
 from pathlib import Path
@@ -18,8 +18,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from fusion_detox.calibrator.calibrator import Calibrator, find_calibrator, write_config
-from fusion_detox.calibrator.reading import read_settings
+from fusion_detox.calibrator.calibrator import Calibrator
+from fusion_detox.calibrator.folder import read_settings, write_config
+from fusion_detox.calibrator.lookup import find_calibrator
 from fusion_detox.config import FusionConfig
 from fusion_detox.errors import ConfigError, ModelError, ModelNotFoundError, VocabularyError
 from fusion_detox.files.models import load_target, load_tokenizer
@@ -95,7 +96,7 @@ def test_loaded_models_are_frozen_and_in_eval_mode(calibrator_folder):
 
 def test_dtype_on_disk_and_in_memory(calibrator, calibrator_folder, tmp_path):
     calibrator.save_pretrained(tmp_path / "half", dtype="bfloat16")
-    assert calibrator.clean.dtype == torch.float32  # the one in memory stays as it was
+    assert calibrator.clean.dtype == torch.float32  # in memory nothing changes
     size = (tmp_path / "half" / "clean" / "model.safetensors").stat().st_size
     full = (calibrator_folder / "clean" / "model.safetensors").stat().st_size
     assert size < 0.55 * full
@@ -114,7 +115,7 @@ def test_saving_replaces_the_folder_as_a_whole(calibrator, calibrator_folder):
     calibrator.with_config(FusionConfig(strength=3.0)).save_pretrained(calibrator_folder)
     assert Calibrator.from_pretrained(calibrator_folder).config.strength == 3.0
     assert not (calibrator_folder / "clean" / "stale.safetensors").exists()
-    assert (calibrator_folder / ".git" / "HEAD").read_text() == "ref"  # what is not ours stays
+    assert (calibrator_folder / ".git" / "HEAD").read_text() == "ref"  # other files are kept
     assert [path.name for path in calibrator_folder.parent.iterdir()] == [calibrator_folder.name]
 
 
@@ -139,14 +140,14 @@ def test_parts_load_with_transformers_alone(calibrator, calibrator_folder):
     assert tokenizer("You idiot").input_ids == calibrator.tokenizer("You idiot").input_ids
 
 
-def test_files_that_older_versions_of_transformers_read(calibrator_folder):
+def test_older_versions_of_transformers_can_read_the_files(calibrator_folder):
     tokenizer = json.loads((calibrator_folder / "tokenizer_config.json").read_text())
     assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert not isinstance(tokenizer.get("extra_special_tokens"), list)
     assert json.loads((calibrator_folder / "clean" / "config.json").read_text())["rope_theta"]
 
 
-# Putting one together
+# Construction
 
 
 def test_defaults(make_llama, byte_tokenizer):
@@ -168,7 +169,7 @@ def test_padded_head_and_ids_without_logits(make_llama, byte_tokenizer):
     )
     calibrator = Calibrator(make_llama(400), None, padded)
     assert calibrator.vocabulary_size == 400
-    assert calibrator.bos_id == 0  # EOS, as there is no BOS
+    assert calibrator.bos_id == 0  # EOS, because there is no BOS
 
 
 def test_with_config_shares_the_weights(calibrator):
@@ -201,7 +202,7 @@ def test_write_config(calibrator_folder):
 # The hub
 
 
-def test_download_asks_for_our_files_only(calibrator_folder, monkeypatch):
+def test_download_requests_only_calibrator_files(calibrator_folder, monkeypatch):
     asked = {}
 
     def snapshot_download(repo_id, **options):
@@ -309,7 +310,7 @@ def test_bert_as_decoder_is_a_causal_model(target, tmp_path):
     assert model.config.is_decoder
 
 
-def test_load_target_that_is_incomplete(target, make_gpt2, tmp_path):
+def test_load_incomplete_target(target, make_gpt2, tmp_path):
     (target / "model.safetensors").rename(target / "pytorch_model.bin")
     with pytest.raises(ModelError, match=r"holds no \*.safetensors. Only safetensors are read"):
         load_target(target)
@@ -331,7 +332,7 @@ def test_load_target_without_its_head(target, make_gpt2):
         load_target(target)
 
 
-def test_load_target_with_the_tokenizer_of_another(target, other_tokenizer, make_gpt2):
+def test_load_target_with_another_models_tokenizer(target, other_tokenizer, make_gpt2):
     make_gpt2(400).save_pretrained(target)
     other_tokenizer.save_pretrained(target)
     with pytest.raises(VocabularyError, match=r"tokens, but the model's output only 400"):
@@ -339,7 +340,7 @@ def test_load_target_with_the_tokenizer_of_another(target, other_tokenizer, make
 
 
 @pytest.mark.parametrize("load", [load_target, load_tokenizer])
-def test_load_target_that_is_not_there(tmp_path, load):
+def test_load_missing_target(tmp_path, load):
     with pytest.raises(ModelNotFoundError, match=r"No \w+ at .*nowhere: there is no such folder"):
         load(tmp_path / "nowhere")
     with pytest.raises(ModelNotFoundError, match="does not look like a hub id"):
@@ -352,7 +353,7 @@ def test_load_target_that_is_not_there(tmp_path, load):
 
 
 def test_loading_is_silent(calibrator, calibrator_folder, capfd):
-    """It prints nothing and leaves transformers' logging as it was."""
+    """Saving and loading print nothing and restore transformers' logging settings."""
     before = logging.get_verbosity()
     calibrator.save_pretrained(calibrator_folder)
     Calibrator.from_pretrained(calibrator_folder)

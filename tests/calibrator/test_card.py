@@ -1,4 +1,4 @@
-"""The card: metadata that the hub reads, and sections from the record."""
+"""The card: metadata for the hub, and sections from the training record."""
 
 import pytest
 import yaml
@@ -6,8 +6,9 @@ from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusion_detox.calibrator.card import render_card, yaml_text
+from fusion_detox.calibrator.card import render_card
 from fusion_detox.config import FusionConfig
+from fusion_detox.files.cards import yaml_text
 
 RECORD = {
     "command": "fusion-detox train-calibrator out --general=a.jsonl",
@@ -38,20 +39,16 @@ RECORD = {
 
 
 def card(record, name="english-16k"):
+    model = {"parameters": 8_300_000, "model_type": "llama"}
     return render_card(
+        name,
         {
-            "name": name,
-            "calibrator": {
-                "context_length": 128,
-                "vocabulary_size": 16384,
-                "fusion": FusionConfig(strength=1.5).to_dict(),
-            },
-            "models": {
-                "clean": {"parameters": 8_300_000, "model_type": "llama"},
-                "reference": {"parameters": 8_300_000, "model_type": "llama"},
-            },
-            "record": record,
-        }
+            "context_length": 128,
+            "vocabulary_size": 16384,
+            "fusion": FusionConfig(strength=1.5).to_dict(),
+        },
+        {"clean": model, "reference": model},
+        record,
     )
 
 
@@ -84,12 +81,13 @@ def test_sections():
     assert "English only" in text
     assert "over-blocking" in text
     assert "$" not in text
+    assert "{" not in text
     assert "curves" not in text
 
 
-def test_record_that_says_nothing():
+def test_empty_record():
     text = card({})
-    assert "No training record came with it." in text
+    assert "No training record is available." in text
     assert "## Evaluation" not in text
     values = ModelCard(text).data.to_dict()
     assert "license" not in values
@@ -106,7 +104,7 @@ def test_record_that_says_nothing():
         ({"datasets": ["a/b", "not an id!"]}, {"datasets": ["a/b"]}),
     ],
 )
-def test_metadata_only_holds_what_the_hub_takes(record, expected):
+def test_metadata_holds_only_what_the_hub_accepts(record, expected):
     values = ModelCard(card(record)).data.to_dict()
     names = ("license", "license_name", "language", "base_model", "datasets")
     assert {name: values[name] for name in names if name in values} == expected
@@ -119,22 +117,23 @@ def test_yaml_keeps_any_text(text):
 
 
 @pytest.mark.parametrize("text", ["no", "1e3", "a: b", "\ud800", "\u2028x", "---\n", "\U0001f642"])
-def test_yaml_keeps_odd_text(text):
+def test_yaml_keeps_unusual_text(text):
     line = f"a: {yaml_text(text)}"
     assert "\n" not in line
     assert yaml.safe_load(line)["a"] == text
 
 
-def test_text_of_others_cannot_leave_its_place():
+def test_untrusted_text_cannot_break_the_markup():
     text = card(
         {
             "command": "run\n```\n# Heading",
             "clean_text": "line\n\n## Heading <script>",
             "license": "a\n---\nb: c",
+            "settings": {"x": "1\n# Heading\n---\n{{ name }}"},
         },
         name='x"\n# Heading',
     )
-    # The one that is left stands inside a code block with a longer fence.
+    # The only one is inside a code block with a longer fence.
     assert text.count("\n# Heading") == 1
     assert "\n````console\nrun\n```\n# Heading\n````\n" in text
     assert "<script" not in text

@@ -1,4 +1,4 @@
-"""Vocabulary maps: what each mode promises, healing against enumeration, and the disk cache."""
+"""Vocabulary maps: properties of each mode, healing against enumeration, and the disk cache."""
 
 import copy
 import gzip
@@ -17,16 +17,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from fusion_detox.errors import VocabularyError
-from fusion_detox.vocabulary.build import ENGLISH
 from fusion_detox.vocabulary.map import Cover, VocabularyMap
-from fusion_detox.vocabulary.token_table import TokenTable
+from fusion_detox.vocabulary.token_table import ENGLISH, TokenTable
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"
 PUBLISHED = ("gpt2", "cl100k_base", "o200k_base", "mistral_v1_sentencepiece", "tekken")
 
 
 def stand_in(tokenizer, model):
-    """What the map needs of a calibrator."""
+    """The attributes of a calibrator that the map reads."""
     tokens = TokenTable.from_tokenizer(tokenizer)
     return SimpleNamespace(
         tokenizer=tokenizer,
@@ -54,7 +53,7 @@ def build(calibrator, tokenizer, **options):
     )
 
 
-def laws(*shape, seed=0):
+def distributions(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).mul(3).softmax(-1)
 
 
@@ -69,8 +68,8 @@ def byte_level(merges, added=()):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-class Law(torch.nn.Module):
-    """A language model whose next token depends on nothing but the last one."""
+class LastTokenModel(torch.nn.Module):
+    """A language model whose next token depends only on the last one."""
 
     def __init__(self, table):
         super().__init__()
@@ -81,14 +80,16 @@ class Law(torch.nn.Module):
 
 
 def some_covers(own, rows, seed=0):
-    """For each row the canonical cover and some with remainders that tokens begin with."""
-    pieces = [piece for piece in own.tokens.token_bytes if piece is not None and len(piece) > 2]
+    """Per row, the cover without remainder and some whose remainders begin calibrator tokens."""
+    token_bytes = [
+        token for token in own.tokens.token_bytes if token is not None and len(token) > 2
+    ]
     covers = []
     for row in range(rows):
         covers.append(Cover(row, row, b""))
         for n in range(row % 4):
-            piece = pieces[(seed + 7 * row + n) % len(pieces)]
-            covers.append(Cover(row, rows + (row + n) % 3, piece[: n + 1]))
+            token = token_bytes[(seed + 7 * row + n) % len(token_bytes)]
+            covers.append(Cover(row, rows + (row + n) % 3, token[: n + 1]))
     weights = torch.rand(2, len(covers), generator=torch.Generator().manual_seed(seed)) + 0.1
     return covers, weights
 
@@ -100,8 +101,8 @@ def test_identity_returns_exactly_the_probabilities(own, byte_tokenizer):
     found = build(own, byte_tokenizer)
     assert found.kind == "identity"
     assert found.coverage == 1.0
-    assert found.mapped.tolist() == [piece is not None for piece in own.tokens.token_bytes]
-    probs = laws(2, 3, own.vocabulary_size)
+    assert found.mapped.tolist() == [token is not None for token in own.tokens.token_bytes]
+    probs = distributions(2, 3, own.vocabulary_size)
     covers = [Cover(0, 2, b""), Cover(1, 0, b""), Cover(2, 0, b"")]
     for mode in ("prefix", "transfer"):
         result = found.project(probs, covers, torch.ones(2, 3), 3, mode=mode)
@@ -112,7 +113,7 @@ def test_identity_with_padding_on_either_side(byte_tokenizer, make_llama):
     wider = copy.deepcopy(byte_tokenizer)
     wider.add_special_tokens({"pad_token": "<pad>", "cls_token": "<cls>"})
     small, large = len(byte_tokenizer), len(wider)
-    probs = laws(2, 1, large)
+    probs = distributions(2, 1, large)
 
     found = build(stand_in(byte_tokenizer, make_llama(small)), wider)
     assert found.kind == "identity"
@@ -137,7 +138,7 @@ def test_a_head_narrower_than_the_tokenizer(own, byte_tokenizer):
     assert found.coverage == 1.0
 
 
-def test_one_more_token_of_text_is_no_padding(own, byte_tokenizer):
+def test_an_extra_text_token_is_not_padding(own, byte_tokenizer):
     wider = copy.deepcopy(byte_tokenizer)
     wider.add_tokens(["<tool>"])
     assert build(own, wider).kind == "projection"
@@ -153,12 +154,12 @@ def test_transfer_sums_to_one(own, target):
     static = found._static
     columns = torch.zeros(own.vocabulary_size)
     columns.index_add_(0, static["transfer_ids"].long(), static["transfer_values"])
-    known = torch.tensor([piece is not None for piece in own.tokens.token_bytes])
+    known = torch.tensor([token is not None for token in own.tokens.token_bytes])
     assert torch.allclose(columns, known.float(), atol=1e-6)
     assert static["transfer_values"].min() >= 0
     assert static["prefix_values"].max() <= 1
 
-    probs = laws(2, 20, own.vocabulary_size)
+    probs = distributions(2, 20, own.vocabulary_size)
     covers, weights = some_covers(own, 16)
     mass = found.project(probs, covers, weights, 16, mode="transfer")
     assert mass.shape == (2, 16, len(target))
@@ -168,16 +169,16 @@ def test_transfer_sums_to_one(own, target):
 
 def test_a_prefix_mass_never_grows_with_more_bytes(own, target):
     found = build(own, target)
-    pieces = TokenTable.from_tokenizer(target).token_bytes
+    token_bytes = TokenTable.from_tokenizer(target).token_bytes
     pairs = [
         (short, long)
-        for (short, a), (long, b) in itertools.permutations(enumerate(pieces), 2)
+        for (short, a), (long, b) in itertools.permutations(enumerate(token_bytes), 2)
         if a is not None and b is not None and b.startswith(a)
     ]
     assert len(pairs) > 100
     short, long = torch.tensor(pairs).t()
     for seed in range(3):
-        probs = laws(2, 20, own.vocabulary_size, seed=seed)
+        probs = distributions(2, 20, own.vocabulary_size, seed=seed)
         covers, weights = some_covers(own, 16, seed)
         mass = found.project(probs, covers, weights, 16, mode="prefix")
         assert mass.min() >= 0
@@ -185,11 +186,11 @@ def test_a_prefix_mass_never_grows_with_more_bytes(own, target):
         assert (mass[..., long] <= mass[..., short] * (1 + 1e-5)).all()
 
 
-def test_normal_pieces_before_their_byte_twins(own, sentencepiece_tokenizer):
+def test_normal_tokens_before_their_byte_twins(own, sentencepiece_tokenizer):
     found = build(own, sentencepiece_tokenizer)
     at = sentencepiece_tokenizer.convert_tokens_to_ids
     normal, twin, only = at("a"), at("<0x61>"), at("<0xE6>")
-    probs = laws(1, 1, own.vocabulary_size)
+    probs = distributions(1, 1, own.vocabulary_size)
     arguments = (probs, [Cover(0, 0, b"")], torch.ones(1, 1), 1)
     mass = found.project(*arguments, mode="transfer")[0, 0]
     assert mass[normal] > 0
@@ -197,27 +198,30 @@ def test_normal_pieces_before_their_byte_twins(own, sentencepiece_tokenizer):
     assert mass[only] > 0
     mass = found.project(*arguments, mode="prefix")[0, 0]
     assert mass[normal] == mass[twin] > 0
-    # Inside of a word too: a token of ours that the target ends with a single letter.
-    pieces = TokenTable.from_tokenizer(sentencepiece_tokenizer).token_bytes
+    # Also inside a word: a calibrator token whose target tokenisation ends with a single letter.
+    token_bytes = TokenTable.from_tokenizer(sentencepiece_tokenizer).token_bytes
     splits = TokenTable.from_tokenizer(sentencepiece_tokenizer).split(
-        sentencepiece_tokenizer, [piece or b"\xff" for piece in own.tokens.token_bytes]
+        sentencepiece_tokenizer, [token or b"\xff" for token in own.tokens.token_bytes]
     )
     own_id, split = next(
         (j, split)
         for j, split in enumerate(splits)
-        if split and len(split) == 2 and len(pieces[split[1]]) == 1 and pieces[split[1]].isalpha()
+        if split
+        and len(split) == 2
+        and len(token_bytes[split[1]]) == 1
+        and token_bytes[split[1]].isalpha()
     )
-    normal, twin = split[1], at(f"<0x{pieces[split[1]][0]:02X}>")
+    normal, twin = split[1], at(f"<0x{token_bytes[split[1]][0]:02X}>")
     certain = torch.zeros(1, 1, own.vocabulary_size).index_fill(2, torch.tensor(own_id), 1.0)
     for mode, wanted in (("transfer", 0.0), ("prefix", 1.0)):
-        covers = [Cover(0, 0, pieces[split[0]])]
+        covers = [Cover(0, 0, token_bytes[split[0]])]
         mass = found.project(certain, covers, torch.ones(1, 1), 1, mode=mode)[0, 0]
         assert mass[normal] == 1.0
         assert mass[twin] == wanted
 
 
 def test_static_factors_of_long_tokens(make_llama):
-    # The target knows "abcd" and "abce"; the calibrator writes them as "ab", "cd" and "ab", "ce".
+    # The target has the tokens "abcd" and "abce"; the calibrator splits them as ab|cd and ab|ce.
     mine = byte_level([("a", "b"), ("c", "d"), ("c", "e")])
     theirs = byte_level([("a", "b"), ("c", "d"), ("c", "e"), ("ab", "cd"), ("ab", "ce")])
     own = stand_in(mine, make_llama(len(mine)))
@@ -225,7 +229,7 @@ def test_static_factors_of_long_tokens(make_llama):
     ab, cd, ce, c = mine.convert_tokens_to_ids(["ab", "cd", "ce", "c"])
     with torch.no_grad():
         after = own.clean(torch.tensor([[own.bos_id, ab]])).logits[0, -1].softmax(-1)
-    probs = laws(1, 1, own.vocabulary_size)
+    probs = distributions(1, 1, own.vocabulary_size)
     p = probs[0, 0]
     for mode in ("transfer", "prefix"):
         mass = found.project(probs, [Cover(0, 0, b"")], torch.ones(1, 1), 1, mode=mode)[0, 0]
@@ -238,7 +242,7 @@ def test_static_factors_of_long_tokens(make_llama):
 
 def test_a_row_does_not_depend_on_its_neighbours(own, target):
     found = build(own, target)
-    probs = laws(2, 20, own.vocabulary_size)
+    probs = distributions(2, 20, own.vocabulary_size)
     covers, weights = some_covers(own, 16)
     for mode in ("prefix", "transfer"):
         together = found.project(probs, covers, weights, 16, mode=mode)
@@ -254,9 +258,9 @@ def test_a_row_does_not_depend_on_its_neighbours(own, target):
             assert torch.allclose(alone[:, 0], together[:, row], rtol=1e-5, atol=1e-9)
 
 
-def test_only_proportions_of_weights_matter_and_inputs_stay(own, other_tokenizer):
+def test_only_proportions_of_weights_matter_and_inputs_are_unchanged(own, other_tokenizer):
     found = build(own, other_tokenizer)
-    probs = laws(2, 20, own.vocabulary_size)
+    probs = distributions(2, 20, own.vocabulary_size)
     covers, weights = some_covers(own, 16)
     before = probs.clone(), weights.clone()
     mass = found.project(probs, covers, weights, 16, mode="prefix")
@@ -267,21 +271,21 @@ def test_only_proportions_of_weights_matter_and_inputs_stay(own, other_tokenizer
     assert mass.dtype == torch.float32
 
 
-def test_inside_of_a_character(own, other_tokenizer):
-    """The text ends with the first byte of a character: no cover is without remainder."""
+def test_text_that_ends_inside_a_character(own, other_tokenizer):
+    """If the text ends with the first byte of a character, every cover has a remainder."""
     found = build(own, other_tokenizer)
     first = "é".encode()[:1]
-    probs = laws(1, 1, own.vocabulary_size)
+    probs = distributions(1, 1, own.vocabulary_size)
     mass = found.project(probs, [Cover(0, 0, first)], torch.ones(1, 1), 1, mode="transfer")[0, 0]
     assert mass.sum().item() == pytest.approx(1.0, abs=1e-5)
-    pieces = TokenTable.from_tokenizer(other_tokenizer).token_bytes
-    # What comes next continues the character.
-    assert all(0x80 <= pieces[i][0] < 0xC0 for i in mass.nonzero()[:, 0].tolist())
+    token_bytes = TokenTable.from_tokenizer(other_tokenizer).token_bytes
+    # The next token continues the character.
+    assert all(0x80 <= token_bytes[i][0] < 0xC0 for i in mass.nonzero()[:, 0].tolist())
 
 
 def test_a_text_that_no_calibrator_token_continues(own, other_tokenizer):
     found = build(own, other_tokenizer)
-    probs = laws(1, 1, own.vocabulary_size)
+    probs = distributions(1, 1, own.vocabulary_size)
     for mode in ("prefix", "transfer"):
         mass = found.project(probs, [Cover(0, 0, b"\x01zzz")], torch.ones(1, 1), 1, mode=mode)
         assert mass.eq(0).all()
@@ -294,16 +298,19 @@ MERGES = [("Ġ", "a"), ("Ġ", "b"), ("Ġa", "b"), ("Ġab", "c"), ("Ġab", "d")]
 
 
 def word_model():
-    """A calibrator that writes whole words only, each drawn on its own."""
+    """A calibrator that writes whole words only, each drawn independently."""
     tokenizer = byte_level(MERGES)
-    law = torch.zeros(len(tokenizer))
-    law[tokenizer.convert_tokens_to_ids(WORDS)] = torch.tensor([0.1, 0.3, 0.2, 0.15, 0.25])
-    return stand_in(tokenizer, Law(law.repeat(len(tokenizer), 1))), law
+    distribution = torch.zeros(len(tokenizer))
+    distribution[tokenizer.convert_tokens_to_ids(WORDS)] = torch.tensor([0.1, 0.3, 0.2, 0.15, 0.25])
+    return stand_in(tokenizer, LastTokenModel(distribution.repeat(len(tokenizer), 1))), distribution
 
 
-def exact_law(law, tokenizer, text):
-    """Next-byte law after a text, over all sequences of words that begin with it."""
-    words = {word.replace("Ġ", " "): law[tokenizer.convert_tokens_to_ids(word)] for word in WORDS}
+def exact_next_byte(distribution, tokenizer, text):
+    """Next-byte distribution after a text, from all sequences of words that begin with it."""
+    words = {
+        word.replace("Ġ", " "): distribution[tokenizer.convert_tokens_to_ids(word)]
+        for word in WORDS
+    }
     found = dict.fromkeys(" abcd", 0.0)
 
     def extend(written, probability):
@@ -320,37 +327,37 @@ def exact_law(law, tokenizer, text):
     return {byte: p / total for byte, p in found.items()}
 
 
-def covers_of(calibrator, law, text):
-    """The covers of a text of which the last word is one token of the calibrator."""
+def covers_of(calibrator, distribution, text):
+    """The covers of a text whose last word is one calibrator token."""
     last = text[text.rindex(" ") :]
     token = calibrator.tokenizer.convert_tokens_to_ids(last.replace(" ", "Ġ"))
-    weights = torch.tensor([[law[token], 1.0]])
+    weights = torch.tensor([[distribution[token], 1.0]])
     return [Cover(0, 0, b""), Cover(0, 0, last.encode())], weights
 
 
 @pytest.mark.parametrize("mode", ["prefix", "transfer"])
 @pytest.mark.parametrize("text", [" a", " ab", " b a", " ab ab", " abc"])
-def test_healing_gives_the_exact_next_byte_law(mode, text):
-    calibrator, law = word_model()
+def test_healing_gives_the_exact_next_byte_distribution(mode, text):
+    calibrator, distribution = word_model()
     bytes_only = byte_level([])
     found = build(calibrator, bytes_only)
-    covers, weights = covers_of(calibrator, law, text)
-    mass = found.project(law[None, None], covers, weights, 1, mode=mode)[0, 0]
-    wanted = exact_law(law, calibrator.tokenizer, text)
+    covers, weights = covers_of(calibrator, distribution, text)
+    mass = found.project(distribution[None, None], covers, weights, 1, mode=mode)[0, 0]
+    wanted = exact_next_byte(distribution, calibrator.tokenizer, text)
     names = [byte.replace(" ", "Ġ") for byte in wanted]
     got = mass[bytes_only.convert_tokens_to_ids(names)].tolist()
     assert got == pytest.approx(list(wanted.values()), abs=1e-6)
 
 
-def test_healing_counts_only_tokens_that_the_target_ends_there():
-    calibrator, law = word_model()
-    # The target has " ab" and " abc", so " ab" is never followed by "c"; "d" it writes apart.
+def test_healing_counts_only_tokens_with_a_target_boundary_there():
+    calibrator, distribution = word_model()
+    # The target has " ab" and " abc", so "c" never follows " ab"; "d" is a token of its own.
     coarse = byte_level([merge for merge in MERGES if merge[1] != "d"])
     found = build(calibrator, coarse)
-    covers, weights = covers_of(calibrator, law, " ab")
+    covers, weights = covers_of(calibrator, distribution, " ab")
     space, c, d = coarse.convert_tokens_to_ids(["Ġa", "c", "d"])
     for mode in ("prefix", "transfer"):
-        mass = found.project(law[None, None], covers, weights, 1, mode=mode)[0, 0]
+        mass = found.project(distribution[None, None], covers, weights, 1, mode=mode)[0, 0]
         assert mass[c] == 0
         assert mass[d].item() == pytest.approx(0.15 / (0.3 + 0.15))
         assert mass[space] > 0
@@ -366,14 +373,14 @@ def test_too_little_coverage_is_refused(own):
     words = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
     with (
         pytest.warns(UserWarning, match="approximate"),
-        pytest.raises(VocabularyError, match=r"only \d\.\d\d% .* at least 98\.00% .* train a cal"),
+        pytest.raises(VocabularyError, match=r"only \d\.\d\d% .* at least 98\.00% .* Train a cal"),
     ):
         build(own, words)
     with pytest.warns(UserWarning, match="approximate"):
         assert 0 < build(own, words, minimum_coverage=0.0).coverage < 0.2
 
 
-def test_the_sample_is_english_of_some_length():
+def test_the_english_sample_is_long_enough():
     assert len(ENGLISH) > 1500
     assert ENGLISH.isascii()
 
@@ -393,7 +400,7 @@ def test_cache(own, other_tokenizer, sentencepiece_tokenizer, make_llama, tmp_pa
     assert same(built, loaded)
     assert loaded.coverage == built.coverage
     assert torch.equal(loaded.mapped, built.mapped)
-    # Another target and another model have maps of their own.
+    # Each target and each model has its own map.
     assert not build(own, sentencepiece_tokenizer, use_cache=True, cache_dir=tmp_path).from_cache
     own.clean = make_llama(own.vocabulary_size, seed=5)
     assert not build(own, other_tokenizer, use_cache=True, cache_dir=tmp_path).from_cache
@@ -439,20 +446,20 @@ def shifted(path):
 
 
 @pytest.mark.parametrize("damage", [truncate, empty, foreign, another_pair, shifted])
-def test_a_damaged_cache_file_is_built_anew(own, other_tokenizer, tmp_path, damage, caplog):
+def test_a_damaged_cache_file_is_rebuilt(own, other_tokenizer, tmp_path, damage, caplog):
     built = build(own, other_tokenizer, use_cache=True, cache_dir=tmp_path)
     (path,) = tmp_path.iterdir()
     damage(path)
     with caplog.at_level(logging.WARNING):
         again = build(own, other_tokenizer, use_cache=True, cache_dir=tmp_path)
-    assert "is built anew" in caplog.text
+    assert "is rebuilt" in caplog.text
     assert not again.from_cache
     assert same(built, again)
     assert build(own, other_tokenizer, use_cache=True, cache_dir=tmp_path).from_cache
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_cache_that_cannot_be_written(own, other_tokenizer, tmp_path, caplog):
+def test_an_unwritable_cache_is_only_logged(own, other_tokenizer, tmp_path, caplog):
     (tmp_path / "file").write_text("")
     with caplog.at_level(logging.WARNING):
         found = build(own, other_tokenizer, use_cache=True, cache_dir=tmp_path / "file" / "maps")
@@ -467,7 +474,7 @@ def _build_in_process(arguments):
     return found.from_cache, found._static["prefix_values"].sum().item()
 
 
-def test_processes_that_build_at_once(own, other_tokenizer, tmp_path):
+def test_processes_that_build_concurrently(own, other_tokenizer, tmp_path):
     with multiprocessing.get_context("fork").Pool(2) as pool:
         results = pool.map(_build_in_process, [(own, other_tokenizer, tmp_path)] * 4, chunksize=1)
     assert len({total for _, total in results}) == 1
@@ -477,7 +484,7 @@ def test_processes_that_build_at_once(own, other_tokenizer, tmp_path):
 
 def test_pickle_and_deepcopy(own, other_tokenizer):
     found = build(own, other_tokenizer)
-    probs = laws(2, 20, own.vocabulary_size)
+    probs = distributions(2, 20, own.vocabulary_size)
     covers, weights = some_covers(own, 16)
     wanted = found.project(probs, covers, weights, 16, mode="prefix")
     for other in (pickle.loads(pickle.dumps(found)), copy.deepcopy(found)):
@@ -491,7 +498,7 @@ def test_pickle_and_deepcopy(own, other_tokenizer):
 def eight_thousand(make_llama):
     data = SHARED / "data" / "web_posts.jsonl.gz"
     if not data.exists():
-        pytest.skip(f"{data} is not there")
+        pytest.skip(f"{data} is missing")
     with gzip.open(data, "rt", encoding="utf-8") as lines:
         texts = [json.loads(line)["text"] for line in itertools.islice(lines, 1500)]
     tokenizer = Tokenizer(models.BPE())
@@ -515,8 +522,8 @@ def eight_thousand(make_llama):
 def test_published_vocabularies(eight_thousand, name, tmp_path):
     folder = SHARED / "tokenizers" / name
     if not folder.is_dir():
-        pytest.skip(f"{folder} is not there")
-    # By its one file: version 4 of transformers cannot read the classes that version 5 names.
+        pytest.skip(f"{folder} is missing")
+    # From tokenizer.json alone: transformers 4 cannot read the class names of transformers 5.
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
     tokens = TokenTable.from_tokenizer(tokenizer)
     built = VocabularyMap.build(eight_thousand, tokens, tokenizer, cache_dir=tmp_path)
@@ -526,10 +533,10 @@ def test_published_vocabularies(eight_thousand, name, tmp_path):
     assert loaded.from_cache
     assert loaded.build_seconds < built.build_seconds
     assert torch.equal(
-        built.mapped, torch.tensor([piece is not None for piece in tokens.token_bytes])
+        built.mapped, torch.tensor([token is not None for token in tokens.token_bytes])
     )
 
-    probs = laws(2, 2, eight_thousand.vocabulary_size)
+    probs = distributions(2, 2, eight_thousand.vocabulary_size)
     covers = [Cover(0, 0, b""), Cover(0, 1, b" stu"), Cover(1, 1, b"")]
     mass = loaded.project(probs, covers, torch.ones(2, 3), 2, mode="transfer")
     assert torch.allclose(mass.sum(-1), torch.ones(2, 2), atol=1e-4)

@@ -1,4 +1,4 @@
-"""Token tables: bytes of every kind of tokenizer, specials, and splitting given bytes."""
+"""Token tables: bytes for every kind of tokenizer, special tokens, and splitting given bytes."""
 
 import copy
 import random
@@ -46,7 +46,7 @@ def test_byte_level_spells_any_text(name, request):
     texts = [TEXT, *("".join(chr(rng.randrange(1, 0x3000)) for _ in range(40)) for _ in range(20))]
     for text, ids in zip(texts, encode(tokenizer, texts), strict=True):
         assert spell(table, ids) == text.encode()
-    # Every byte is there, also those of which no text can consist.
+    # Every byte has a token, even bytes that occur in no text.
     assert {bytes([byte]) for byte in range(256)} <= set(table.token_bytes)
 
 
@@ -96,7 +96,7 @@ def test_unused_and_undecodable_ids_have_no_bytes():
     assert table.special_ids == frozenset()
 
 
-def test_wordpiece_is_a_best_effort_with_a_warning():
+def test_wordpiece_is_approximate_and_warns():
     tokenizer = words(["play", "##ing", ",", "[unused7]"])
     with pytest.warns(UserWarning, match="approximate"):
         table = TokenTable.from_tokenizer(tokenizer)
@@ -124,7 +124,7 @@ def test_a_tokenizer_that_rewrites_text(byte_tokenizer):
 def test_a_part_written_in_python(byte_tokenizer):
     class Custom:
         def pre_tokenize(self, text):
-            """Leaves it whole."""
+            """Do not split the text."""
 
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(byte_tokenizer.backend_tokenizer.to_str())
@@ -134,7 +134,7 @@ def test_a_part_written_in_python(byte_tokenizer):
         TokenTable.from_tokenizer(tokenizer)
 
 
-def test_padding_and_truncation_of_earlier_calls_do_not_matter(byte_tokenizer):
+def test_padding_and_truncation_of_earlier_calls_have_no_effect(byte_tokenizer):
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(byte_tokenizer.backend_tokenizer.to_str()),
         eos_token="<|endoftext|>",
@@ -156,7 +156,7 @@ def test_fingerprint(byte_tokenizer, other_tokenizer):
 
 
 @pytest.mark.parametrize("name", ["byte_tokenizer", "other_tokenizer", "sentencepiece_tokenizer"])
-def test_split_is_the_tokenizers_own_in_the_middle_of_a_text(name, request):
+def test_split_matches_the_tokenizer_in_the_middle_of_a_text(name, request):
     tokenizer = request.getfixturevalue(name)
     table = TokenTable.from_tokenizer(tokenizer)
     texts = [b" stupid", b"stupid", b"pid", b" the", "é".encode(), b"\xe6\x9d", b"  two", b"a"]
@@ -174,7 +174,7 @@ def test_split_is_the_tokenizers_own_in_the_middle_of_a_text(name, request):
         )
 
 
-def test_split_says_none_where_bytes_are_lost():
+def test_split_is_none_if_bytes_are_lost():
     tokenizer = words(["play", "##ing", "a"])
     with pytest.warns(UserWarning, match="approximate"):
         table = TokenTable.from_tokenizer(tokenizer)
@@ -190,12 +190,12 @@ def test_split_says_none_where_bytes_are_lost():
 )
 def test_published_tokenizers(name, kind, size):
     if not (SHARED / name).is_dir():
-        pytest.skip(f"{SHARED / name} is not there")
-    # By its one file: version 4 of transformers cannot read the classes that version 5 names.
+        pytest.skip(f"{SHARED / name} is missing")
+    # From tokenizer.json alone: transformers 4 cannot read the class names of transformers 5.
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(SHARED / name / "tokenizer.json"))
     table = TokenTable.from_tokenizer(tokenizer)
     assert (table.kind, len(table.token_bytes)) == (kind, size)
-    assert table.special_ids == {i for i, piece in enumerate(table.token_bytes) if piece is None}
+    assert table.special_ids == {i for i, token in enumerate(table.token_bytes) if token is None}
     (ids,) = encode(tokenizer, [TEXT])
     assert spell(table, ids) == (b" " if table.dummy_prefix else b"") + TEXT.encode()
     assert table.split(tokenizer, [b"upid"]) == [tuple(tokenizer.convert_tokens_to_ids(["upid"]))]

@@ -1,4 +1,4 @@
-"""What can be wrong with a calibrator's folder or name, and what its user is told."""
+"""Errors for damaged calibrator folders, wrong names and failed writes, and their messages."""
 
 import errno
 import json
@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast, T5Config
 
 from fusion_detox.calibrator import lookup as calibrator_lookup
-from fusion_detox.calibrator.calibrator import Calibrator, write_config
+from fusion_detox.calibrator.calibrator import Calibrator
+from fusion_detox.calibrator.folder import write_config
 from fusion_detox.config import FusionConfig
 from fusion_detox.errors import (
     CalibratorError,
@@ -89,7 +90,7 @@ def remote_code(folder):
 
 CLEAN, MAIN = "clean/config.json", "calibrator.json"
 GATE = "model.layers.0.mlp.gate_proj.weight"
-# name: (how the folder is damaged, what the message says: where, why, how to mend it)
+# name: (how to damage the folder, parts of the message: which file, the reason, the remedy)
 DAMAGES = {
     "no calibrator.json": (
         lambda f: (f / MAIN).unlink(),
@@ -97,7 +98,7 @@ DAMAGES = {
     ),
     "broken JSON": (
         lambda f: break_line_three(f / MAIN),
-        [f"{MAIN}, line 4", "not valid JSON", "correct that place"],
+        [f"{MAIN}, line 4", "not valid JSON", "correct that line"],
     ),
     "empty JSON file": (lambda f: (f / MAIN).write_text(""), [f"{MAIN}, line 1", "not valid JSON"]),
     "not UTF-8": (lambda f: (f / MAIN).write_bytes(b'{"a": "\xff"}'), [MAIN, "UTF-8", "again"]),
@@ -129,7 +130,7 @@ DAMAGES = {
     ),
     "strength out of range": (
         lambda f: edit(f / MAIN, fusion={"strength": -1}),
-        [MAIN, "strength must be a number of at least 0", "-1", "Correct it there"],
+        [MAIN, "strength must be a number of at least 0", "-1", "Correct it in this file"],
     ),
     "unknown fusion setting": (
         lambda f: edit(f / MAIN, fusion={"alpha": 1}),
@@ -169,7 +170,7 @@ DAMAGES = {
     ),
     "unknown tensor": (
         lambda f: tensors(f / "clean", lambda t: t.update(extra=torch.ones(2))),
-        ["clean: the weights hold, unknown, the tensor extra", "again"],
+        ["clean: the model", "does not have the tensor extra", "again"],
     ),
     "tensor of another shape": (
         lambda f: tensors(f / "clean", lambda t: t.update({GATE: torch.ones(63, 32)})),
@@ -181,7 +182,7 @@ DAMAGES = {
     ),
     "edited width": (
         lambda f: edit(f / CLEAN, intermediate_size=80),
-        ["config.json asks for", "edited"],
+        ["config.json implies", "edited"],
     ),
     "impossible width": (
         lambda f: edit(f / CLEAN, hidden_size=-1),
@@ -235,7 +236,7 @@ def test_tokenizer_of_another_calibrator(calibrator_folder, tmp_path):
     path = calibrator_folder / "tokenizer.json"
     values = json.loads(path.read_text())
     vocabulary = values["model"]["vocab"]
-    # Two letters trade places: same size, same tokens, other ids.
+    # Swap two letters: same size, same tokens, different ids.
     vocabulary["A"], vocabulary["B"] = vocabulary["B"], vocabulary["A"]
     path.write_text(json.dumps(values))
     with pytest.raises(CalibratorError, match=r"tokenizer\.json holds other tokens than"):
@@ -264,7 +265,7 @@ def test_missing_path_under_home(tmp_path, monkeypatch):
 
 def test_a_file(calibrator_folder):
     with pytest.raises(
-        CalibratorNotFoundError, match=r"calibrator.json is a file. Give the folder"
+        CalibratorNotFoundError, match=r"calibrator.json is a file. Give the calibrator's folder"
     ):
         Calibrator.from_pretrained(calibrator_folder / "calibrator.json")
 
@@ -298,7 +299,7 @@ def test_name_that_resembles_nothing(monkeypatch):
 
 
 def test_hub_id_while_offline():
-    # Set by conftest.py; the socket guard there would fail anything that tried all the same.
+    # conftest.py sets HF_HUB_OFFLINE, and its socket guard fails any attempt to connect.
     with pytest.raises(CalibratorNotFoundError) as raised:
         Calibrator.from_pretrained("someone/calibrator")
     message = str(raised.value)
@@ -308,7 +309,7 @@ def test_hub_id_while_offline():
 
 
 class NoRepositoryError(RepositoryNotFoundError):
-    """As the hub raises it, without the response that it is made from."""
+    """The hub's error without the response that it normally wraps."""
 
     def __init__(self):
         pass
@@ -337,9 +338,11 @@ def test_hub_that_does_not_answer(monkeypatch, failure, expected):
     assert expected in str(raised.value)
 
 
-def test_hub_repository_of_something_else(monkeypatch, tmp_path):
+def test_hub_repository_without_a_calibrator(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(tmp_path))
-    with pytest.raises(CalibratorError, match=r"repository a/b is no calibrator.*shipped ones"):
+    with pytest.raises(
+        CalibratorError, match=r"repository a/b is not a calibrator.*Shipped calibrators"
+    ):
         Calibrator.from_pretrained("a/b")
 
 
@@ -355,7 +358,7 @@ def test_dtype_that_does_not_exist(calibrator_folder, dtype):
         Calibrator.from_pretrained(calibrator_folder, dtype=dtype)
 
 
-# Putting one together
+# Construction
 
 
 def test_models_of_different_vocabularies(byte_tokenizer, make_llama):
@@ -398,11 +401,13 @@ def test_contrast_without_reference(calibrator, byte_tokenizer):
 # Writing
 
 
-def test_saving_over_something_else(calibrator, tmp_path):
+def test_saving_over_other_files(calibrator, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(CalibratorError, match=r"exists and is no calibrator.*new folder"):
+    with pytest.raises(
+        CalibratorError, match=r"exists and is not a calibrator.*new or empty folder"
+    ):
         calibrator.save_pretrained(tmp_path)
-    with pytest.raises(CalibratorError, match="exists and is no calibrator"):
+    with pytest.raises(CalibratorError, match="exists and is not a calibrator"):
         calibrator.save_pretrained(tmp_path / "thesis.txt")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
@@ -441,7 +446,7 @@ def test_full_disk(calibrator, calibrator_folder, monkeypatch, failure, target):
 
 def test_full_disk_while_writing_the_tokenizer(calibrator, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
-        raise Exception("No space left on device (os error 28)")  # as tokenizers says it
+        raise Exception("No space left on device (os error 28)")  # as raised by tokenizers
 
     monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", fail)
     with pytest.raises(DataFileError, match="No space left on device"):
@@ -454,7 +459,7 @@ def test_full_disk_while_storing_settings(calibrator_folder, monkeypatch):
         raise FULL
 
     before = {path: path.read_bytes() for path in calibrator_folder.iterdir() if path.is_file()}
-    monkeypatch.setattr(Path, "write_text", fail)
+    monkeypatch.setattr(Path, "write_bytes", fail)
     with pytest.raises(DataFileError, match="No space left on device"):
         write_config(calibrator_folder, FusionConfig(strength=2.0))
     after = {path: path.read_bytes() for path in calibrator_folder.iterdir() if path.is_file()}
@@ -469,7 +474,7 @@ def test_interrupted_saving(calibrator, calibrator_folder, monkeypatch):
 
     def interrupted(source, target):
         calls.append(target)
-        if len(calls) == 2:  # the older folder is out of the way, the new one not yet in place
+        if len(calls) == 2:  # the old folder has been moved away, the new one is not yet in place
             raise KeyboardInterrupt
         rename(source, target)
 
@@ -482,12 +487,12 @@ def test_interrupted_saving(calibrator, calibrator_folder, monkeypatch):
 
 def test_record_that_is_not_json(calibrator, tmp_path):
     calibrator.record = {"when": object()}
-    with pytest.raises(CalibratorError, match=r"training.json cannot be written.*what JSON can"):
+    with pytest.raises(CalibratorError, match=r"training.json cannot be written.*JSON values only"):
         calibrator.save_pretrained(tmp_path / "new")
     assert not list(tmp_path.iterdir())
 
 
-def test_storing_settings_nowhere(tmp_path):
+def test_storing_settings_in_an_empty_folder(tmp_path):
     with pytest.raises(CalibratorError, match=r"no calibrator.json"):
         write_config(tmp_path, FusionConfig())
 

@@ -153,7 +153,7 @@ def test_folder_tells_how_it_was_made(adapter: Path, llama: Path, pairs: Path) -
     settings = json.loads((adapter / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(llama.resolve())
     card = (adapter / "README.md").read_text()
-    assert "library_name: peft" in card
+    assert 'library_name: "peft"' in card
     assert "| auc_within |" in card
     assert "base_model:" not in card  # a path here is no name on the hub
 

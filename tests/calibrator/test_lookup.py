@@ -1,15 +1,15 @@
-"""Finding what ships, from a checkout and from an installed package."""
+"""Shipped models, found from a checkout and from an installed package."""
 
 import pytest
 
-from fusion_detox.calibrator import shipped
-from fusion_detox.calibrator.calibrator import Calibrator, find_calibrator
+from fusion_detox.calibrator import lookup
+from fusion_detox.calibrator.calibrator import Calibrator
 from fusion_detox.errors import ModelNotFoundError
 
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    monkeypatch.setattr(shipped, "_PACKAGE", tmp_path / "fusion_detox")
+    monkeypatch.setattr(lookup, "_PACKAGE", tmp_path / "fusion_detox")
     return tmp_path
 
 
@@ -19,26 +19,26 @@ def put(folder, file="calibrator.json"):
     return folder
 
 
-def test_names_of_both_places(checkout):
+def test_names_from_checkout_and_package(checkout):
     in_checkout = put(checkout / "calibration_ckpts" / "english-16k")
     in_package = put(checkout / "fusion_detox" / "_shipped" / "calibrators" / "german-8k")
     (checkout / "calibration_ckpts" / "unfinished").mkdir()
     (checkout / "calibration_ckpts" / "train_english.py").touch()
-    assert shipped.shipped_names() == ["english-16k", "german-8k"]
-    assert shipped.find_shipped("english-16k") == in_checkout
-    assert shipped.find_shipped("german-8k") == in_package
+    assert lookup.shipped_names() == ["english-16k", "german-8k"]
+    assert lookup.find_shipped("english-16k") == in_checkout
+    assert lookup.find_shipped("german-8k") == in_package
 
 
-def test_an_installed_package_uses_its_own(checkout):
+def test_an_installed_package_uses_its_own_copy(checkout):
     put(checkout / "calibration_ckpts" / "english-16k")
     own = put(checkout / "fusion_detox" / "_shipped" / "calibrators" / "english-16k")
-    assert shipped.find_shipped("english-16k") == own
+    assert lookup.find_shipped("english-16k") == own
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "unknown", "a/b"])
-def test_what_does_not_ship(checkout, name):
+def test_names_that_do_not_ship(checkout, name):
     put(checkout / "x")
-    assert shipped.find_shipped(name) is None
+    assert lookup.find_shipped(name) is None
 
 
 def test_shipped_name_loads(checkout, calibrator_folder, tmp_path, monkeypatch):
@@ -49,23 +49,23 @@ def test_shipped_name_loads(checkout, calibrator_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(elsewhere)
     calibrator = Calibrator.from_pretrained("little")
     assert calibrator.name == "little"
-    # A folder of the user's own comes first.
+    # The user's own folder comes first.
     mine = put(elsewhere / "little")
-    assert find_calibrator("little").resolve() == mine
+    assert lookup.find_calibrator("little").resolve() == mine
 
 
 def test_demo_target(checkout):
     with pytest.raises(ModelNotFoundError, match=r"demo target is missing.*train.py"):
-        shipped.demo_target_path()
+        lookup.demo_target_path()
     in_checkout = put(checkout / "examples" / "demo_target" / "model", "config.json")
-    assert shipped.demo_target_path() == in_checkout
+    assert lookup.demo_target_path() == in_checkout
     in_package = put(checkout / "fusion_detox" / "_shipped" / "demo_target", "config.json")
-    assert shipped.demo_target_path() == in_package
+    assert lookup.demo_target_path() == in_package
 
 
-@pytest.mark.parametrize("name", shipped.shipped_names())
-def test_what_ships_loads(name):
-    folder = shipped.find_shipped(name)
+@pytest.mark.parametrize("name", lookup.shipped_names())
+def test_every_shipped_calibrator_loads(name):
+    folder = lookup.find_shipped(name)
     calibrator = Calibrator.from_pretrained(name)
     assert calibrator.reference is not None
     assert calibrator.record["command"]
