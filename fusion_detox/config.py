@@ -29,6 +29,7 @@ def setting(
         text: Help text of the option.
         low: Smallest value; without it, no range is checked.
         high: Largest value, if there is one.
+        aliases: Further names of the option, such as ``--old-name``.
     """
     return dataclasses.field(
         default=default,

@@ -33,6 +33,9 @@ class Healing(NamedTuple):
 class HealingTables:
     """Healing tables by remainder, built on first use; the most recently used ones are kept.
 
+    ``table(remainder)`` is the table of the calibrator tokens that start with the remainder and are
+    longer.
+
     Args:
         token_bytes: The calibrator's token bytes by id.
         byte_ids: The calibrator's ``<0xNN>`` tokens.
@@ -51,25 +54,23 @@ class HealingTables:
     ) -> None:
         self._token_bytes, self._byte_ids, self._target = token_bytes, byte_ids, target
         self._split_ptr, self._split_ids = split_ptr, split_ids
-        self._memo = functools.lru_cache(_MAX_TABLES)(self._build)
+        self._indices: tuple[ByteIndex, ByteIndex] | None = None
+        self.table = functools.lru_cache(_MAX_TABLES)(self._build)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_memo"}
+        return {name: value for name, value in self.__dict__.items() if name != "table"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._memo = functools.lru_cache(_MAX_TABLES)(self._build)
-
-    def table(self, remainder: bytes) -> Healing:
-        """The table of the calibrator tokens that start with the remainder and are longer."""
-        return self._memo(remainder)
-
-    @functools.cached_property
-    def _indices(self) -> tuple[ByteIndex, ByteIndex]:
-        own = ByteIndex(self._token_bytes, self._byte_ids)
-        return own, ByteIndex(self._target.token_bytes, self._target.byte_ids)
+        self.table = functools.lru_cache(_MAX_TABLES)(self._build)
 
     def _build(self, remainder: bytes) -> Healing:
+        # No lock: two threads may do the same work once, but a forked child never waits.
+        if self._indices is None:
+            self._indices = (
+                ByteIndex(self._token_bytes, self._byte_ids),
+                ByteIndex(self._target.token_bytes, self._target.byte_ids),
+            )
         own, target = self._indices
         tokens, following, owners, prefixes = array("q"), array("q"), array("q"), array("q")
         for text in own.extensions(remainder):
