@@ -1,8 +1,8 @@
 """Reports for people: one run as ``report.html``, or several runs side by side.
 
-``reading`` reads results documents and ``numbers`` writes numbers as text. ``findings``, ``tables``,
-``plots`` and ``comparable`` prepare what the pages show. ``pages`` fills the Jinja2 templates in
-``templates/``. The evaluation pipeline and the command line may import this package.
+``reading`` reads results documents, and ``numbers`` writes numbers as text. ``findings``,
+``tables``, ``plots`` and ``comparable`` prepare what the pages show. ``pages`` fills the Jinja2
+templates in ``templates/``. The evaluation pipeline and the command line may import this package.
 """
 
 from fusion_detox.evaluation.report.pages import write_comparison, write_report

@@ -80,8 +80,8 @@ def _finding(
 ) -> Finding:
     values = [read(variant) for variant in (run.base, run.primary, run.word_filter)]
     places = common_decimals(values, 100 if show is percent else 1)
-    shown = [None if value is None else show(value, places) for value in values]
-    return Finding(state if values[1] else "not measured", *shown, difference)
+    base, fused, filtered = (None if one is None else show(one, places) for one in values)
+    return Finding(state if fused else "not measured", base, fused, filtered, difference)
 
 
 def toxicity_finding(run: Run, scorer: str) -> Finding:

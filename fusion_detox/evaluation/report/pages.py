@@ -21,6 +21,15 @@ from fusion_detox.evaluation.report.reading import FORMAT, Run, jsonable, line, 
 from fusion_detox.files.atomic import write_whole
 
 _TEMPLATES = Path(__file__).parent / "templates"
+# What comparison.json holds of a run and of each of its settings.
+_OF_RUN = [
+    *("created", "target", "prompts", "sampling"),
+    *("seeds", "threshold", "scorers", "versions"),
+]
+_OF_VARIANT = [
+    *("name", "kind", "config", "calibrator", "toxicity", "against_base", "perplexity"),
+    *("diversity", "similarity", "harmless", "groups", "refusal", "cost"),
+]
 
 
 def write_report(results: Mapping[str, Any], folder: Path) -> Path:
@@ -133,21 +142,16 @@ def _write(path: Path, data: bytes) -> Path:
 
 def _document(runs: Sequence[Run], found: Sequence[Difference]) -> dict[str, Any]:
     """The comparison as JSON."""
-    of_run = "created target prompts sampling seeds threshold scorers versions".split()
-    of_variant = (
-        "name kind config calibrator toxicity against_base perplexity diversity similarity "
-        "harmless groups refusal cost"
-    ).split()
     labelled = list(zip(runs, run_labels(runs), strict=True))
     return {
         "format": FORMAT,
         "runs": [
-            {"run": label, "name": run.name, **{key: run.results.get(key) for key in of_run}}
+            {"run": label, "name": run.name, **{key: run.results.get(key) for key in _OF_RUN}}
             for run, label in labelled
         ],
         "differences": [asdict(one) for one in found],
         "settings": [
-            {"run": label, **{key: variant.get(key) for key in of_variant}}
+            {"run": label, **{key: variant.get(key) for key in _OF_VARIANT}}
             for run, label in labelled
             for variant in run.variants
         ],

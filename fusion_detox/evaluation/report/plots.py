@@ -264,7 +264,9 @@ def comparison_panels(runs: Sequence[Run]) -> list[Panel]:
             for variant in sorted(run.variants, key=lambda one: one.get("kind") in markers):
                 point = _point(variant, scorer)
                 if point is not None:
-                    points.setdefault(markers.get(str(variant.get("kind")), fused), []).append(point)
+                    points.setdefault(markers.get(str(variant.get("kind")), fused), []).append(
+                        point
+                    )
             for marker, drawn in points.items():
                 first = marker == next(iter(points))
                 colour = _RUNS[place % len(_RUNS)]
@@ -488,9 +490,7 @@ def group_panels(run: Run) -> list[Panel]:
     limits = min(places) - margin, max(places) + margin  # the same in all panels
     axis = "Perplexity ratio to the control (1: equal)"
     return [
-        _dot_panel(
-            suite, axis, [Dots("fusion", PALETTE["fusion"], "o", values)], 1.0, 1.0, limits
-        )
+        _dot_panel(suite, axis, [Dots("fusion", PALETTE["fusion"], "o", values)], 1.0, 1.0, limits)
         for suite, values in suites.items()
     ]
 
@@ -529,7 +529,8 @@ def _draw_dots(
     names = list(dict.fromkeys(name for one in dots for name in one.values))
     kinds = list(dict.fromkeys(one.name for one in dots))
     for place, one in enumerate(dots):
-        shares_rows = any(other.name != one.name and set(other.values) & set(one.values) for other in dots)
+        others = (set(other.values) for other in dots if other.name != one.name)
+        shares_rows = any(rows & set(one.values) for rows in others)
         shift = (kinds.index(one.name) - (len(kinds) - 1) / 2) * 0.22 if shares_rows else 0
         axes.errorbar(
             [measured.value * scale for measured in one.values.values()],

@@ -31,7 +31,6 @@ from fusion_detox.evaluation.report.reading import (
     number,
     rows,
     run_labels,
-    toxicity,
 )
 
 Variant = Mapping[str, Any]
@@ -175,7 +174,9 @@ def toxicity_table(run: Run, scorer: str) -> Table | None:
         _toxic("Share", scorer),
         against("Toxic prompts", "probability", points),
         Column(
-            "Toxic prompts", "Ratio", _at(quantity, 2, "against_base", scorer, "probability", "ratio")
+            "Toxic prompts",
+            "Ratio",
+            _at(quantity, 2, "against_base", scorer, "probability", "ratio"),
         ),
         Column("Expected maximum", "Value", _at(quantity, 3, *read, "expected_max")),
         against("Expected maximum", "expected_max", scores),
@@ -304,7 +305,8 @@ def _split(
     lines = []
     for key in keys:
         found = [value(key, scorer, variant) for scorer, variant in pairs]
-        lines.append(Row(line(key), "", [None if one is None else percent(one, 1) for one in found]))
+        cells = [None if one is None else percent(one, 1) for one in found]
+        lines.append(Row(line(key), "", cells))
     names = [(line(scorer, 40), line(variant["name"], 30)) for scorer, variant in pairs]
     return _table(ident, caption, corner, names, lines)
 

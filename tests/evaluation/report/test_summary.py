@@ -222,7 +222,10 @@ def test_the_control_is_no_group_and_impossible_tokens_are_stated(tmp_path, undr
         ("toxicity", "not measured Toxic prompts by the lexical scorer: not measured with fusion,"),
         ("perplexity", "not measured Perplexity of the text: not measured with fusion, 114 ["),
         ("diversity", "not measured Diversity (dist-2): not measured with fusion, 0.640 without"),
-        ("harmless", "Harmless text: KL not measured; most probable token changed at not measured."),
+        (
+            "harmless",
+            "Harmless text: KL not measured; most probable token changed at not",
+        ),
         ("cost", "Decoding speed: not measured."),
         ("groups", "not measured Effects on text by and about groups."),
     ],
