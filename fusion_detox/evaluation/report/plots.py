@@ -68,6 +68,8 @@ _STYLE: dict[str, Any] = {
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
+    "figure.constrained_layout.h_pad": 0.1,
+    "figure.constrained_layout.w_pad": 0.1,
     "font.size": 9.5,
     "grid.color": PALETTE["grid"],
     "grid.linewidth": 0.7,

@@ -164,6 +164,7 @@ def test_scorers_that_disagree_are_both_shown(tmp_path, undrawn):
 
 def test_nothing_toxic_shows_no_effect(tmp_path, undrawn):
     document = changed(("lexical",), 0.0, 0.0, difference=[0.0, 0.0, 0.0], p_value=1.0)
+    document["settings"].append(setting("wordfilter", "wordfilter", 0.003, 115.5))
     found = sentence(write_report(document, tmp_path), "lexical scorer: ")
     assert found.startswith("no clear difference")
     assert found.endswith("These prompts cannot show an effect.")
