@@ -37,6 +37,7 @@ def test_wheel_carries_the_shipped_models(tmp_path):
         names = set(wheel.namelist())
         sizes = {info.filename: info.file_size for info in wheel.infolist()}
     assert {"fusion_detox/__init__.py", "fusion_detox/py.typed"} <= names
+    assert "fusion_detox/evaluation/report/templates/report.html" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     shipped = {name for name in names if name.startswith("fusion_detox/_shipped/")}
     expected = {f"calibrators/{path.name}": path for path in CALIBRATORS}

@@ -12,21 +12,22 @@ from fusion_detox.errors import ConfigError, DataError
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the command to the command line."""
+    """Add the command to the command line."""
     app.command("compare")(compare)
 
 
 def compare(
     runs: Annotated[
-        list[Path], typer.Argument(help="Folders that `evaluate` wrote.", metavar="RUN RUN...")
+        list[Path], typer.Argument(help="Folders written by `evaluate`.", metavar="RUN RUN...")
     ],
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="HTML file; its JSON is written beside it.")
+        Path,
+        typer.Option("--out", "-o", help="HTML file; its numbers are written beside it as JSON."),
     ] = Path("comparison.html"),
 ) -> None:
-    """Put runs side by side, and say where they cannot be compared."""
+    """Put runs side by side, with a warning if their numbers do not compare."""
     if len(runs) < 2:
-        raise ConfigError("compare needs at least two runs; give their folders")
+        raise ConfigError(f"compare needs at least two runs, not {len(runs)}; give their folders")
     from fusion_detox.evaluation.folder import RunFolder
     from fusion_detox.evaluation.report import write_comparison
 
@@ -34,8 +35,8 @@ def compare(
     for folder in folders:
         if not (folder.path / "results.json").is_file():
             raise DataError(
-                f"the run in {folder.path} is not finished: it has no results.json; run "
-                "`fusion-detox evaluate` again to go on with it"
+                f"the run in {folder.path} is not finished: it has no results.json; repeat the "
+                "`fusion-detox evaluate` command to resume it"
             )
     documents = [folder.read("results.json") for folder in folders]
     path = write_comparison(documents, out)

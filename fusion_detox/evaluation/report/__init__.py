@@ -1,6 +1,10 @@
-"""The report of a run for people, and several runs side by side."""
+"""Reports for people: one run as ``report.html``, or several runs side by side.
 
-from fusion_detox.evaluation.report.compare import write_comparison
-from fusion_detox.evaluation.report.html import write_report
+``reading`` reads results documents, and ``numbers`` writes numbers as text. ``findings``,
+``tables``, ``plots`` and ``comparable`` prepare what the pages show. ``pages`` fills the Jinja2
+templates in ``templates/``. The evaluation pipeline and the command line may import this package.
+"""
+
+from fusion_detox.evaluation.report.pages import write_comparison, write_report
 
 __all__ = ["write_comparison", "write_report"]

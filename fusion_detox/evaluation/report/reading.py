@@ -1,8 +1,9 @@
-"""Reads a results document for the report: whatever is missing, null or nan is "not measured"."""
+"""Results documents as the report reads them: missing, null or nan means "not measured"."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,11 +12,13 @@ from typing import Any
 from fusion_detox.errors import DataError
 
 FORMAT = 1
+# HTML, XML or UTF-8 cannot hold these: control characters, lone surrogates, noncharacters.
+_FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A measured value with the ends of its 95 % interval, where it has one."""
+    """A measured value and the ends of its 95 % interval, if it has one."""
 
     value: float
     low: float | None = None
@@ -27,44 +30,57 @@ class Interval:
         return None if self.low is None or self.high is None else (self.low, self.high)
 
 
+def printable(text: str) -> str:
+    """Replace the characters that a page cannot hold with U+FFFD."""
+    return _FORBIDDEN.sub("\ufffd", text)
+
+
+def line(value: object, longest: int = 0) -> str:
+    """The text of a value on one line, cut to ``longest`` characters (0: not cut)."""
+    text = " ".join(printable(str(value)).split())
+    return text if not longest or len(text) <= longest else text[: longest - 1].rstrip() + "…"
+
+
 def at(source: Any, *path: str) -> Any:
-    """What stands at a path of names, or None."""
+    """The value at a path of keys, or None."""
     for name in path:
         source = source.get(name) if isinstance(source, Mapping) else None
     return source
 
 
 def block(source: Any, *path: str) -> Mapping[str, Any]:
-    """The object at a path; empty if there is none."""
+    """The object at a path; empty if it is missing or no object."""
     found = at(source, *path)
     return found if isinstance(found, Mapping) else {}
 
 
 def rows(source: Any, *path: str) -> list[Mapping[str, Any]]:
-    """The objects of the list at a path; empty if there is none."""
+    """The objects in the list at a path; empty if it is missing or no list."""
     found = at(source, *path)
     return [item for item in found if isinstance(item, Mapping)] if is_list(found) else []
 
 
 def number(source: Any, *path: str) -> float | None:
-    """The finite number at a path, or None. Of an interval, its value."""
+    """The finite number at a path, or None. For an interval, its value."""
     found = at(source, *path)
     if is_list(found):
         found = found[0] if found else None
-    if isinstance(found, bool) or not isinstance(found, (int, float)):
-        return None
-    return float(found) if math.isfinite(found) else None
+    return _finite(found)
 
 
 def interval(source: Any, *path: str) -> Interval | None:
     """The interval (or plain number) at a path, or None."""
-    value = number(source, *path)
+    found, value = at(source, *path), number(source, *path)
     if value is None:
         return None
-    found = at(source, *path)
-    ends = [number({"": end}, "") for end in found[1:3]] if is_list(found) else []
-    low, high = ends if len(ends) == 2 else (None, None)
-    return Interval(value, low, high)
+    ends = map(_finite, found[1:3]) if is_list(found) and len(found) == 3 else ()
+    return Interval(value, *ends)
+
+
+def _finite(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if math.isfinite(value) else None
 
 
 def is_list(value: Any) -> bool:
@@ -72,39 +88,39 @@ def is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
 
-def finite(value: Any) -> Any:
-    """A value as JSON can hold it: nan and infinities become null."""
+def jsonable(value: Any) -> Any:
+    """The value as strict JSON can hold it: nan and infinities become null."""
     if isinstance(value, Mapping):
-        return {str(key): finite(item) for key, item in value.items()}
+        return {str(key): jsonable(item) for key, item in value.items()}
     if is_list(value):
-        return [finite(item) for item in value]
+        return [jsonable(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Run:
-    """One results document and the settings that the report speaks of first.
+    """One results document, and the variants that the report shows first.
 
     Args:
-        results: A results document of format 1.
+        results: A results document of format 1. It lists the variants under ``settings``.
 
     Raises:
-        DataError: It is no results document, of another format, or without settings.
+        DataError: It is not a results document, has another format, or has no settings.
     """
 
     def __init__(self, results: Mapping[str, Any]) -> None:
         if not isinstance(results, Mapping):
             raise DataError(
-                f"A {type(results).__name__} is no results document; give the object that a run's "
-                "results.json holds."
+                f"A {type(results).__name__} is not a results document; pass the object that a "
+                "run's results.json holds."
             )
         if results.get("format") != FORMAT:
             raise DataError(
-                f"The results document has format {results.get('format')!r}, and this version "
-                f"reads format {FORMAT}; make the report with the version that wrote the run."
+                f"The results document has format {results.get('format')!r}, but this version "
+                f"reads format {FORMAT}; write the report with the version that wrote the run."
             )
         self.results = results
-        self.settings = [item for item in rows(results, "settings") if item.get("name") is not None]
-        if not self.settings:
+        self.variants = [item for item in rows(results, "settings") if item.get("name") is not None]
+        if not self.variants:
             raise DataError(
                 "The results document has no settings, so there is nothing to report; "
                 "let the run finish at least its base setting first."
@@ -122,67 +138,75 @@ class Run:
 
     @cached_property
     def primary(self) -> Mapping[str, Any] | None:
-        """The fusion setting that is spoken of first: "default", or else the first."""
-        fused = [item for item in self.settings if item.get("kind") == "fusion"]
+        """The fusion variant that the summary is about: "default", or else the first."""
+        fused = [item for item in self.variants if item.get("kind") == "fusion"]
         named = [item for item in fused if item["name"] == "default"]
         return next(iter(named or fused), None)
 
     @cached_property
     def word_filter(self) -> Mapping[str, Any] | None:
-        """The word filter."""
+        """The target with a word filter."""
         return self._first("wordfilter")
 
     @cached_property
-    def key_settings(self) -> list[Mapping[str, Any]]:
-        """Base, first fusion setting, word filter: as many as there are."""
+    def key_variants(self) -> list[Mapping[str, Any]]:
+        """The base, the primary variant and the word filter, as far as they were measured."""
         return [item for item in (self.base, self.primary, self.word_filter) if item is not None]
 
     @cached_property
-    def main_scorer(self) -> str | None:
-        """The scorer that is spoken of first."""
-        return self.scorers[0] if self.scorers else None
-
-    @cached_property
     def scorers(self) -> list[str]:
-        """Names of all scorers, the main one first."""
+        """Names of all scorers, the main scorer first."""
         names = dict.fromkeys(map(str, block(self.results, "scorers")))
-        for setting in self.settings:
-            names.update(dict.fromkeys(map(str, block(setting, "toxicity"))))
+        for variant in self.variants:
+            names.update(dict.fromkeys(map(str, block(variant, "toxicity"))))
         main = str(self.results.get("main_scorer"))
         return sorted(names, key=lambda name: name != main)
 
     @cached_property
+    def calibrators(self) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+        """The distinct calibrators, each with its vocabulary map."""
+        pairs = [(block(item, "calibrator"), block(item, "map")) for item in self.variants]
+        return [pair for i, pair in enumerate(pairs) if pair[0] and pair not in pairs[:i]]
+
+    @property
     def prompts(self) -> int | None:
-        """How many prompts there are, over all files."""
+        """The number of prompts in all prompt sets."""
         counts = [number(item, "count") for item in rows(self.results, "prompts")]
         known = [count for count in counts if count is not None]
         return int(sum(known)) if known else None
 
     @property
-    def samples(self) -> int | None:
-        """Continuations a prompt."""
-        count = number(self.results, "sampling", "samples")
-        return None if count is None else int(count)
-
-    @property
     def threshold(self) -> float:
-        """Score from which a continuation counts as toxic."""
+        """The score from which a continuation counts as toxic."""
         found = number(self.results, "threshold")
         return 0.5 if found is None else found
 
     def types(self, scorer: str) -> list[str]:
-        """The types of toxicity that a scorer gave, "toxicity" first."""
+        """The types of toxicity that a scorer reported, "toxicity" first."""
         names: dict[str, None] = {}
-        for setting in self.settings:
-            names.update(dict.fromkeys(map(str, block(setting, "toxicity", scorer))))
+        for variant in self.variants:
+            names.update(dict.fromkeys(map(str, block(variant, "toxicity", scorer))))
         return sorted(names, key=lambda name: name != "toxicity")
 
     def _first(self, kind: str) -> Mapping[str, Any] | None:
-        return next((item for item in self.settings if item.get("kind") == kind), None)
+        return next((item for item in self.variants if item.get("kind") == kind), None)
 
 
 def toxicity(
-    setting: Any, scorer: str | None, measure: str, type_: str = "toxicity"
+    variant: Any, scorer: str, measure: str = "probability", type_: str = "toxicity"
 ) -> Interval | None:
-    """A measure of toxicity of a setting."""
-    return None if scorer is None else interval(setting, "toxicity", scorer, type_, measure)
+    """A measure of a variant's toxicity; by default the share of toxic prompts."""
+    return interval(variant, "toxicity", scorer, type_, measure)
+
+
+def run_labels(runs: Sequence[Run]) -> list[str]:
+    """The names of runs, numbered if several runs share one."""
+    found: list[str] = []
+    for run in runs:
+        name, count = line(run.name, 60), 1
+        label = name
+        while label in found:
+            count += 1
+            label = f"{name} ({count})"
+        found.append(label)
+    return found

@@ -1,10 +1,8 @@
-"""A report that is written once, and reports without pictures."""
+"""A report that is written once, and reports without plots."""
 
 import pytest
 
-from fusion_detox.evaluation.report import rendering
-from fusion_detox.evaluation.report.html import write_report
-from fusion_detox.evaluation.report.markup import Html, escape
+from fusion_detox.evaluation.report import plots, write_report
 
 from .documents import results
 
@@ -18,6 +16,6 @@ def written(tmp_path_factory):
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """Reports without their pictures, for what has nothing to do with them and is asked often."""
-    monkeypatch.setattr(rendering, "svg", lambda panel: Html(f"<svg>{escape(panel.title)}</svg>"))
-    monkeypatch.setattr(rendering, "png", lambda lines, heading: b"")
+    """Skip drawing, for tests that write many reports and do not look at the plots."""
+    monkeypatch.setattr(plots, "svg_uri", lambda panel: "data:image/svg+xml,")
+    monkeypatch.setattr(plots, "png", lambda kinds, heading: b"")

@@ -1,18 +1,16 @@
 """A report as a reader and as a browser see it."""
 
+import base64
 import re
 from html.parser import HTMLParser
-
-from fusion_detox.evaluation.report import headline
-from fusion_detox.evaluation.report.reading import Run
 
 VOID = {"br", "col", "hr", "img", "input", "link", "meta"}
 
 
 class Page(HTMLParser):
-    """A page read strictly: every tag closed in its order, ids unique, references to what is there.
+    """A page, parsed strictly: tags nest, ids are unique, and every reference has its target.
 
-    ``text`` is what a reader sees, ``scripts`` and ``elements`` what a browser acts on.
+    ``text`` is what a reader sees; ``scripts`` and ``elements`` are what a browser acts on.
     """
 
     def __init__(self, source):
@@ -70,14 +68,23 @@ def read(path):
     return Page(path.read_text(encoding="utf-8"))
 
 
-def said(document):
-    """The headline as text: its title, and each sentence with its tone."""
-    run = Run(document)
-    lines = [(Page(s.text).text, s.tone) for s in headline.statements(run)]
-    return headline.title(run), lines
+def summary(path):
+    """The sentences of the summary, each with its state in front."""
+    source = path.read_text(encoding="utf-8")
+    start = source.index('id="summary"')
+    part = source[start : source.index("</section>", start)]
+    found = re.findall(r"<(?:p|li)>.*?</(?:p|li)>", part, re.DOTALL)
+    return [Page(one).text.replace("\u202f", " ") for one in found]
 
 
-def sentence(document, *parts):
-    found = [line for line in said(document)[1] if all(part in line[0] for part in parts)]
-    assert len(found) == 1, (parts, said(document))
+def sentence(path, *parts):
+    """The one sentence of the summary that holds all the parts."""
+    found = [line for line in summary(path) if all(part in line for part in parts)]
+    assert len(found) == 1, (parts, summary(path))
     return found[0]
+
+
+def plots(page):
+    """The plots of a page as SVG documents."""
+    images = [found["src"].partition("base64,")[2] for found in page.all("img")]
+    return [base64.b64decode(image).decode() for image in images]

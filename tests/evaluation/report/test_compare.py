@@ -1,4 +1,4 @@
-"""Runs side by side: their numbers as they are, and a warning where they do not compare."""
+"""Runs side by side: their numbers unchanged, and a warning if they do not compare."""
 
 import copy
 import json
@@ -11,8 +11,8 @@ import pytest
 
 from fusion_detox.errors import ConfigError, DataError, MissingExtraError
 from fusion_detox.evaluation.report import write_comparison
-from fusion_detox.evaluation.report.comparable import differences, run_labels
-from fusion_detox.evaluation.report.reading import Run
+from fusion_detox.evaluation.report.comparable import differences
+from fusion_detox.evaluation.report.reading import Run, run_labels
 
 
 def setting(name, kind, probability, perplexity):
@@ -66,7 +66,7 @@ class Page(HTMLParser):
     def handle_starttag(self, name, attributes):
         self.names.append(name)
         self.ids += [value for key, value in attributes if key == "id"]
-        if name not in ("meta", "br"):
+        if name not in ("meta", "br", "img"):
             self.open.append(name)
 
     def handle_endtag(self, name):
@@ -81,14 +81,14 @@ def compared(*runs):
     return differences([Run(run) for run in runs])
 
 
-def test_both_runs_stand_in_page_and_json(tmp_path):
+def test_both_runs_are_in_page_and_json(tmp_path):
     runs = [results(), results("second", 0.2222)]
     path = write_comparison(runs, tmp_path / "out" / "comparison.html")
     assert sorted(p.name for p in path.parent.iterdir()) == ["comparison.html", "comparison.json"]
     page = Page(path.read_text(encoding="utf-8"))
-    for text in ("11.0 %", "22.2 %", "first", "second", "Nothing was found that forbids it"):
+    for text in ("11.0 %", "22.2 %", "first", "second", "No obstacle was found."):
         assert text in page.text
-    assert page.names.count("svg") == 1
+    assert page.names.count("img") == 1
     numbers = json.loads((path.parent / "comparison.json").read_text(encoding="utf-8"))
     assert numbers["format"] == 1
     assert numbers["differences"] == []
@@ -129,7 +129,7 @@ SCORER = results()["scorers"]["lexical"]
         ("hash of the prompts", {"prompts": [{"name": "rtp", "count": 597}]}),
     ],
 )
-def test_what_makes_numbers_incomparable_is_warned_of(tmp_path, what, changes):
+def test_conditions_that_make_numbers_incomparable_are_warnings(tmp_path, what, changes):
     found = {one.what: one for one in compared(results(), results("second", **changes))}
     assert found[what].level == "warning"
     others = {name for name, one in found.items() if one.level == "warning"} - {what}
@@ -139,12 +139,12 @@ def test_what_makes_numbers_incomparable_is_warned_of(tmp_path, what, changes):
         assert len(set(found[what].values.values())) == 2
 
 
-def test_warnings_stand_in_page_and_json(tmp_path):
+def test_warnings_are_in_page_and_json(tmp_path):
     other = results("second", threshold=0.8, seeds=[2], prompts=[{**PROMPTS, "sha256": "ffff"}])
     path = write_comparison([results(), other], tmp_path / "comparison.html")
     page = Page(path.read_text(encoding="utf-8")).text
-    assert "Not without care: 2 differences between the runs make numbers incomparable." in page
-    assert "The prompts are not the same: toxicity and perplexity are not comparable." in page
+    assert "Not comparable as they are. Differences that make numbers incomparable: 2." in page
+    assert "The prompts differ, so toxicity and perplexity are not comparable." in page
     assert "ffff" in page
     found = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["differences"]
     told = [(one["level"], one["what"]) for one in found]
@@ -160,7 +160,7 @@ def test_warnings_stand_in_page_and_json(tmp_path):
         ("scorer lexical", {"scorers": {"x": {}}, "settings": [{"name": "base", "kind": "base"}]}),
     ],
 )
-def test_what_a_reader_should_know_is_a_note(what, changes):
+def test_other_conditions_are_notes(what, changes):
     found = compared(results(), results("second", **changes))
     assert ("note", what) in {(one.level, one.what) for one in found}
     assert all(one.level == "note" for one in found)
@@ -171,18 +171,18 @@ def test_licence_and_auc_do_not_make_another_scorer():
     assert compared(results(), results("second", scorers=scorers)) == []
 
 
-def test_same_inputs_but_another_base_are_noticed():
+def test_a_different_base_under_the_same_conditions_is_a_note():
     other = results("second")
     other["settings"][0] = setting("base", "base", 0.6, 114.3)
     (found,) = compared(results(), other)
     assert found.level == "note"
     assert found.what == "target alone, lexical"
     assert found.values == {"first": "0.64", "second": "0.6"}
-    # With other seeds it is no wonder.
+    # Different seeds explain it.
     assert [one.what for one in compared(results(), {**other, "seeds": [2]})] == ["seeds"]
 
 
-def test_runs_of_one_name_are_told_apart():
+def test_runs_of_one_name_are_numbered():
     runs = [Run(results("a")), Run(results("a")), Run(results("a (2)")), Run(results("a"))]
     assert run_labels(runs) == ["a", "a (2)", "a (2) (2)", "a (3)"]
 
@@ -208,7 +208,7 @@ def test_same_runs_same_bytes(tmp_path):
         assert one == two
 
 
-def test_json_is_strict_and_holes_are_no_matter(tmp_path):
+def test_json_is_strict_and_blocks_may_be_missing(tmp_path):
     bare = {"format": 1, "settings": [{"name": "base", "kind": "base"}]}
     odd = results("odd", math.nan)
     odd["settings"][1]["perplexity"] = None

@@ -1,4 +1,4 @@
-"""Whatever a results document lacks or has too much of, a report is written or refused."""
+"""Incomplete, odd or oversized results documents still give a report, or a clear error."""
 
 import math
 import re
@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from fusion_detox.errors import DataError, DataFileError, MissingExtraError
-from fusion_detox.evaluation.report.html import write_report
+from fusion_detox.evaluation.report import write_report
 
 from .documents import results, setting
 from .page import read
@@ -88,14 +88,14 @@ def test_a_name_that_is_used_twice_makes_no_id_twice(tmp_path, undrawn):
 @pytest.mark.parametrize(
     ("document", "words"),
     [
-        ({"format": 2, "settings": []}, "has format 2, and this version reads format 1"),
+        ({"format": 2, "settings": []}, "has format 2, but this version reads format 1"),
         ({}, "has format None"),
         ({"format": 1, "settings": []}, "has no settings, so there is nothing to report"),
         ({"format": 1, "settings": None}, "has no settings"),
-        ([], "A list is no results document"),
+        ([], "A list is not a results document"),
     ],
 )
-def test_what_is_no_results_document_is_refused(tmp_path, document, words):
+def test_other_documents_are_refused(tmp_path, document, words):
     with pytest.raises(DataError, match=re.escape(words)):
         write_report(document, tmp_path)
     assert not list(tmp_path.iterdir())
@@ -110,5 +110,5 @@ def test_without_matplotlib_nothing_is_written(tmp_path, monkeypatch):
 
 def test_a_folder_that_cannot_be_made(tmp_path, undrawn):
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataFileError, match=r"cannot be written .*; choose a folder that can"):
+    with pytest.raises(DataFileError, match=r"cannot be written .*folder that is writable"):
         write_report(results(), tmp_path / "file" / "report")

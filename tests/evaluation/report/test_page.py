@@ -1,4 +1,4 @@
-"""The page is well-formed, loads nothing, and nothing of the data can break it."""
+"""The page is well-formed and loads nothing, and no text of the data can break it."""
 
 import base64
 import copy
@@ -7,11 +7,12 @@ import re
 import subprocess
 import sys
 from itertools import pairwise
+from xml.etree import ElementTree
 
-from fusion_detox.evaluation.report.html import write_report
+from fusion_detox.evaluation.report import write_report
 
 from .documents import measure, results
-from .page import read
+from .page import plots, read
 
 EVIL = "</script></style></title><script>alert(1)</script><img src=https://evil.example/x>\"'&amp;"
 
@@ -26,9 +27,10 @@ def test_page_is_well_formed_and_navigable(written):
     sections = {f"#{f['aria-labelledby']}" for f in page.all("section") if "aria-labelledby" in f}
     assert len(sections) == 11
     assert sections <= linked
-    plots = page.all("svg")
-    assert len(plots) == 2 + 2 + 2  # trade-off and histogram by scorer, groups by suite
-    assert all(plot["role"] == "img" and plot["aria-labelledby"] for plot in plots)
+    images = page.all("img")
+    assert len(images) == 2 + 2 + 2  # trade-off and histogram by scorer, groups by suite
+    assert all(image["alt"] for image in images)
+    assert all(figure["aria-label"] for figure in page.all("figure"))
     for header in page.all("th"):
         assert header["scope"] in {"col", "row", "colgroup", "rowgroup"}
     regions = page.all("div", class_="scroll")
@@ -37,9 +39,10 @@ def test_page_is_well_formed_and_navigable(written):
 
 
 def test_descriptions_of_plots_hold_their_numbers(written):
-    page = read(written / "report.html").text
-    assert "target alone: 64 % of prompts toxic at perplexity 114;" in page
-    assert "gay people, fusion: 1.04;" in page
+    described = " ".join(image["alt"] for image in read(written / "report.html").all("img"))
+    described = described.replace("\u202f", " ")
+    assert "target alone: 64 % of prompts toxic at perplexity 114;" in described
+    assert "gay people, fusion: 1.04;" in described
 
 
 def test_nothing_is_loaded_and_no_other_script_runs(written):
@@ -49,6 +52,7 @@ def test_nothing_is_loaded_and_no_other_script_runs(written):
     (policy,) = page.all("meta", http_equiv="Content-Security-Policy")
     assert policy["content"].split("; ") == [
         "default-src 'none'",
+        "img-src data:",
         "style-src 'unsafe-inline'",
         f"script-src 'sha256-{digest}'",
         "base-uri 'none'",
@@ -58,17 +62,25 @@ def test_nothing_is_loaded_and_no_other_script_runs(written):
 
 
 def nothing_loaded(page, source):
-    assert not {"img", "link", "iframe", "object", "embed", "base", "form"} & {
+    assert not {"link", "iframe", "object", "embed", "base", "form"} & {
         name for name, _ in page.elements
     }
     for name, found in page.elements:
-        assert not {"src", "srcset", "action", "xlink:href"} & set(found), name
+        assert not {"srcset", "action", "xlink:href"} & set(found), name
+        assert name == "img" or "src" not in found
+        assert found.get("src", "data:image/svg+xml;base64,").startswith("data:image/svg+xml;")
         assert not [key for key in found if key.startswith("on")], name
         assert (found.get("href") or "#").startswith("#"), name
-        assert "url(" not in (found.get("style") or "").replace("url(#", "("), name
+        assert "url(" not in (found.get("style") or ""), name
     style = source[source.index("<style>") : source.index("</style>")]
     assert "url(" not in style
     assert "@import" not in style
+    for plot in plots(page):
+        elements = ElementTree.fromstring(plot[plot.index("<svg") :]).iter()
+        names = {element.tag.rpartition("}")[2] for element in elements}
+        assert not {"script", "image", "foreignObject", "a"} & names
+        links = re.findall(r'(?:href="|url\()([^")]*)', plot)
+        assert all(link.startswith("#") for link in links)
 
 
 def poisoned(value):
@@ -121,7 +133,7 @@ def test_same_results_same_bytes_whatever_the_style(tmp_path, written):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.png"]
 
 
-def test_pairs_are_hidden_until_asked_for(written):
+def test_pairs_are_hidden_until_opened(written):
     page = read(written / "report.html")
     switches = page.all("button", role="switch")
     assert [s["aria-checked"] for s in switches] == ["false"]
@@ -135,18 +147,19 @@ def test_pairs_are_hidden_until_asked_for(written):
     assert "Content warning." in page.text
 
 
-def test_conditions_are_told_in_full(written):
-    page = read(written / "report.html").text
-    for told in (
+def test_conditions_are_stated_in_full(written):
+    page = read(written / "report.html").text.replace("\u202f", " ")
+    for stated in (
         "demo_target, 7.2 M parameters, vocabulary of 12,288, float32 c839a3106138",
         "english-16k 580269307d32 (vocabulary map: projection, 100.0 % covered)",
-        "5 a prompt, up to 20 tokens, temperature 1, top-p 0.9, seed 1",
-        "rtp-challenging597rtp_challenging.jsonl06882a2549d78b8e",
+        "max new tokens 20, temperature 1, top p 0.9, top k 0, greedy no, samples 5",
+        "Seeds1",
+        "rtp-challenging597 prompts from rtp_challenging.jsonl 06882a2549d78b8e",
         "human labels 0.9498",
         "3 prompts could not be scored",
         "fusion-detox evaluate examples/demo_target/model english-16k --samples 5",
     ):
-        assert told in page.replace("\u202f", " "), told
+        assert stated in page, stated
 
 
 def test_importing_it_is_light():

@@ -1,0 +1,158 @@
+"""Writes the pages: the report of one run, and the comparison of several."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
+
+from fusion_detox.errors import ConfigError, DataError, DataFileError
+from fusion_detox.evaluation.report import findings, numbers, plots, reading, tables
+from fusion_detox.evaluation.report.comparable import Difference, differences
+from fusion_detox.evaluation.report.reading import FORMAT, Run, jsonable, line, run_labels
+from fusion_detox.files.atomic import write_whole
+
+_TEMPLATES = Path(__file__).parent / "templates"
+# What comparison.json holds of a run and of each of its settings.
+_OF_RUN = [
+    *("created", "target", "prompts", "sampling"),
+    *("seeds", "threshold", "scorers", "versions"),
+]
+_OF_VARIANT = [
+    *("name", "kind", "config", "calibrator", "toxicity", "against_base", "perplexity"),
+    *("diversity", "similarity", "harmless", "groups", "refusal", "cost"),
+]
+
+
+def write_report(results: Mapping[str, Any], folder: Path) -> Path:
+    """Write the report of a run: ``report.html``, and its plots as ``report.png``.
+
+    The page is one file that loads nothing else. The same results give the same bytes.
+
+    Args:
+        results: A results document of format 1, as in ``results.json``; blocks may be missing.
+        folder: Where to write both files; created if needed.
+
+    Returns:
+        The path of ``report.html``.
+
+    Raises:
+        DataError: The document has another format or no settings.
+        MissingExtraError: matplotlib is not installed.
+        DataFileError: A file cannot be written.
+    """
+    run = Run(results)
+    plots.require_matplotlib()
+    panels = {
+        "tradeoff": plots.tradeoff_panels(run),
+        "histograms": plots.histogram_panels(run),
+        "groups": plots.group_panels(run),
+        "types": plots.type_panels(run),
+    }
+    page = _render("report.html", run=run, plots=panels)
+    drawn = [panels[kind] for kind in ("tradeoff", "histograms", "groups")]
+    _write(Path(folder) / "report.png", plots.png(drawn, line(run.name, 70)))
+    return _write(Path(folder) / "report.html", page)
+
+
+def write_comparison(runs: Sequence[Mapping[str, Any]], path: Path) -> Path:
+    """Write several runs side by side, with a warning if they do not compare.
+
+    Args:
+        runs: At least two results documents of format 1.
+        path: The HTML file. The same numbers are written beside it, with the suffix ``.json``.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        ConfigError: The file's name does not end in ``.html``.
+        DataError: Fewer than two runs, or a document of another format or without settings.
+        MissingExtraError: matplotlib is not installed.
+        DataFileError: A file cannot be written.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise ConfigError(
+            f"The comparison cannot be written to {str(path)!r}: it is an HTML page with a .json "
+            "file beside it; give a name that ends in .html."
+        )
+    if len(runs) < 2:
+        raise DataError(
+            f"{len(runs)} run{'' if len(runs) == 1 else 's'} cannot be compared; give at least two."
+        )
+    read = [Run(results) for results in runs]
+    plots.require_matplotlib()
+    found, panels = differences(read), plots.comparison_panels(read)
+    page = _render("comparison.html", runs=read, differences=found, panels=panels)
+    document = json.dumps(jsonable(_document(read, found)), indent=2, allow_nan=False)
+    _write(path.with_suffix(".json"), f"{document}\n".encode())
+    return _write(path, page)
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("fusion_detox.evaluation.report"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    filters = (reading.line, numbers.words, numbers.label, numbers.size, numbers.as_json)
+    environment.filters.update({function.__name__: function for function in filters})
+    style, script = ((_TEMPLATES / f"report.{kind}").read_text("utf-8") for kind in ("css", "js"))
+    environment.globals.update(
+        reading=reading,
+        numbers=numbers,
+        findings=findings,
+        tables=tables,
+        svg_uri=lambda panel: plots.svg_uri(panel),
+        style=Markup(style),
+        script=Markup(script),
+        # If a text of the data ever escaped its place, no script would run but this one.
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+    return environment
+
+
+def _render(template: str, **context: Any) -> bytes:
+    page = _environment().get_template(template).render(context)
+    return reading.printable(page).encode()
+
+
+def _write(path: Path, data: bytes) -> Path:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, data)
+    except OSError as error:
+        raise DataFileError(
+            f"{path} cannot be written ({error}); choose a folder that is writable."
+        ) from error
+    return path
+
+
+def _document(runs: Sequence[Run], found: Sequence[Difference]) -> dict[str, Any]:
+    """The comparison as JSON."""
+    labelled = list(zip(runs, run_labels(runs), strict=True))
+    return {
+        "format": FORMAT,
+        "runs": [
+            {"run": label, "name": run.name, **{key: run.results.get(key) for key in _OF_RUN}}
+            for run, label in labelled
+        ],
+        "differences": [asdict(one) for one in found],
+        "settings": [
+            {"run": label, **{key: variant.get(key) for key in _OF_VARIANT}}
+            for run, label in labelled
+            for variant in run.variants
+        ],
+    }
