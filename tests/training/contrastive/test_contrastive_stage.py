@@ -176,7 +176,7 @@ def test_what_does_not_go_together(texts, made, tmp_path):
         ({"clean": clean, "general": general}, "learns from paraphrase sets: give some with --pa"),
         (
             {"calibrator": made, "pairs": pairs, "general": general},
-            "--general cannot be used with it; give text on which the model must not change with --clean",
+            "--general cannot be used with it; give text on which .* not change with --clean",
         ),
         (
             {"calibrator": made, "pairs": pairs, "base": made, "tokenizer": made},
@@ -191,7 +191,7 @@ def test_what_does_not_go_together(texts, made, tmp_path):
         train_calibrator(tmp_path / "no", **texts, config=plain, show_progress=False)
     with pytest.raises(TrainingError, match="--calibrator requires a contrastive --objective"):
         train_calibrator(tmp_path / "no", calibrator=made, config=plain, show_progress=False)
-    with pytest.raises(TrainingError, match="context_length 64 is more than .*, 16 tokens"):
+    with pytest.raises(TrainingError, match=r"context_length 64 is more than .*, 16 tokens"):
         train_calibrator(
             tmp_path / "no", calibrator=made, pairs=pairs, config=config(context_length=64),
             show_progress=False,
