@@ -48,21 +48,7 @@ def check_sources(
     contrastive: bool,
     continues: bool,
 ) -> None:
-    """Refuse missing, useless or contradictory sources of text and models.
-
-    Args:
-        general: Sources of general text.
-        reference_data: Sources of text for the reference alone.
-        base: Model to start from.
-        tokenizer: Tokenizer of a model from scratch.
-        conditions: Conditions on the rows of the clean text.
-        has_clean: Whether there is clean text.
-        contrastive: Whether the objective is contrastive.
-        continues: Whether the training continues from a calibrator.
-
-    Raises:
-        TrainingError: The sources do not fit together.
-    """
+    """Refuse missing, useless or contradictory sources; ``continues`` from a calibrator or not."""
     if continues:
         if not contrastive:
             raise TrainingError(

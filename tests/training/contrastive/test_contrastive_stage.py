@@ -176,22 +176,22 @@ def test_what_does_not_go_together(texts, made, tmp_path):
         ({"clean": clean, "general": general}, "learns from paraphrase sets: give some with --pa"),
         (
             {"calibrator": made, "pairs": pairs, "general": general},
-            "--general cannot be given with it; text that is to stay as it is goes to --clean",
+            "--general cannot be used with it; give text on which .* not change with --clean",
         ),
         (
             {"calibrator": made, "pairs": pairs, "base": made, "tokenizer": made},
-            "--base or --init-from, --tokenizer cannot be given",
+            "--base or --init-from, --tokenizer cannot be used",
         ),
     ]
     for arguments, message in cases:
         with pytest.raises(TrainingError, match=message):
             train_calibrator(tmp_path / "no", **arguments, config=config(), show_progress=False)
     plain = config(objective="language-modelling")
-    with pytest.raises(TrainingError, match="is language-modelling, which has no use for them"):
+    with pytest.raises(TrainingError, match="objective language-modelling does not use them"):
         train_calibrator(tmp_path / "no", **texts, config=plain, show_progress=False)
     with pytest.raises(TrainingError, match="--calibrator requires a contrastive --objective"):
         train_calibrator(tmp_path / "no", calibrator=made, config=plain, show_progress=False)
-    with pytest.raises(TrainingError, match="context_length 64 is more than the 16 tokens"):
+    with pytest.raises(TrainingError, match=r"context_length 64 is more than .*, 16 tokens"):
         train_calibrator(
             tmp_path / "no", calibrator=made, pairs=pairs, config=config(context_length=64),
             show_progress=False,
