@@ -192,7 +192,7 @@ class TestTune:
         assert "*" in capsys.readouterr().out
         before = {p: p.read_bytes() for p in calibrator_folder.rglob("*") if p.is_file()}
         second = classmethod(lambda cls, **_: cls(rank=1, count=2))
-        monkeypatch.setattr("fusion_detox.evaluation.processes.Processes.current", second)
+        monkeypatch.setattr("fusion_detox.evaluation.machine.Processes.current", second)
         assert self.tune(arguments) == 0
         assert capsys.readouterr().out == ""
         after = {p: p.read_bytes() for p in calibrator_folder.rglob("*") if p.is_file()}
