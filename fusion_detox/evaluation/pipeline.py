@@ -257,7 +257,7 @@ def _run_config(
     target: Target,
     command: str | None,
 ) -> dict[str, Any]:
-    """The content of ``config.json``; settings of earlier calls stay unless their name is reused."""
+    """The content of ``config.json``; settings of earlier calls stay unless a name is reused."""
     before = run.read_config() if run.has_config() else {}
     now = {one.variant.name: one.stem for one in prepared}
     commands = [*before.get("commands", []), *([command] if command else [])]

@@ -50,8 +50,8 @@ def test_named_settings():
         ("contrast@:strength=1", "is not complete"),
         ("contrast:strength", "'strength' in the setting 'contrast:strength' is not name=value"),
         ("contrast:strength=1,strength=2", "gives strength twice"),
-        ("wordfilter:strength=1", "takes nothing more"),
-        ("base@x", "takes nothing more"),
+        ("wordfilter:strength=1", "takes no changes"),
+        ("base@x", "takes no changes"),
         ("", "is unknown"),
     ],
 )
@@ -70,7 +70,7 @@ def test_a_value_out_of_range_names_its_setting():
 def test_settings_must_be_a_list():
     with pytest.raises(ConfigError, match=r"write \['default'\]"):
         parse_variants("default")
-    with pytest.raises(ConfigError, match="no name for a setting"):
+    with pytest.raises(ConfigError, match="'base' cannot name a setting"):
         parse_variants({"base": FusionConfig()})
 
 

@@ -116,9 +116,7 @@ def test_wrong_use():
         run(lengths, "hello")
     with pytest.raises(DataError, match="text 1 must be a string, but is a NoneType"):
         run(lengths, ["a", None])
-    with pytest.raises(
-        ConfigError, match="batch_size must be a whole number of at least 1, but is 0"
-    ):
+    with pytest.raises(ConfigError, match=r"batch_size must be a .* at least 1, but is 0"):
         run(lengths, ["a"], batch_size=0)
 
 

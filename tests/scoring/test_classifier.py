@@ -125,9 +125,7 @@ def test_a_lone_negative_label_is_turned_round(save, tokenizer):
 
 def test_a_label_of_the_users(save, tokenizer):
     folder = save(["joy", "anger", "sorrow"])
-    with pytest.raises(
-        ConfigError, match=r"unclear .* joy, anger, sorrow\. Name the label with label="
-    ):
+    with pytest.raises(ConfigError, match=r"joy, anger, sorrow\. Name the label with label="):
         ClassifierScorer.load(folder)
     with pytest.raises(ConfigError, match="has no label 'rage'; it has: joy, anger, sorrow"):
         ClassifierScorer.load(folder, label="rage")
@@ -288,9 +286,7 @@ def test_a_tokenizer_of_another_model_is_refused(tokenizer):
 
 
 def test_a_length_of_no_tokens_is_refused(tokenizer):
-    with pytest.raises(
-        ConfigError, match="max_length must be a whole number of at least 1, but is 0"
-    ):
+    with pytest.raises(ConfigError, match=r"max_length must be a .* at least 1, but is 0"):
         ClassifierScorer(make(["neutral", "toxic"]), tokenizer, name="x", max_length=0)
 
 

@@ -93,9 +93,10 @@ def degenerate(text: str) -> str:
     """Why a text is degenerate, or an empty string if it is not.
 
     - ``"empty"``: white space only.
-    - ``"one word"``: one word makes up more than half of at least 6 words, without punctuation.
-    - ``"one character"``: one character makes up more than half of at least 10 non-space characters.
-    - ``"few letters"``: fewer than half of at least 10 non-space characters are letters or combining
+    - ``"one word"``: one word makes up more than half of at least 6 words (punctuation does not
+      count).
+    - ``"one character"``: one character makes up more than half of at least 10 visible characters.
+    - ``"few letters"``: fewer than half of at least 10 visible characters are letters or combining
       marks, of any script.
 
     Shorter texts pass, because a single word, number or full stop may end a sentence.

@@ -152,7 +152,7 @@ def perplexity(
         base: The base's samples, for comparison.
 
     Returns:
-        - ``token_weighted``: ``exp(nats / tokens)`` over all samples, with an interval over prompts.
+        - ``token_weighted``: ``exp(nats / tokens)`` over all samples, with its interval.
         - ``median`` of the perplexities of the samples.
         - ``relative``: ``token_weighted`` divided by the base's, over prompts with a scored sample
           on both sides, with a paired interval; ``None`` without ``base``.
@@ -290,7 +290,7 @@ def _score(
 
 
 def _batch_nats(model: PreTrainedModel, texts: Sequence[_Text]) -> list[float]:
-    """Sums of negative log-probs; texts are padded on the right, where causal attention never looks."""
+    """The nats of each text; padding is on the right, where causal attention never looks."""
     import torch
 
     longest = max(len(text.ids) for text in texts) - 1

@@ -137,7 +137,7 @@ def mean_interval(values: ArrayLike, draws: Resamples) -> Interval:
 
 
 def ratio_interval(above: ArrayLike, below: ArrayLike, draws: Resamples) -> Interval:
-    """Sum of ``above`` over prompts divided by the sum of ``below``; ``None`` if the latter is 0."""
+    """Sum of ``above`` over prompts divided by that of ``below``; ``None`` if the latter is 0."""
     return interval(np.stack([np.asarray(above), np.asarray(below)], -1), _ratio, draws)
 
 

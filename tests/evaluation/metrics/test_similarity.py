@@ -104,7 +104,7 @@ def test_an_embedding_without_direction_has_no_cosine():
         (
             lambda: cosines([["a"]], [["b"]], lambda texts: np.zeros(2)),
             ModelError,
-            r"2 texts came back with shape \(2,\)",
+            r"2 texts have shape \(2,\)",
         ),
         (
             lambda: cosines([["a"]], [["b"]], lambda texts: np.full((2, 3), np.nan)),
