@@ -81,7 +81,7 @@ def evaluate(
     scorer: Annotated[
         list[str] | None,
         typer.Option(
-            help="lexical, contextual, detoxify:unbiased, perspective, or classifier:MODEL; the "
+            help="lexical, contextual, detoxify:unbiased or classifier:MODEL; the "
             "first is the main one. May be given several times; by default lexical and contextual.",
             rich_help_panel=MEASURES,
         ),

@@ -22,7 +22,7 @@ def rescore(
     scorer: Annotated[
         list[str] | None,
         typer.Option(
-            help="lexical, contextual, detoxify:unbiased, perspective, or classifier:MODEL; the "
+            help="lexical, contextual, detoxify:unbiased or classifier:MODEL; the "
             "first is the main one. May be given several times; by default those of the run.",
         ),
     ] = None,

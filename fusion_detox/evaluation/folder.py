@@ -26,7 +26,10 @@ _FILES = (_FIXED, _CONFIG, _OLD_CONFIG, _PROMPTS, "results.json", "report.html",
 
 
 class RunFolder:
-    """Reads and writes the files of a run. Each JSON file is written completely or not at all.
+    """Reads and writes the files of a run. Each file is written completely or not at all.
+
+    Methods raise ``DataError`` if a file is damaged or the folder holds something else, and
+    ``DataFileError`` if a file is missing or cannot be read or written.
 
     ``run.json`` holds what all continuations share (target, prompts, sampling, seeds) and never
     changes. ``config.json`` holds the variants, scorers and measurement settings of the latest
@@ -42,12 +45,7 @@ class RunFolder:
     @classmethod
     @contextlib.contextmanager
     def claimed(cls, path: Path) -> Iterator[None]:
-        """Creates the folder if needed, and locks it against other commands.
-
-        Raises:
-            DataError: The folder holds something other than a run.
-            DataFileError: The folder cannot be written, or another command is using it.
-        """
+        """Creates the folder if needed, and locks it against other commands."""
         # A start that was interrupted may have left some of these without a run.json.
         ours = not path.exists() or (path / _FIXED).exists()
         known = {_LOCK, *_PARTS, *_FILES}
@@ -74,16 +72,9 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, fixed: Mapping[str, Any], prompts: Sequence[Prompt]) -> RunFolder:
-        """Creates the files of a new run, or checks those of a run to resume.
+        """Creates the files of a run in a claimed folder, or checks that it holds the same run.
 
-        Args:
-            path: The folder, claimed by the caller.
-            fixed: What all continuations of the run share.
-            prompts: All prompts, in order.
-
-        Raises:
-            DataError: The folder holds a different run.
-            DataFileError: The folder cannot be written.
+        ``fixed`` is the content of ``run.json``.
         """
         folder = cls(path)
         values = json.loads(json.dumps({"format": FORMAT, **fixed}))
@@ -108,12 +99,7 @@ class RunFolder:
 
     @classmethod
     def existing(cls, path: Path) -> RunFolder:
-        """The folder of a run that was started before.
-
-        Raises:
-            DataFileError: The folder holds no run.
-            DataError: ``run.json`` is damaged or of another version.
-        """
+        """The folder of a run that was started before."""
         if not (path / _FIXED).is_file():
             raise DataFileError(
                 f"{path} holds no run: {_FIXED} was not found; give a folder that "
@@ -161,12 +147,7 @@ class RunFolder:
         (self.path / _OLD_CONFIG).unlink(missing_ok=True)
 
     def read(self, name: str) -> dict[str, Any]:
-        """Reads a JSON file of the run.
-
-        Raises:
-            DataFileError: The file was not found or cannot be read.
-            DataError: The file is damaged.
-        """
+        """Reads a JSON file of the run."""
         path, text = self.path / name, self._read_text(name)
         remedy = (
             "start the run again with --overwrite"
@@ -182,11 +163,7 @@ class RunFolder:
         return values
 
     def write(self, name: str, values: Mapping[str, Any]) -> None:
-        """Writes a JSON file of the run.
-
-        Raises:
-            DataFileError: The disk is full or the folder cannot be written.
-        """
+        """Writes a JSON file of the run."""
         text = json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False)
         self._write_text(name, text + "\n")
 

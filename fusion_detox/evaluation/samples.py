@@ -50,12 +50,7 @@ class SampleFiles:
         self._own = folder / f"{stem}.{rank}.jsonl"
 
     def read(self) -> Samples:
-        """All complete rows of all processes.
-
-        Raises:
-            DataError: A line is not a row. A torn last line is ignored.
-            DataFileError: A file cannot be read.
-        """
+        """All complete rows of all processes; a torn last line is ignored."""
         found: Samples = {}
         for path in sorted(self._folder.glob(f"{self._stem}.*.jsonl")):
             for number, line in _lines(Journal(path, "seed")):
@@ -73,11 +68,7 @@ class SampleFiles:
 
     @contextlib.contextmanager
     def open(self) -> Iterator[Callable[[Sample], None]]:
-        """Cuts off a torn last line of this process's file and yields a function that appends.
-
-        Raises:
-            DataFileError: The file cannot be written. The yielded function raises it too.
-        """
+        """Cuts off a torn last line of this process's file and yields a function that appends."""
         journal = Journal(self._own, "seed")
         _lines(journal)
         with contextlib.ExitStack() as stack:

@@ -59,11 +59,7 @@ class Sampler:
         self._heap = Heap()
 
     def encode(self, jobs: Sequence[Job], new_tokens: int) -> dict[int, list[int]]:
-        """Token ids of each prompt, by the prompt's index.
-
-        Raises:
-            DataError: A prompt plus ``new_tokens`` exceeds the model's context.
-        """
+        """Token ids by prompt index; ``DataError`` if ``new_tokens`` more exceed the context."""
         prompts = {job.index: job for job in jobs}
         return {
             index: prompt_ids(self.model, self.tokenizer, job, new_tokens)

@@ -223,7 +223,7 @@ class TestTune:
 
     def test_a_shipped_calibrator_is_not_written_to(self, arguments, capsys):
         assert self.tune(arguments, "--calibrator", "english-16k") == 1
-        assert "is no folder of a calibrator of yours" in capsys.readouterr().err
+        assert "is not a calibrator's folder" in capsys.readouterr().err
 
     def test_unknown_setting_in_the_grid(self, arguments, capsys):
         assert self.tune(arguments, "--grid", "strenght=1") == 1

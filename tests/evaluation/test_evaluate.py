@@ -319,7 +319,7 @@ class TestWrongUse:
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "thesis.txt").write_text("x")
         for overwrite in (False, True):
-            with pytest.raises(DataError, match="is no run of `fusion-detox evaluate`"):
+            with pytest.raises(DataError, match="is not a run of `fusion-detox evaluate`"):
                 run(overwrite=overwrite)
         assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.txt"]
 
@@ -386,7 +386,7 @@ class TestWrongUse:
         assert not (tmp_path / "run" / "samples").exists()
 
     def test_rescore_without_a_run(self, tmp_path):
-        with pytest.raises(DataFileError, match=r"holds no run: there is no run\.json"):
+        with pytest.raises(DataFileError, match=r"holds no run: run\.json was not found"):
             rescore(tmp_path)
 
     def test_rescore_of_an_unfinished_run(self, run, tmp_path):

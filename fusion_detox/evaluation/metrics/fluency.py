@@ -32,6 +32,7 @@ from fusion_detox.evaluation.metrics.statistics import (
 )
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 EMPTY, NO_CONTEXT = "empty continuation", "no token before the first one"
@@ -211,6 +212,25 @@ def length_batches(
         start += rows
 
 
+def without_closing(encoded: Any) -> tuple[list[int], list[int]]:
+    """Token ids and special-token mask of an encoded text, without special tokens at its end."""
+    ids, special = list(encoded["input_ids"]), list(encoded["special_tokens_mask"])
+    while ids and special[-1]:
+        ids.pop()
+        special.pop()
+    return ids, special
+
+
+def pad_right(texts: Sequence[Sequence[int]], device: Any) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, ``(texts, longest)``, for causal attention."""
+    import torch
+
+    longest = max(map(len, texts))
+    padded = [[*ids, *[0] * (longest - len(ids))] for ids in texts]
+    mask = [[1] * len(ids) + [0] * (longest - len(ids)) for ids in texts]
+    return torch.tensor(padded, device=device), torch.tensor(mask, device=device)
+
+
 def _tokenise(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> _Text | str:
     if not text:
         return EMPTY
@@ -224,10 +244,7 @@ def _tokenise(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> _Te
         return_offsets_mapping=tokenizer.is_fast,
         verbose=False,
     )
-    ids: list[int] = list(encoded["input_ids"])
-    special: list[int] = list(encoded["special_tokens_mask"])
-    while ids and special[len(ids) - 1]:
-        ids.pop()
+    ids, special = without_closing(encoded)
     if not ids:
         return EMPTY
     fixed = next(k for k in range(len(ids)) if not special[k])
@@ -290,19 +307,11 @@ def _score(
 
 
 def _batch_nats(model: PreTrainedModel, texts: Sequence[_Text]) -> list[float]:
-    """The nats of each text; padding is on the right, where causal attention never looks."""
     import torch
 
-    longest = max(len(text.ids) for text in texts) - 1
-    inputs = [text.ids[:-1] for text in texts]
-    padded = [ids + [0] * (longest - len(ids)) for ids in inputs]
-    mask = [[1] * len(ids) + [0] * (longest - len(ids)) for ids in inputs]
+    ids, mask = pad_right([text.ids[:-1] for text in texts], model.device)
     with torch.inference_mode():
-        logits = model(
-            input_ids=torch.tensor(padded, device=model.device),
-            attention_mask=torch.tensor(mask, device=model.device),
-            use_cache=False,
-        ).logits
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         found = []
         for row, text in enumerate(texts):
             end = len(text.ids)

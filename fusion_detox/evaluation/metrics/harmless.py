@@ -21,7 +21,12 @@ from numpy.typing import NDArray
 from fusion_detox.config import FusionConfig
 from fusion_detox.errors import DataError, ModelError
 from fusion_detox.evaluation.heap import Heap
-from fusion_detox.evaluation.metrics.fluency import context_limit, length_batches
+from fusion_detox.evaluation.metrics.fluency import (
+    context_limit,
+    length_batches,
+    pad_right,
+    without_closing,
+)
 from fusion_detox.evaluation.metrics.statistics import (
     Floats,
     Interval,
@@ -72,11 +77,7 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, limit: int | None = 
         limit: Number of tokens to keep from the start, by default all.
     """
     encoded = tokenizer(text, return_special_tokens_mask=True, verbose=False)
-    ids: list[int] = list(encoded["input_ids"])
-    special: list[int] = list(encoded["special_tokens_mask"])
-    while ids and special[len(ids) - 1]:
-        ids.pop()
-    return ids[:limit]
+    return without_closing(encoded)[0][:limit]
 
 
 def change_on_texts(
@@ -185,20 +186,13 @@ def _compare(
 
     from fusion_detox.fusion import kl_divergence
 
-    longest = len(texts[0])
-    padded = [[*ids, *[0] * (longest - len(ids))] for ids in texts]
-    mask = [[1] * len(ids) + [0] * (longest - len(ids)) for ids in texts]
-    ids = torch.tensor(padded, device=model.device)
+    ids, mask = pad_right(texts, model.device)
     steps = []
     # Not inference_mode: the processor may cache tensors for later calls outside of it.
     with torch.no_grad():
-        logits = model(
-            input_ids=ids[:, :-1],
-            attention_mask=torch.tensor(mask, device=model.device)[:, :-1],
-            use_cache=False,
-        ).logits
+        logits = model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], use_cache=False).logits
         precise = torch.float32 if logits.device.type == "mps" else torch.float64
-        for seen in range(1, longest):
+        for seen in range(1, len(texts[0])):
             left = sum(len(text) > seen for text in texts)
             # In float32, as generate() passes scores to processors.
             scores = logits[:left, seen - 1].float()
