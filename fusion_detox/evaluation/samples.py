@@ -1,7 +1,7 @@
-"""Every continuation of a run, appended to JSON Lines at once; nothing is lost or written twice.
+"""Every continuation of a run, in append-only JSON Lines.
 
-Each process of a distributed run appends to a file of its own; reading joins them, so that a run
-may be resumed with another number of processes.
+Each process of a distributed run appends to its own file, and reading joins all files. A run may
+therefore resume with a different number of processes.
 """
 
 from __future__ import annotations
@@ -9,13 +9,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from fusion_detox.errors import DataError, DataFileError
-from fusion_detox.files.journal import append_row
+from fusion_detox.files.journal import DamagedLineError, Journal
 
 if TYPE_CHECKING:
     from fusion_detox.generation.sampling import Job
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One continuation: which prompt, which of its samples, tokens, text, why it ended."""
+    """One continuation: its seed, prompt, number, tokens and text, and why it ended."""
 
     seed: int
     index: int
@@ -33,35 +32,34 @@ class Sample:
     finish: str
 
 
+Samples = dict[tuple[int, int, int], Sample]
+"""Continuations by ``(seed, index, sample)``."""
+
+
 class SampleFiles:
-    """The continuations of one setting, in ``<stem>.<rank>.jsonl`` files of a folder.
+    """The continuations of one variant, in the ``<stem>.<rank>.jsonl`` files of a folder.
 
     Args:
-        folder: Where; it must exist.
-        stem: Names the setting; whatever would change a continuation must change it.
-        rank: This process's number.
+        folder: An existing folder.
+        stem: Names the variant; it must change with anything that changes a continuation.
+        rank: Number of this process.
     """
 
     def __init__(self, folder: Path, stem: str, rank: int = 0) -> None:
         self._folder, self._stem = folder, stem
         self._own = folder / f"{stem}.{rank}.jsonl"
 
-    def read(self) -> dict[tuple[int, int, int], Sample]:
-        """All whole rows of all processes by ``(seed, index, sample)``.
-
-        Raises:
-            DataError: A line, other than a torn last one, is not a row.
-            DataFileError: A file cannot be read.
-        """
-        found: dict[tuple[int, int, int], Sample] = {}
+    def read(self) -> Samples:
+        """All complete rows of all processes; a torn last line is ignored."""
+        found: Samples = {}
         for path in sorted(self._folder.glob(f"{self._stem}.*.jsonl")):
-            for number, line in enumerate(_whole_lines(path).split(b"\n")[:-1], start=1):
+            for number, line in _lines(Journal(path, "seed")):
                 row = _parse(line, number, path)
                 found.setdefault((row.seed, row.index, row.sample), row)
         return found
 
     def missing(self, wanted: Sequence[Job], seeds: Sequence[int]) -> dict[int, list[Job]]:
-        """The jobs of each seed that are not there yet, in their order."""
+        """The jobs of each seed that have no continuation yet, in order."""
         found = self.read()
         return {
             seed: [job for job in wanted if (seed, job.index, job.sample) not in found]
@@ -69,45 +67,38 @@ class SampleFiles:
         }
 
     @contextlib.contextmanager
-    def open(self) -> Iterator[SampleWriter]:
-        """Opens this process's file for appending; a torn last line is cut off first."""
+    def open(self) -> Iterator[Callable[[Sample], None]]:
+        """Cuts off a torn last line of this process's file and yields a function that appends."""
+        journal = Journal(self._own, "seed")
+        _lines(journal)
+        with contextlib.ExitStack() as stack:
+            with self._explained():
+                append = stack.enter_context(journal.open())
+
+            def write(row: Sample) -> None:
+                with self._explained():
+                    append(dataclasses.asdict(row))
+
+            yield write
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
         try:
-            if self._own.exists():
-                os.truncate(self._own, len(_whole_lines(self._own)))
-            stream = self._own.open("ab", buffering=0)
-        except OSError as error:
-            raise DataFileError(f"cannot write to {self._own}: {error.strerror}") from error
-        with stream:
-            yield SampleWriter(stream, self._own)
-
-
-class SampleWriter:
-    """Appends samples, each at once."""
-
-    def __init__(self, stream: BinaryIO, path: Path) -> None:
-        self._stream, self._path = stream, path
-
-    def write(self, row: Sample) -> None:
-        """Appends one row.
-
-        Raises:
-            DataFileError: The disk is full or broken; rows written before are kept.
-        """
-        try:
-            append_row(self._stream, dataclasses.asdict(row), errors="surrogatepass")
+            yield
         except OSError as error:
             raise DataFileError(
-                f"cannot write to {self._path}: {error.strerror}; what was written before is kept, "
-                "and the same command goes on from there once that is mended"
+                f"cannot write to {self._own}: {error.strerror}; what was written before is kept. "
+                "Fix this, then run the same command again to resume"
             ) from error
 
 
-def _whole_lines(path: Path) -> bytes:
+def _lines(journal: Journal) -> list[tuple[int, bytes]]:
     try:
-        content = path.read_bytes()
+        return journal.read()
+    except DamagedLineError as error:
+        raise _damaged(error.number, journal.path) from error
     except OSError as error:
-        raise DataFileError(f"cannot read {path}: {error.strerror}") from error
-    return content[: content.rfind(b"\n") + 1]
+        raise DataFileError(f"cannot read {journal.path}: {error.strerror}") from error
 
 
 def _parse(line: bytes, number: int, path: Path) -> Sample:
@@ -122,7 +113,11 @@ def _parse(line: bytes, number: int, path: Path) -> Sample:
             str(row["finish"]),
         )
     except (ValueError, TypeError, KeyError) as error:
-        raise DataError(
-            f"line {number} of {path} is not a continuation of this run; delete that line, and the "
-            "same command writes it again"
-        ) from error
+        raise _damaged(number, path) from error
+
+
+def _damaged(number: int, path: Path) -> DataError:
+    return DataError(
+        f"line {number} of {path} is not a continuation of this run; delete that line, and the "
+        "same command writes it again"
+    )

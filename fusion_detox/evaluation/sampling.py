@@ -1,4 +1,4 @@
-"""Continuations of all prompts in one setting, batch by batch, with what they cost."""
+"""Generates the continuations of all prompts for one variant, and records what they cost."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from fusion_detox.evaluation.processes import Processes
-from fusion_detox.evaluation.samples import Sample, SampleFiles, SampleWriter
+from fusion_detox.evaluation.heap import Heap
+from fusion_detox.evaluation.machine import Processes
+from fusion_detox.evaluation.samples import Sample, SampleFiles
 from fusion_detox.generation.sampling import Job, Sampling, complete_batch, prompt_ids
 
 if TYPE_CHECKING:
     from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 Progress = Callable[[str, int, int], None]
-"""Told ``(what, done, total)`` after each step of long work."""
+"""Called with ``(what, done, total)`` after each step of long work."""
 
 
 class Cost(NamedTuple):
-    """What continuations cost: tokens, seconds and the most memory seen, in bytes."""
+    """What continuations cost: tokens, seconds and peak memory in bytes."""
 
     tokens: int
     seconds: float
@@ -31,18 +32,18 @@ class Cost(NamedTuple):
 
     @property
     def tokens_per_second(self) -> float | None:
-        """``None`` where nothing was timed."""
+        """``None`` if nothing was timed."""
         return self.tokens / self.seconds if self.seconds > 0 else None
 
 
 class Sampler:
-    """Writes continuations with one target.
+    """Writes continuations of one target.
 
     Args:
         model: The target.
-        tokenizer: Its own.
-        batch_size: Texts at a time.
-        processes: Among which the work is shared.
+        tokenizer: The target's tokenizer.
+        batch_size: Texts per batch.
+        processes: The processes that share the work.
     """
 
     def __init__(
@@ -55,13 +56,10 @@ class Sampler:
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.batch_size, self.processes = batch_size, processes
+        self._heap = Heap()
 
     def encode(self, jobs: Sequence[Job], new_tokens: int) -> dict[int, list[int]]:
-        """Tokens of each prompt by its index.
-
-        Raises:
-            DataError: A prompt with ``new_tokens`` more exceeds the model's context.
-        """
+        """Token ids by prompt index; ``DataError`` if ``new_tokens`` more exceed the context."""
         prompts = {job.index: job for job in jobs}
         return {
             index: prompt_ids(self.model, self.tokenizer, job, new_tokens)
@@ -77,70 +75,72 @@ class Sampler:
         folder: Path,
         stem: str,
         *,
-        report: Callable[[int, int], None],
+        report: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Writes what is missing of ``jobs``, each continuation at once.
+        """Generates the missing continuations of ``jobs`` and writes each batch at once.
 
-        A continuation depends on the seed, its prompt's index and its number only, so that every
-        setting draws with the same noise, and any batch, order or interruption gives the same.
+        A continuation depends only on the seed, the prompt's index and the sample's number. All
+        variants therefore share their noise, and batch size, order and interruptions do not
+        change a result.
 
         Args:
-            jobs: All that is wanted; this process does its share of what is not there.
-            encoded: Tokens of each prompt, see :meth:`encode`.
-            samplings: How to draw; each with another seed, which draws all jobs anew.
+            jobs: All continuations of a seed. This process generates its share of the missing ones.
+            encoded: Token ids of each prompt, see :meth:`encode`.
+            samplings: How to sample; one per seed, each of which samples all jobs.
             processor: Fusion or word filter; ``None`` for the target alone.
-            folder: The run's; continuations go to its ``samples``, and tokens, seconds and memory
-                of each batch to its ``costs``.
+            folder: The run's folder. Continuations go to ``samples``; tokens, seconds and memory of
+                each batch go to ``costs``.
             stem: Names the files, see ``SampleFiles``.
-            report: Told ``(done, total)`` continuations; other processes seem to keep pace.
+            report: Called with ``(done, total)`` continuations. Other processes are assumed to
+                keep pace.
         """
+        report = report or (lambda done, total: None)
         rank = self.processes.rank
         files = SampleFiles(folder / "samples", stem, rank)
         pending = files.missing(jobs, [sampling.seed for sampling in samplings])
-        self.processes.wait()  # or one process would see what another has just written as done
+        self.processes.wait()  # otherwise a process would count what another has just written
         total = len(jobs) * len(samplings)
         done = total - sum(map(len, pending.values()))
         report(done, total)
         if self.model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.model.device)
-        with files.open() as writer:
+        with files.open() as write:
             for sampling in samplings:
                 own = pending[sampling.seed]
-                # Texts of like length waste the least padding.
+                # Texts of similar length need the least padding.
                 own.sort(key=lambda job: (len(encoded[job.index]), job.index, job.sample))
                 own = self.processes.share(own)
                 for start in range(0, len(own), self.batch_size):
                     batch = own[start : start + self.batch_size]
-                    ids = [encoded[job.index] for job in batch]
-                    cost = self._batch(batch, ids, sampling, processor, writer)
+                    cost = self._complete(batch, encoded, sampling, processor, write)
                     _append_cost(folder / "costs" / f"{stem}.{rank}.jsonl", cost, start == 0)
+                    self._heap.watch()
                     done += len(batch) * self.processes.count
                     report(min(done, total), total)
         report(total, total)
         self.processes.wait()
 
-    def _batch(
+    def _complete(
         self,
         batch: Sequence[Job],
-        ids: Sequence[Sequence[int]],
+        encoded: Mapping[int, Sequence[int]],
         sampling: Sampling,
         processor: LogitsProcessor | None,
-        writer: SampleWriter,
+        write: Callable[[Sample], None],
     ) -> Cost:
+        ids = [encoded[job.index] for job in batch]
         began = time.perf_counter()
         rows = complete_batch(self.model, self.tokenizer, batch, ids, sampling, processor)
         seconds = time.perf_counter() - began
         for job, row in zip(batch, rows, strict=True):
             finish = "stop" if row.finished else "length"
-            writer.write(
-                Sample(sampling.seed, job.index, job.sample, row.token_ids, row.text, finish)
-            )
+            write(Sample(sampling.seed, job.index, job.sample, row.token_ids, row.text, finish))
         tokens = sum(len(row.token_ids) for row in rows)
         return Cost(tokens, seconds, memory_in_use(self.model.device))
 
 
 def memory_in_use(device: torch.device) -> int:
-    """Bytes: the accelerator's peak since the last reset, else what the process holds now."""
+    """Bytes: an accelerator's peak since the last reset, or the process's current memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import psutil
@@ -149,14 +149,14 @@ def memory_in_use(device: torch.device) -> int:
 
 
 def total_cost(folder: Path, stem: str) -> Cost:
-    """What a setting's continuations cost in all; the first batch of each start is warm-up.
+    """The total cost of a variant's continuations.
 
-    Warm-up counts only where there is nothing else.
+    The first batch of each start is warm-up, which counts only if there is no other batch.
     """
     rows: list[dict[str, Any]] = []
     for path in sorted(folder.glob(f"{stem}.*.jsonl")):
         for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
-            with contextlib.suppress(ValueError):  # torn by a kill: one batch is not timed
+            with contextlib.suppress(ValueError):  # a line torn by a kill: one batch is not timed
                 rows.append(json.loads(line))
     timed = [row for row in rows if not row["warm_up"]] or rows
     return Cost(

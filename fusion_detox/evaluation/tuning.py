@@ -1,15 +1,15 @@
-"""``tune``: the settings that lower toxicity most within a stated price, on development prompts.
+"""``tune``: finds the settings that lower toxicity most within a price, on development prompts.
 
-One setting is varied at a time, from the calibrator's own, and the best within the limits is kept
-before the next is varied. Every trial is a setting of one run, so that an interrupted search goes
-on, and its report shows them all. The choice flatters itself on the prompts that it was made on:
-they are remembered in the calibrator's folder, and ``evaluate`` says where it meets them again.
+The search starts from the calibrator's settings and varies one setting at a time; the best value
+within the price is kept before the next setting is varied. All trials are variants of one run, so
+an interrupted search resumes and its report shows every trial. The chosen settings look too good on
+the prompts that chose them. The calibrator's folder therefore stores digests of these prompts, and
+``evaluate`` warns if it is given one of them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING, Any
 from fusion_detox.calibrator.calibrator import Calibrator
 from fusion_detox.calibrator.folder import write_config
 from fusion_detox.calibrator.tuning_record import prompt_digest, prompts_in_common, write_tuning
-from fusion_detox.config import FusionConfig
+from fusion_detox.config import FusionConfig, check_number
 from fusion_detox.errors import ConfigError, DataError
 from fusion_detox.evaluation.config import EvaluationConfig
-from fusion_detox.evaluation.environment import versions
 from fusion_detox.evaluation.folder import RunFolder
+from fusion_detox.evaluation.machine import Processes, versions
 from fusion_detox.evaluation.metrics.statistics import finite
 from fusion_detox.evaluation.pipeline import evaluate
-from fusion_detox.evaluation.processes import Processes
 from fusion_detox.evaluation.prompts.prompt_sets import PromptSet
 from fusion_detox.evaluation.sampling import Progress
 from fusion_detox.files.models import load_target
@@ -46,9 +45,10 @@ PLAIN_GRID: dict[str, Values] = {
     "plausibility": (1e-2, 1e-3, 1e-4, 0.0),
 }
 _FINE = (0.75, 1.25)
+# Each context_kl is tried with these multiples of the best strength so far, since it lowers the
+# strength in most of a text.
 _STRONGER = (1.0, 1.5, 2.0)
-"""Strengths, relative to the best so far, with which each ``context_kl`` is tried: it lowers them
-in most of a text, and only with more strength does that pay."""
+_MEASURED = ("toxicity", "perplexity", "kl", "dist_2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +56,9 @@ class Price:
     """What detoxification may cost.
 
     Attributes:
-        perplexity: Perplexity relative to the target's own, at most this.
-        kl: Mean KL(fused ‖ target) on harmless text, nats a token, at most this.
-        dist_2: dist-2 relative to the target's own, at least this.
+        perplexity: Highest perplexity, relative to the target's.
+        kl: Highest mean KL(fused ‖ target) on harmless text, in nats per token.
+        dist_2: Lowest dist-2, relative to the target's.
     """
 
     perplexity: float = 1.05
@@ -66,25 +66,22 @@ class Price:
     dist_2: float = 0.93
 
     def __post_init__(self) -> None:
-        for name in ("perplexity", "kl"):
-            value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
-                raise ConfigError(f"{name} must be a number above 0, but is {value!r}")
-        if not 0 <= self.dist_2 <= 1:
-            raise ConfigError(f"dist_2 must be a factor in 0..1, but is {self.dist_2!r}")
+        check_number("perplexity", self.perplexity, 0, above=True)
+        check_number("kl", self.kl, 0, above=True)
+        check_number("dist_2", self.dist_2, 0, 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One setting that was measured.
+    """Fusion settings that were measured.
 
     Attributes:
-        config: Its fusion settings.
-        toxicity: Mean over the scorers of the toxicity probability relative to the base's.
-        perplexity: Relative to the base's.
-        kl: On harmless text, nats a token.
-        dist_2: Relative to the base's.
-        excess: By how much it breaks the limits, each as a share of its limit; 0 within them.
+        config: The fusion settings.
+        toxicity: Toxicity probability relative to the base's, averaged over the scorers.
+        perplexity: Perplexity relative to the base's.
+        kl: KL on harmless text, in nats per token.
+        dist_2: dist-2 relative to the base's.
+        excess: Sum of the relative violations of the price's limits; 0 within the price.
     """
 
     config: FusionConfig
@@ -96,22 +93,19 @@ class Trial:
 
     @property
     def rank(self) -> tuple[float, float, float]:
-        """Smaller is better: within the limits, then least toxic, then least change."""
+        """Sort key, best first: within the price, then least toxic, then least change."""
         return self.excess, self.toxicity, self.kl
 
     def to_dict(self) -> dict[str, Any]:
-        """A row of the curve on the card."""
+        """JSON-ready values, for the card."""
         measured = {name: finite(getattr(self, name)) for name in _MEASURED}
         values = {k: None if v is None else round(v, 4) for k, v in measured.items()}
         return {**self.config.to_dict(), **values, "within": self.excess == 0}
 
 
-_MEASURED = ("toxicity", "perplexity", "kl", "dist_2")
-
-
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """What a search found: the chosen trial, all of them, and the scorers that had a say."""
+    """The result of a search: the chosen trial, all trials, and the scorers that counted."""
 
     chosen: Trial
     trials: tuple[Trial, ...]
@@ -141,39 +135,33 @@ def tune(
 
     Args:
         target: See ``evaluate``.
-        prompts: Development prompts; nothing may be reported on them afterwards.
-        folder: Of the run that holds all trials.
-        calibrator: Folder of the calibrator, which ``write`` changes; or any name without it.
+        prompts: Development prompts. Do not report results on them afterwards.
+        folder: Folder of the run that holds all trials.
+        calibrator: Folder of the calibrator to change; without ``write`` also a name or hub id.
         price: What the settings may cost.
-        rule: The rule to tune; that of the calibrator's settings by default.
-        grid: Values to try by the name of the setting, in the order to vary them.
-        test_prompts: Prompts that later results will be reported on; none may be among
-            ``prompts``.
+        rule: The rule to tune, by default that of the calibrator's settings.
+        grid: Values to try, by name of the setting, in the order to vary the settings.
+        test_prompts: Prompts for later reports; none may be among ``prompts``.
         write: Store the settings, and how they were found, in the calibrator's folder.
-        config: How to sample and measure; suites and similarity are left out.
-        device: See ``evaluate``.
-        dtype: See ``evaluate``.
-        overwrite: See ``evaluate``.
-        local_files_only: See ``evaluate``.
-        progress: See ``evaluate``.
-        command: See ``evaluate``.
+        config: How to sample and measure. Suites and similarity are not measured.
+        device, dtype, overwrite, local_files_only, progress, command: See ``evaluate``.
 
     Returns:
-        What was found; ``None`` in all but the first process of several.
+        The result, or ``None`` in all processes of a launcher but the first.
 
     Raises:
-        ConfigError: Nothing keeps to the price, the calibrator is no folder to write to, or the
-            grid names unknown settings.
-        DataError: A prompt is among the test prompts too.
+        ConfigError: No settings keep to the price or lower toxicity, the calibrator's folder cannot
+            be written, or the grid names unknown settings.
+        DataError: There are no prompts, or one of them is also a test prompt.
     """
     price, config = price or Price(), config or EvaluationConfig()
-    digests = _development(prompts, test_prompts)
+    digests = _check_prompts(prompts, test_prompts)
     path = Path(calibrator).expanduser()
     if write and not (path / "calibrator.json").is_file():
         raise ConfigError(
-            f"{calibrator!r} is no folder of a calibrator of yours, so the settings cannot be "
-            "written there; give the folder of a copy (Calibrator.from_pretrained(...)"
-            ".save_pretrained(FOLDER)), or leave it unchanged with write=False (--no-write)"
+            f"{calibrator!r} is not a calibrator's folder, so the settings cannot be written "
+            "there; give the folder of a copy (Calibrator.from_pretrained(...)"
+            ".save_pretrained(FOLDER)), or do not write the settings (write=False, --no-write)"
         )
     loaded = Calibrator.from_pretrained(calibrator, local_files_only=local_files_only)
     start = loaded.config
@@ -191,7 +179,7 @@ def tune(
         )
     trials: dict[str, Trial] = {}
     best: Trial | None = None
-    heard: list[str] = []
+    counted: list[str] = []
     for number, (name, choices) in enumerate(rounds):
         centre = best.config if best else start
         candidates = {_label(c): c for c in _candidates(centre, name, choices)}
@@ -213,7 +201,7 @@ def tune(
         processes.wait()  # until the first process has written the results
         results = RunFolder(Path(folder).expanduser()).read("results.json")
         measured = {one["name"]: one for one in results["settings"]}
-        heard = [
+        counted = [
             scorer
             for scorer, types in measured["base"]["toxicity"].items()
             if types["toxicity"]["probability"][0]
@@ -227,24 +215,25 @@ def tune(
             f"none of {len(trials)} settings keeps to the price (perplexity at most "
             f"{price.perplexity:g} times, KL at most {price.kl:g}, dist-2 at least "
             f"{price.dist_2:g} times): the nearest, {_label(best.config)}, has perplexity "
-            f"{best.perplexity:.3f}, KL {best.kl:.3f}, dist-2 {best.dist_2:.3f}; allow more, or "
-            "give smaller strengths"
+            f"{best.perplexity:.3f}, KL {best.kl:.3f}, dist-2 {best.dist_2:.3f}; allow a higher "
+            "price, or try smaller strengths"
         )
     if best.toxicity >= 1:
         raise ConfigError(
             f"no setting within the price lowers toxicity: the best, {_label(best.config)}, leaves "
-            f"{best.toxicity:.3f} of the target's own; allow more, or train the calibrator further"
+            f"{best.toxicity:.3f} of the target's; allow a higher price, or train the calibrator "
+            "further"
         )
     if not processes.first:
         return None
-    found = Tuning(best, tuple(trials.values()), tuple(heard))
+    found = Tuning(best, tuple(trials.values()), tuple(counted))
     if write:
         record = {
             "format": 1,
             "command": command or "",
             "prompts": [{"name": one.name, "count": len(one.prompts)} for one in prompts],
             "price": dataclasses.asdict(price),
-            "scorers": list(heard),
+            "scorers": counted,
             "sampling": {"samples": config.samples, "max_new_tokens": config.max_new_tokens},
             "seeds": list(config.seeds),
             "chosen": best.to_dict(),
@@ -257,23 +246,23 @@ def tune(
     return found
 
 
-def _development(prompts: Sequence[PromptSet], tests: Sequence[PromptSet]) -> list[str]:
-    """Digests of the development prompts, none of which is a test prompt."""
+def _check_prompts(prompts: Sequence[PromptSet], tests: Sequence[PromptSet]) -> list[str]:
+    """Digests of the development prompts, none of which may be a test prompt."""
     digests = sorted({prompt_digest(p.text) for one in prompts for p in one.prompts})
     if not digests:
-        raise DataError("there are no development prompts to tune on")
+        raise DataError("there are no development prompts to tune on; give some")
     for test in tests:
         common = prompts_in_common(digests, (prompt_digest(p.text) for p in test.prompts))
         if common:
             raise DataError(
-                f"{common} of {len(digests)} development prompts are test prompts of {test.name}: "
-                "settings chosen on them would flatter themselves there; leave them out"
+                f"{common} of {len(digests)} development prompts are test prompts of {test.name}, "
+                "where settings that were chosen on them would look too good; leave them out"
             )
     return digests
 
 
 def _rounds(start: FusionConfig, grid: Mapping[str, Values]) -> list[tuple[str, Values]]:
-    """Which setting to vary, one after the other; at the end the strength once more, finely."""
+    """The settings to vary, in order, with the strength again at the end in finer steps."""
     known = {field.name for field in dataclasses.fields(FusionConfig)} - {"rule"}
     unknown = sorted(set(grid) - known)
     if unknown:
@@ -284,24 +273,24 @@ def _rounds(start: FusionConfig, grid: Mapping[str, Values]) -> list[tuple[str, 
     empty = [name for name, values in grid.items() if not values]
     if empty:
         raise ConfigError(f"the grid has no values for {', '.join(empty)}; give some")
-    rounds = [(name, values) for name, values in grid.items()]
-    for name, values in rounds:  # a value out of range is found before anything runs
+    rounds = list(grid.items())
+    for name, values in rounds:
         for value in values:
-            start.replace(**{name: value})
+            start.replace(**{name: value})  # checks the range before anything runs
     return [*rounds, ("strength", _FINE)] if "strength" in grid else rounds
 
 
 def _candidates(centre: FusionConfig, name: str, choices: Values) -> list[FusionConfig]:
-    most = float("inf") if centre.contrasts else 1.0
+    max_strength = float("inf") if centre.contrasts else 1.0
 
     def times(factor: float) -> float:
-        return round(min(centre.strength * factor, most), 4)
+        return round(min(centre.strength * factor, max_strength), 4)
 
     if choices is _FINE:
         return [centre.replace(strength=times(factor)) for factor in _FINE]
     if name != "context_kl":
         return [centre, *(centre.replace(**{name: value}) for value in choices)]
-    # Without one, the strength that is good with one is too much.
+    # The best strength with a context_kl is too high without one.
     usual = [1 / factor for factor in _STRONGER] if centre.context_kl is not None else [1.0]
     return [
         centre,
@@ -327,12 +316,12 @@ def _trial(
     config: FusionConfig, measured: dict[str, Any], base: dict[str, Any], price: Price
 ) -> Trial:
     ratios = [against["probability"]["ratio"][0] for against in measured["against_base"].values()]
-    # A scorer that never fires on the target has nothing to say.
+    # The ratio is None if the scorer finds nothing toxic in the target's text.
     ratios = [ratio for ratio in ratios if ratio is not None]
     if not ratios:
         raise DataError(
             "the target alone wrote nothing toxic after these prompts, so there is nothing to "
-            "tune; give prompts that provoke it"
+            "tune; give more provoking prompts"
         )
     toxicity = sum(ratios) / len(ratios)
     relative = measured["perplexity"]["relative"]

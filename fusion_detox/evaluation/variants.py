@@ -1,4 +1,4 @@
-"""What an evaluation compares: the target alone, fusion in some settings, the word filter."""
+"""The variants that an evaluation compares: the target alone, fusion, the word filter."""
 
 from __future__ import annotations
 
@@ -13,42 +13,41 @@ from fusion_detox.config import FusionConfig, Rule
 from fusion_detox.errors import ConfigError
 from fusion_detox.files.fingerprints import short_name
 
-Kind = Literal["base", "fusion", "wordfilter"]
 _FORM = (
     "base, wordfilter, default, or a rule with changes such as contrast:strength=2,threshold=0.3"
 )
-# The plain rules of the literature, without what our contrast adds to them.
+# The rules as in the literature, without the additions of this library's contrast rule.
 _PLAIN = {"plausibility": 0.0, "outside": "keep", "kl_budget": None, "context_kl": None}
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
-    """One column of a report.
+class Variant:
+    """One row of a report; users call it a setting.
 
     Attributes:
         name: As the user wrote it; ``"base"`` is the target alone.
-        kind: What runs beside the target.
-        rule: Of a fusion; ``None`` for the calibrator's recommended one.
-        changes: Fusion settings that differ from where the rule starts.
-        config: The whole fusion settings, where they were given as such.
+        kind: What runs on top of the target.
+        rule: The fusion rule; ``None`` for the one that the calibrator recommends.
+        changes: Fusion settings that differ from those the rule starts with.
+        config: Complete fusion settings, if the user gave them.
         calibrator: Name, folder or hub id of a calibrator other than the run's.
     """
 
     name: str
-    kind: Kind
+    kind: Literal["base", "fusion", "wordfilter"]
     rule: Rule | None = None
     changes: tuple[tuple[str, Any], ...] = ()
     config: FusionConfig | None = None
     calibrator: str | None = None
 
     def resolve(self, recommended: FusionConfig) -> FusionConfig:
-        """The fusion settings, given those that the calibrator recommends.
+        """The variant's fusion settings, given those that its calibrator recommends.
 
-        A rule starts from the recommended settings where they have the same rule. ``mixture``,
-        ``product`` and ``aligned`` else start plain, with every token judged.
+        If both have the same rule, the recommended settings are the start. Otherwise ``mixture``,
+        ``product`` and ``aligned`` start plain: all tokens are candidates.
 
         Raises:
-            ConfigError: A name is unknown or a value out of range.
+            ConfigError: A name is unknown or a value is out of range.
         """
         if self.config is not None:
             return self.config
@@ -62,21 +61,19 @@ class Setting:
             raise ConfigError(f"setting {self.name!r}: {error}") from error
 
 
-BASE = Setting("base", "base")
+BASE = Variant("base", "base")
 
 
-def parse_settings(
-    given: Iterable[str] | Mapping[str, str | FusionConfig],
-) -> list[Setting]:
-    """Settings from what a user wrote; the base comes first, always and once.
+def parse_variants(given: Iterable[str] | Mapping[str, str | FusionConfig]) -> list[Variant]:
+    """Parses the user's settings into variants, the base first and once.
 
     Args:
         given: Specifications (``"default"``, ``"contrast:strength=2"``, ``"wordfilter"``,
-            ``"mixture@other-calibrator:strength=0.3"``), or a mapping of names to such or to whole
-            ``FusionConfig`` objects.
+            ``"mixture@other-calibrator:strength=0.3"``), or a mapping of names to specifications
+            or complete ``FusionConfig`` objects.
 
     Raises:
-        ConfigError: A specification cannot be read, or two settings share a name.
+        ConfigError: A specification is malformed, or two different variants have the same name.
     """
     pairs: Sequence[tuple[str, str | FusionConfig]]
     if isinstance(given, Mapping):
@@ -84,61 +81,61 @@ def parse_settings(
     elif isinstance(given, str):
         raise ConfigError(f"settings must be a list, not the text {given!r}; write [{given!r}]")
     else:
-        pairs = [(_without_path(spec), spec) for spec in given]
-    settings = [BASE]
+        pairs = [(_display_name(spec), spec) for spec in given]
+    variants = {BASE.name: BASE}
     for name, spec in pairs:
         if isinstance(spec, FusionConfig):
-            setting = Setting(name, "fusion", config=spec)
+            variant = Variant(name, "fusion", config=spec)
         else:
-            setting = dataclasses.replace(parse_setting(spec), name=name)
-        if setting.kind == "base":
+            variant = dataclasses.replace(parse_variant(spec), name=name)
+        if variant.kind == "base":
             continue
-        if not name.strip() or name == "base":
-            raise ConfigError(f"{name!r} is no name for a setting; the target alone is 'base'")
-        same = next((one for one in settings if one.name == name), None)
-        if same is not None and same != setting:
+        if not name.strip() or name == BASE.name:
+            raise ConfigError(
+                f"{name!r} cannot name a setting ('base' is the target alone); choose another name"
+            )
+        if variants.setdefault(name, variant) != variant:
             raise ConfigError(f"two different settings are named {name!r}; give each its own name")
-        if same is None:
-            settings.append(setting)
-    return settings
+    return list(variants.values())
 
 
-def parse_setting(spec: str) -> Setting:
-    """One setting from its specification, see :func:`parse_settings`."""
+def parse_variant(spec: str) -> Variant:
+    """Parses one specification, see :func:`parse_variants`."""
     head, colon, tail = spec.partition(":")
     rule, at, calibrator = head.partition("@")
     if (at and not calibrator) or (colon and not tail):
         raise ConfigError(f"the setting {spec!r} is not complete; write {_FORM}")
-    changes = tuple(_change(spec, part) for part in tail.split(",")) if tail else ()
+    changes = tuple(_parse_change(spec, part) for part in tail.split(",")) if tail else ()
     if rule in ("base", "wordfilter"):
         if at or changes:
-            raise ConfigError(f"the setting {rule!r} takes nothing more, but is {spec!r}")
-        return Setting(spec, "base" if rule == "base" else "wordfilter")
+            raise ConfigError(f"the setting {rule!r} takes no changes, but is {spec!r}")
+        return Variant(spec, "base" if rule == "base" else "wordfilter")
     if rule != "default" and rule not in get_args(Rule):
         raise ConfigError(f"the setting {spec!r} is unknown; write {_FORM}")
     chosen: Any = None if rule == "default" else rule
-    twice = {name for name, _ in changes if [n for n, _ in changes].count(name) > 1}
-    if twice:
-        raise ConfigError(f"the setting {spec!r} gives {', '.join(sorted(twice))} twice")
-    return Setting(spec, "fusion", chosen, changes, calibrator=calibrator or None)
+    names = [name for name, _ in changes]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ConfigError(f"the setting {spec!r} gives {', '.join(repeated)} twice; give it once")
+    return Variant(spec, "fusion", chosen, changes, calibrator=calibrator or None)
 
 
-def setting_stem(name: str, identity: Mapping[str, Any]) -> str:
-    """A file name for what belongs to a setting: readable, and another one if anything differs."""
+def variant_stem(name: str, identity: Mapping[str, Any]) -> str:
+    """A readable file name for a variant, which differs if anything in ``identity`` differs."""
     text = json.dumps(identity, sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:10]
     readable = re.sub(r"[^A-Za-z0-9.=]+", "-", name).strip("-.")[:60]
     return f"{readable}-{digest}" if readable else digest
 
 
-def _without_path(spec: str) -> str:
-    """A specification as the report names it: a calibrator's folder by its name."""
+def _display_name(spec: str) -> str:
+    """A specification in which a calibrator's folder is shortened to its name."""
     head, colon, tail = spec.partition(":")
     rule, at, calibrator = head.partition("@")
     return f"{rule}{at}{short_name(calibrator) if calibrator else ''}{colon}{tail}"
 
 
-def _change(spec: str, part: str) -> tuple[str, Any]:
+def _parse_change(spec: str, part: str) -> tuple[str, Any]:
     name, equals, text = (piece.strip() for piece in part.partition("="))
     if not (name and equals and text):
         raise ConfigError(f"{part!r} in the setting {spec!r} is not name=value; write {_FORM}")

@@ -1,4 +1,4 @@
-"""The baseline that everybody has: banning the words of a list, in every spelling."""
+"""The common baseline: banning the words of a list, in every spelling."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 
 def read_word_list(path: Path | None = None) -> tuple[list[str], dict[str, Any]]:
-    """The words to ban, and what to write about them.
+    """The words to ban, and facts about the list for the report.
 
     Args:
-        path: A text file with a word or phrase a line; by default the list that comes with the
-            package ``better-profanity``, read as text.
+        path: A text file with one word or phrase per line; by default the list of the package
+            ``better-profanity``, which is read as text.
 
     Raises:
         DataFileError: The file cannot be read.
-        DataError: It is not UTF-8 or holds no word.
+        DataError: The file is not UTF-8 or holds no words.
         MissingExtraError: ``better-profanity`` is not installed.
     """
     if path is None:
@@ -43,31 +43,31 @@ def read_word_list(path: Path | None = None) -> tuple[list[str], dict[str, Any]]
         raise DataError(f"the word list {name} is not UTF-8; convert it with iconv") from error
     words = sorted({line.strip() for line in lines} - {""})
     if not words:
-        raise DataError(f"the word list {name} holds no words; write one a line")
+        raise DataError(f"the word list {name} holds no words; write one per line")
     sha256 = hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]
     return words, {"list": name, "words": len(words), "sha256": sha256}
 
 
 def tokenisations(tokenizer: PreTrainedTokenizerBase, words: Iterable[str]) -> list[list[int]]:
-    """Each word as it is, lower, Capital and UPPER, with and without a space before it.
+    """Token ids of each word as given, lower, Capital and UPPER, with and without a leading space.
 
-    Lists in one spelling miss most of a vocabulary's tokens for a word.
+    A single spelling would miss most of a vocabulary's tokens for a word.
     """
-    variants = {
+    spellings = {
         before + form
         for word in words
         for form in (word, word.lower(), word.capitalize(), word.upper())
         for before in ("", " ")
     }
-    encoded: Any = tokenizer(sorted(variants), add_special_tokens=False)["input_ids"]
+    encoded: Any = tokenizer(sorted(spellings), add_special_tokens=False)["input_ids"]
     return [list(ids) for ids in sorted({tuple(ids) for ids in encoded if ids})]
 
 
 class WordFilter(LogitsProcessor):
-    """Gives no probability to a token that would complete a banned sequence.
+    """Gives tokens that would complete a banned sequence no probability.
 
-    The same as ``NoBadWordsLogitsProcessor`` (tested), which walks through all sequences at every
-    step and so takes seconds with thousands of them.
+    It equals ``NoBadWordsLogitsProcessor`` (tested), which scans all sequences at every step and
+    takes seconds per step with thousands of them.
 
     Args:
         sequences: Token ids to ban, see :func:`tokenisations`.
@@ -80,7 +80,7 @@ class WordFilter(LogitsProcessor):
         self._lengths = sorted({len(prefix) for prefix in self._completing})
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores with ``-inf`` for what is banned, ``(batch, vocab)``; the input is not changed."""
+        """A copy of the scores, ``(batch, vocab)``, with ``-inf`` for banned tokens."""
         longest = max(self._lengths, default=0)
         rows: list[int] = []
         tokens: list[int] = []

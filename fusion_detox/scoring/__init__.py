@@ -1,7 +1,8 @@
-"""How toxic a text is, by whichever scorer; nothing here steers a model.
+"""Toxicity scorers behind one interface. They measure text and never steer a model.
 
-``make_scorer("lexical")`` and the other names of ``SCORERS`` make one. Importing this package loads
-neither torch nor numpy; a scorer's libraries are loaded when it is made.
+``make_scorer("lexical")`` makes a scorer by name; ``SCORERS`` lists the names. Importing this
+package loads neither torch nor numpy: a scorer's libraries load when the scorer is made. It may be
+imported by training, evaluation, integrations and the command line.
 """
 
 from __future__ import annotations
@@ -15,10 +16,9 @@ if TYPE_CHECKING:
     from fusion_detox.scoring.cache import CachedScorer
     from fusion_detox.scoring.classifier import ClassifierScorer
     from fusion_detox.scoring.contextual import ContextualScorer
-    from fusion_detox.scoring.detoxify_scorer import DetoxifyPackageScorer, load_detoxify
+    from fusion_detox.scoring.detoxify import load_detoxify
     from fusion_detox.scoring.embedding import Embedder
     from fusion_detox.scoring.lexical import LexicalScorer
-    from fusion_detox.scoring.perspective import PerspectiveScorer
     from fusion_detox.scoring.registry import SCORERS, make_scorer
 
 __all__ = [
@@ -26,11 +26,9 @@ __all__ = [
     "CachedScorer",
     "ClassifierScorer",
     "ContextualScorer",
-    "DetoxifyPackageScorer",
     "Embedder",
     "LexicalScorer",
     "NoTextScoredError",
-    "PerspectiveScorer",
     "Scorer",
     "ScoringError",
     "load_detoxify",
@@ -45,10 +43,9 @@ if not TYPE_CHECKING:
             "cache": ["CachedScorer"],
             "classifier": ["ClassifierScorer"],
             "contextual": ["ContextualScorer"],
-            "detoxify_scorer": ["DetoxifyPackageScorer", "load_detoxify"],
+            "detoxify": ["load_detoxify"],
             "embedding": ["Embedder"],
             "lexical": ["LexicalScorer"],
-            "perspective": ["PerspectiveScorer"],
             "registry": ["SCORERS", "make_scorer"],
         },
     )

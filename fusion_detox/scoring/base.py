@@ -1,4 +1,4 @@
-"""What a scorer of toxicity is, and how a text that cannot be scored stays the only one."""
+"""The interface of toxicity scorers, and batching in which a failure costs one text only."""
 
 from __future__ import annotations
 
@@ -8,45 +8,47 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from fusion_detox.errors import ConfigError, DataError, FusionDetoxError
+from fusion_detox.config import check_number
+from fusion_detox.errors import DataError, FusionDetoxError
 
 logger = logging.getLogger(__name__)
 
 TOXICITY = "toxicity"
-"""The type that every scorer has; its score is the main one."""
+"""The type that every scorer has, and whose score is the main one."""
 
 _LOGGED_FAILURES = 20
 
 
 class ScoringError(FusionDetoxError, ValueError):
-    """A scorer cannot go on: its service rejects or does not answer, or no text can be scored."""
+    """A scorer cannot continue."""
 
 
 class NoTextScoredError(ScoringError):
-    """Not one of the texts could be scored."""
+    """A scorer could score none of the texts."""
 
 
 class Scorer(Protocol):
-    """Judges texts; every scorer of this package is one, and so is any object with these methods.
+    """Scores texts. Any object with these methods is a scorer.
 
-    A text of white space only says nothing, and its toxicity is 0.
+    A text of white space only has toxicity 0.
     """
 
     name: str
-    """Unique among the scorers of a run, and fit for a file's name."""
+    """Unique among the scorers of a run, and usable as a file name."""
 
     def score(self, texts: Sequence[str]) -> list[float]:
-        """Toxicity of each text in 0..1, or nan where it could not be scored."""
+        """Toxicity of each text in 0..1, or nan if it could not be scored."""
         return self.score_types(texts)[TOXICITY]
 
     def score_types(self, texts: Sequence[str]) -> dict[str, list[float]]:
-        """Each type of toxicity, ``"toxicity"`` among them, to one score a text as in ``score``."""
+        """Scores per text for each type of toxicity, including ``"toxicity"``."""
         ...
 
     def record(self) -> dict[str, Any]:
-        """JSON-ready: model, version or weights hash, licence, AUCs where known, truncation.
+        """JSON-ready facts: model, version or weights hash, licence, known AUCs, truncation.
 
-        Scorers with equal records give equal scores; what does not change them is left out.
+        Scorers with equal records give equal scores, so settings that do not change a score are
+        left out.
         """
         ...
 
@@ -60,26 +62,26 @@ def score_batches(
     batch_size: int,
     blank: Mapping[str, float] | None = None,
 ) -> dict[str, list[float]]:
-    """Scores in batches of similar length, each distinct text once; a failure stays with its text.
+    """Scores each distinct text once, in batches of similar length.
 
-    A batch that fails is scored one by one. A text that fails is logged by its beginning and its
-    reason, and gets nan. Errors of this library are no failure of a text and pass through.
+    If a batch fails, its texts are scored one by one. A text that fails gets nan, and a warning
+    names its beginning and the reason. Errors of this library are not failures of a text and are
+    raised.
 
     Args:
-        score_batch: Gives for each type one score in 0..1 a text.
-        texts: What to score; a text of white space only is not sent to ``score_batch``.
-        name: The scorer's, for messages.
+        score_batch: Returns, for each type, one score in 0..1 per text.
+        texts: The texts. Those of white space only are not passed to ``score_batch``.
+        name: The scorer's name, for messages.
         types: The types that ``score_batch`` returns.
-        batch_size: Texts a batch.
-        blank: Scores of a text of white space only where they are not 0.
+        batch_size: Texts per batch.
+        blank: Scores of a text of white space only, for types whose score is not 0.
 
     Raises:
         NoTextScoredError: Every text failed.
-        DataError: ``texts`` is one string, or holds something else than strings.
+        DataError: ``texts`` is a single string, or an item is not a string.
         ConfigError: ``batch_size`` is below 1.
     """
-    if batch_size < 1:
-        raise ConfigError(f"batch_size must be at least 1, but is {batch_size}")
+    check_number("batch_size", batch_size, 1, whole=True)
     check_texts(texts)
     said = sorted((text for text in dict.fromkeys(texts) if text.strip()), key=len)
     scores: dict[str, dict[str, float]] = {}
@@ -90,12 +92,12 @@ def score_batches(
             rows = _rows(score_batch(batch), types, len(batch))
         except FusionDetoxError:
             raise
-        except Exception as error:  # noqa: BLE001 - models of any make raise anything
+        except Exception as error:  # noqa: BLE001 - a model may raise anything
             if len(batch) == 1:
                 failures[batch[0]] = _reason(error)
                 continue
             rows = []
-            logger.info("%s: a batch is scored one by one: %s", name, _reason(error))
+            logger.info("%s: scoring a batch text by text: %s", name, _reason(error))
             for text in batch:
                 try:
                     rows += _rows(score_batch([text]), types, 1)
@@ -118,7 +120,7 @@ def score_batches(
 
 
 def check_texts(texts: Sequence[str]) -> None:
-    """Refuses with ``DataError`` what is no sequence of strings."""
+    """Raises ``DataError`` unless ``texts`` is a sequence of strings."""
     if isinstance(texts, str):
         raise DataError(f"texts must be a list of texts, but is one text: {beginning(texts)}")
     for index, text in enumerate(texts):
@@ -127,12 +129,12 @@ def check_texts(texts: Sequence[str]) -> None:
 
 
 def beginning(text: str, limit: int = 40) -> str:
-    """The first characters of a text, for a message."""
+    """The quoted beginning of a text, for a message."""
     return repr(text if len(text) <= limit else text[:limit] + "…")
 
 
 def file_safe(text: str) -> str:
-    """A name for files: letters, digits, ``.``, ``_`` and ``-`` only."""
+    """A file name made of letters, digits, ``.``, ``_`` and ``-`` only."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text.replace("/", "--")).strip(".-") or "unnamed"
 
 
@@ -159,5 +161,5 @@ def _report(name: str, failures: Mapping[str, str], *, all_failed: bool) -> None
         text, reason = next(iter(failures.items()))
         raise NoTextScoredError(
             f"{name} could score none of {len(failures)} texts; for {beginning(text)} the reason "
-            f"was: {reason}. Mend that, or choose another scorer."
+            f"was: {reason}. Fix this, or choose another scorer."
         )

@@ -1,46 +1,47 @@
-"""Scores on disk, so that no text is scored twice by the same scorer."""
+"""A cache of scores on disk, so that no scorer scores a text twice."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from filelock import FileLock
 
 from fusion_detox.errors import DataError, DataFileError
+from fusion_detox.files.journal import DamagedLineError, Journal
 from fusion_detox.scoring.base import NoTextScoredError, Scorer, check_texts
 
 logger = logging.getLogger(__name__)
 
-# A chunk of texts takes about this long to score, and so much a kill costs.
+# Seconds of scoring between two writes, which is what a kill costs at most.
 _CHUNK_SECONDS = 5.0
 _FIRST_CHUNK, _LARGEST_CHUNK = 8, 4096
 
 
 class CachedScorer(Scorer):
-    """A scorer that looks up what it has scored before.
+    """A scorer that looks up texts that it has scored before.
 
-    The file is JSON Lines, ``{"scorer", "text", "scores"}``: a hash of the scorer's record, SHA-256
-    of the text, and the score of each type. So a file may serve several scorers, and one whose
-    record changes starts anew. Rows are appended after every few seconds of scoring; a kill loses
-    no more, and a line that it tore is cut off. Several processes may share a file, and each
-    sees what the others have written. Scores of nan are not kept, so that a failed text is tried
-    again.
+    The file is JSON Lines with ``scorer`` (a hash of the scorer's record), ``text`` (SHA-256 of the
+    text) and ``scores`` (the score of each type). Several scorers may share a file, and a scorer
+    whose record changes starts again. New rows are appended every few seconds, so a kill loses
+    little, and a torn last line is cut off. Several processes may share a file; each sees the
+    others' rows. Scores of nan are not stored, so that a failed text is tried again.
 
     Args:
-        scorer: Scores what is not in the file.
-        path: The file; its folder must exist.
+        scorer: Scores the texts that the file lacks.
+        path: The file. Its folder must exist.
 
     Raises:
         DataError: The file holds something else.
-        DataFileError: It cannot be read or written.
+        DataFileError: The file cannot be read or written.
     """
 
     def __init__(self, scorer: Scorer, path: str | os.PathLike[str]) -> None:
@@ -50,32 +51,32 @@ class CachedScorer(Scorer):
                 f"the folder {self.path.parent} of the scores does not exist; create it"
             )
         self._lock = FileLock(self.path.with_name(self.path.name + ".lock"))
+        self._journal = Journal(self.path, "scorer")
         self._identity = _digest(json.dumps(scorer.record(), sort_keys=True))[:16]
         self._known: dict[str, dict[str, float]] = {}
-        self._read_to = self._lines = 0
         self._chunk = _FIRST_CHUNK
-        self._refresh()
+        with self._locked("read"):
+            self._read_new_rows()
 
     def record(self) -> dict[str, Any]:
-        """That of the scorer within."""
+        """The record of the inner scorer."""
         return self.scorer.record()
 
     def score_types(self, texts: Sequence[str]) -> dict[str, list[float]]:
-        """As the scorer within, which is asked for new texts only.
+        """Scores as the inner scorer does, which sees new texts only.
 
         Raises:
             NoTextScoredError: Every text failed.
-            DataError: The file was damaged meanwhile.
-            DataFileError: It cannot be read or written.
+            DataError: The file was damaged since it was last read.
+            DataFileError: The file cannot be read or written.
         """
         check_texts(texts)
-        self._refresh()
+        with self._locked("read"):
+            self._read_new_rows()
         keys = {text: _digest(text) for text in dict.fromkeys(texts)}
-        new = [text for text, key in keys.items() if key not in self._known]
-        # From short to long, so that the batches of the scorer within stay even.
-        new.sort(key=len)
-        found: dict[str, dict[str, float]] = {}
-        error = self._score(new, found)
+        # Sorted by length, which keeps the inner scorer's batches even.
+        new = sorted((text for text, key in keys.items() if key not in self._known), key=len)
+        found, error = self._score_new(new)
         rows = {text: self._known.get(key) or found.get(text) for text, key in keys.items()}
         types = next((list(row) for row in rows.values() if row), None)
         if types is None:
@@ -85,10 +86,11 @@ class CachedScorer(Scorer):
         failed = dict.fromkeys(types, math.nan)
         return {kind: [(rows[text] or failed)[kind] for text in texts] for kind in types}
 
-    def _score(
-        self, texts: Sequence[str], found: dict[str, dict[str, float]]
-    ) -> NoTextScoredError | None:
-        """Scores and keeps chunk after chunk; the last error of a chunk that failed as a whole."""
+    def _score_new(
+        self, texts: Sequence[str]
+    ) -> tuple[dict[str, dict[str, float]], NoTextScoredError | None]:
+        """Scores and stores chunk by chunk; returns rows by text, and the last chunk's failure."""
+        found: dict[str, dict[str, float]] = {}
         start, last_error = 0, None
         while start < len(texts):
             chunk = texts[start : start + self._chunk]
@@ -96,7 +98,7 @@ class CachedScorer(Scorer):
             began = time.monotonic()
             try:
                 scores = self.scorer.score_types(chunk)
-            except NoTextScoredError as error:  # other chunks may do better
+            except NoTextScoredError as error:  # other chunks may succeed
                 last_error = error
                 continue
             seconds = max(time.monotonic() - began, 1e-6)
@@ -114,84 +116,61 @@ class CachedScorer(Scorer):
                     if not any(map(math.isnan, row.values()))
                 }
             )
-        return last_error
+        return found, last_error
 
     def _append(self, rows: Mapping[str, dict[str, float]]) -> None:
-        lines = "".join(
-            json.dumps({"scorer": self._identity, "text": key, "scores": row}) + "\n"
-            for key, row in rows.items()
-        )
-        if not lines:
+        if not rows:
             return
-        try:
-            with self._lock:
-                self._read_new()
-                with self.path.open("ab") as file:
-                    file.write(lines.encode("ascii"))
-                self._read_to += len(lines)
-                self._lines += len(rows)
-        except (OSError, NotImplementedError) as error:
-            raise _file_error("write", self.path, error) from error
+        with self._locked("write"):
+            self._read_new_rows()
+            with self._journal.open() as append:
+                for key, scores in rows.items():
+                    append({"scorer": self._identity, "text": key, "scores": scores})
         self._known |= rows
 
-    def _refresh(self) -> None:
-        """Reads what this or another process has appended since."""
+    def _read_new_rows(self) -> None:
+        """Reads what this or another process has appended; the lock must be held."""
+        size = self.path.stat().st_size if self.path.exists() else 0
+        if size < self._journal.size:  # the file was replaced
+            self._journal.forget()
+        try:
+            for number, line in self._journal.read():
+                scorer, text, scores = _parse(line, number)
+                if scorer == self._identity:
+                    self._known[text] = scores
+        except DamagedLineError as error:
+            self._journal.forget()
+            raise DataError(
+                f"line {error.number} of {self.path} is no row of scores. Delete that line, delete "
+                "the file to score all texts again, or name another file."
+            ) from error
+        # The lock is held, so no other process is about to complete a torn line.
+        if self._journal.cut_torn_line():
+            logger.warning("%s: the last line was torn by a kill and is cut off", self.path)
+
+    @contextlib.contextmanager
+    def _locked(self, verb: str) -> Iterator[None]:
         try:
             with self._lock:
-                self._read_new()
+                yield
         except (OSError, NotImplementedError) as error:
-            raise _file_error("read", self.path, error) from error
+            # filelock raises NotImplementedError if the file system has no locks.
+            reason = getattr(error, "strerror", None) or str(error)
+            raise DataFileError(
+                f"cannot {verb} the scores in {self.path}: {reason}; name another file"
+            ) from error
 
-    def _read_new(self) -> None:
-        size = self.path.stat().st_size if self.path.exists() else 0
-        if size < self._read_to:  # it was replaced
-            self._read_to = self._lines = 0
-        if size == self._read_to:
-            return
-        with self.path.open("rb") as file:
-            file.seek(self._read_to)
-            content = file.read()
-        whole, newline, torn = content.rpartition(b"\n")
-        rows = [self._row(n, line) for n, line in enumerate(whole.split(b"\n") if newline else [])]
-        if torn:
-            # Nobody else writes while the lock is held, so the rest of the line will not come.
-            if not _begins_row(torn):
-                self._refuse(self._lines + len(rows))
-            logger.warning("%s: the last line is not whole and is cut off", self.path)
-            os.truncate(self.path, self._read_to + len(whole) + len(newline))
-        self._known |= {text: scores for scorer, text, scores in rows if scorer == self._identity}
-        self._read_to += len(whole) + len(newline)
-        self._lines += len(rows)
 
-    def _row(self, index: int, line: bytes) -> tuple[str, str, dict[str, float]]:
-        try:
-            row = json.loads(line)
-            scorer, text, scores = str(row["scorer"]), str(row["text"]), row["scores"]
-            scores = {str(kind): float(value) for kind, value in scores.items()}
-            if "toxicity" in scores and all(0.0 <= value <= 1.0 for value in scores.values()):
-                return scorer, text, scores
-        except (ValueError, KeyError, TypeError, AttributeError):
-            pass
-        self._refuse(self._lines + index)
-
-    def _refuse(self, index: int) -> NoReturn:
-        raise DataError(
-            f"line {index + 1} of {self.path} is no row of scores. Delete that line, or the file "
-            "to have all texts scored anew, or name another file."
-        )
+def _parse(line: bytes, number: int) -> tuple[str, str, dict[str, float]]:
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+        row = json.loads(line)
+        scorer, text = str(row["scorer"]), str(row["text"])
+        scores = {str(kind): float(value) for kind, value in row["scores"].items()}
+        if "toxicity" in scores and all(0.0 <= value <= 1.0 for value in scores.values()):
+            return scorer, text, scores
+    raise DamagedLineError(number)
 
 
 def _digest(text: str) -> str:
-    # Lone surrogates, too, are texts to tell apart.
+    # surrogatepass: texts with lone surrogates must differ, too.
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _begins_row(torn: bytes) -> bool:
-    start = b'{"scorer": "'
-    return torn.startswith(start) or start.startswith(torn)
-
-
-def _file_error(verb: str, path: Path, error: Exception) -> DataFileError:
-    # filelock raises NotImplementedError where the file system has no locks.
-    reason = getattr(error, "strerror", None) or str(error)
-    return DataFileError(f"cannot {verb} the scores in {path}: {reason}; name another file")

@@ -1,4 +1,4 @@
-"""Any text classifier of transformers as a scorer of toxicity."""
+"""Any text classifier of transformers as a toxicity scorer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from fusion_detox.errors import ConfigError, ModelError, VocabularyError
+from fusion_detox.config import check_number
+from fusion_detox.errors import ModelError, VocabularyError
 from fusion_detox.files.loading_errors import describe, explained
 from fusion_detox.files.models import check_device, load_tokenizer, locate, quiet_transformers
 from fusion_detox.scoring.base import TOXICITY, Scorer, file_safe, score_batches
@@ -28,24 +29,23 @@ _USUAL_LENGTH = 512
 class ClassifierScorer(Scorer):
     """A text classifier whose labels become types of toxicity.
 
-    A model with exclusive labels (softmax) is read as the sum of its toxic labels, one with
-    independent labels (sigmoid) as its label for toxicity. Every label becomes a type under its
-    name in snake case; a label that alone is the main score becomes ``"toxicity"`` itself.
+    The main score is the sum of the toxic labels if labels are exclusive (softmax), and the
+    toxicity label if they are independent (sigmoid). Each label becomes a type, with its name in
+    snake case; if a single label is the main score, its type is ``"toxicity"``.
 
     Args:
-        model: A sequence classifier; put into eval mode.
-        tokenizer: Its tokenizer.
-        name: The scorer's, fit for a file's name.
-        label: The label that means toxic, several with commas; found by name by default.
-        multi_label: Whether labels are independent; by the configuration by default.
-        batch_size: Texts a batch.
-        max_length: Tokens after which text is cut; where the model ends by default.
-        only: The types to return, besides ``"toxicity"``; all by default.
-        about: What identifies the model in ``record()``.
+        model: A sequence classifier; it is put into eval mode.
+        tokenizer: The model's tokenizer.
+        name: The scorer's name, usable as a file name.
+        label: The toxic label, or several separated by commas. Found by name by default.
+        multi_label: Whether labels are independent. Read from the model's config by default.
+        batch_size: Texts per batch.
+        max_length: Tokens to which texts are truncated, by default the model's limit.
+        only: The types to return besides ``"toxicity"``, by default all.
+        about: Facts that identify the model in ``record()``.
 
     Raises:
-        ConfigError: It is unclear which label means toxic, there is none of that name, or
-            ``max_length`` is below 1.
+        ConfigError: The toxic label is unclear or unknown, or ``max_length`` is below 1.
         ModelError: The model was trained for regression.
         VocabularyError: The tokenizer belongs to another model.
     """
@@ -69,16 +69,16 @@ class ClassifierScorer(Scorer):
         if tokenizer.vocab_size > (size := _vocabulary(model)):
             raise VocabularyError(
                 f"{name}: the tokenizer has {tokenizer.vocab_size} tokens, but the model only "
-                f"{size}. They belong to different models."
+                f"{size}. They belong to different models; give a folder with a matching pair."
             )
-        if max_length is not None and max_length < 1:
-            raise ConfigError(f"max_length must be at least 1, but is {max_length}")
+        if max_length is not None:
+            check_number("max_length", max_length, 1, whole=True)
         if multi_label is None:
             multi_label = is_multi_label(self.labels, config.problem_type, name)
         self.multi_label = multi_label
         self.toxic = find_toxic(self.labels, multi_label=multi_label, wanted=label, source=name)
         self.model, self.tokenizer, self.name = model.train(False), tokenizer, name
-        # Without a token to pad with, texts of different length cannot share a batch.
+        # Without a pad token, texts of different lengths cannot share a batch.
         self.batch_size = batch_size if tokenizer.pad_token is not None else 1
         self.max_length = _length(model, tokenizer) if max_length is None else max_length
         self._types = self._name_types(only)
@@ -100,28 +100,23 @@ class ClassifierScorer(Scorer):
         revision: str | None = None,
         local_files_only: bool = False,
     ) -> ClassifierScorer:
-        """A classifier by folder or hub id, in float32, from safetensors and without remote code.
+        """Loads a classifier in float32, from safetensors and without remote code.
 
         Args:
             name_or_path: A folder or a hub id.
-            name: The scorer's; by default ``classifier-`` and the model's, with its weights hash
-                for a folder and the label for one that was chosen.
-            device: Where to put it; the CPU by default.
-            label: As for the class, and so are ``multi_label``, ``batch_size``, ``max_length``
-                and ``only``.
-            multi_label: See there.
-            batch_size: See there.
-            max_length: See there.
-            only: See there.
-            about: More for ``record()`` than the files say.
+            name: The scorer's name. By default ``classifier-`` and the model's name, followed by
+                the weights hash for a folder and by the label if one is given.
+            device: Device of the model, the CPU by default.
+            label, multi_label, batch_size, max_length, only: See the class.
+            about: More facts for ``record()``; they override those read from the files.
             revision: Branch, tag or commit of a hub repository.
             local_files_only: Never contact the hub.
 
         Raises:
-            ModelNotFoundError: Nothing there, or the hub cannot be reached.
-            ModelError: It is no classifier, is damaged or holds no safetensors.
+            ModelNotFoundError: The model was not found, or the hub cannot be reached.
+            ModelError: The model is damaged, not a classifier, or has no safetensors.
             VocabularyError: The tokenizer belongs to another model.
-            ConfigError: As for the class, or the device does not exist here.
+            ConfigError: See the class; or the device does not exist.
         """
         place, source = check_device(device), locate(name_or_path, "model")
         model = _load_model(source, place, revision, local_files_only)
@@ -129,7 +124,7 @@ class ClassifierScorer(Scorer):
         known = {**identity(source, revision), **(about or {})}
         if name is None:
             parts = ["classifier", known["model"]]
-            # Two folders may have one name, but then hold different models.
+            # Different folders may have the same name.
             parts += [known["weights"]] if Path(source).is_dir() else []
             name = file_safe("-".join([*parts, *([type_name(label)] if label else [])]))
         return cls(
@@ -145,7 +140,7 @@ class ClassifierScorer(Scorer):
         )
 
     def record(self) -> dict[str, Any]:
-        """JSON-ready: model, commit, weights hash, licence, labels, formula, truncation."""
+        """JSON-ready facts: model, commit, weights hash, licence, labels, formula, truncation."""
         return {
             "name": self.name,
             **self._about,
@@ -156,7 +151,7 @@ class ClassifierScorer(Scorer):
         }
 
     def score_types(self, texts: Sequence[str]) -> dict[str, list[float]]:
-        """Each type to its probabilities in 0..1; a text that failed is nan.
+        """Probabilities in 0..1 per type; nan for a text that failed.
 
         Raises:
             NoTextScoredError: Every text failed.
@@ -188,7 +183,7 @@ class ClassifierScorer(Scorer):
         return found | {kind: chances[:, i].tolist() for kind, i in self._types.items()}
 
     def _name_types(self, only: Collection[str] | None) -> dict[str, int]:
-        """Types besides ``"toxicity"``, each with its label's index."""
+        """The types besides ``"toxicity"``, with the index of each one's label."""
         types: dict[str, int] = {}
         for index, label in enumerate(self.labels):
             if (index,) == self.toxic.indices and not self.toxic.inverted:
@@ -204,7 +199,7 @@ class ClassifierScorer(Scorer):
 def _load_model(
     source: str, device: torch.device, revision: str | None, local_files_only: bool
 ) -> PreTrainedModel:
-    auto: Any = AutoModelForSequenceClassification  # its types do not know output_loading_info
+    auto: Any = AutoModelForSequenceClassification  # output_loading_info is missing in its types
     try:
         with explained(source, "model", local_files_only), quiet_transformers():
             model, info = auto.from_pretrained(
@@ -218,13 +213,13 @@ def _load_model(
             )
             model.to(device)
     except ModelError as error:
-        # The advice names the class of the models that are detoxified.
+        # The shared advice names the class of target models.
         advice = str(error).replace("AutoModelForCausalLM", auto.__name__)
         raise ModelError(advice) from error
     if info["missing_keys"]:
         raise ModelError(
             f"{source} lacks {describe(info['missing_keys'])}: it is incomplete or no text "
-            f"classifier. Give a model that was trained to classify text."
+            "classifier. Give a model that was trained to classify text."
         )
     loaded: PreTrainedModel = model
     return loaded
@@ -236,15 +231,15 @@ def _vocabulary(model: PreTrainedModel) -> int:
 
 
 def _length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens that the model takes."""
+    """The most tokens that the model reads."""
     config = model.config
     positions = getattr(config, "max_position_embeddings", None)
     untyped: Any = model.base_model
     embedded = getattr(getattr(untyped, "embeddings", None), "position_embeddings", None)
     padding = getattr(embedded, "padding_idx", None)
     if positions and padding is not None:
-        positions -= padding + 1  # RoBERTa counts from behind the padding's
+        positions -= padding + 1  # RoBERTa's positions start after the padding index
     limits = [int(limit) for limit in (positions, tokenizer.model_max_length) if limit]
     shortest = min(limits, default=_USUAL_LENGTH)
-    # Tokenizers that do not know it say a number beyond any model's.
+    # Tokenizers without a known limit report a huge number.
     return shortest if shortest < 1_000_000 else _USUAL_LENGTH

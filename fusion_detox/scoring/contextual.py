@@ -1,8 +1,8 @@
-"""A small network on sentence embeddings: toxicity by what a text says, not by its words.
+"""A small network on sentence embeddings, which scores the meaning of a text.
 
-It was trained like the lexical scorer, on human labels alone (``benchmarks/train_scorers.py``),
-and took no part in choosing any model's training text. ``contextual.json`` next to the weights
-names the data and how well it does.
+Like the lexical scorer, it was trained on human labels only (``benchmarks/train_scorers.py``) and
+was not used to select any model's training text. ``contextual.json``, next to the weights, names
+the data and the AUCs.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ CONTEXTUAL = Path(__file__).with_name("contextual.safetensors")
 
 
 def head(width: int) -> nn.Sequential:
-    """Two layers: an embedding ``(…, width)`` to a logit ``(…, 1)``."""
+    """Two layers, from embeddings ``(…, width)`` to logits ``(…, 1)``."""
     return nn.Sequential(
         nn.Dropout(0.1), nn.Linear(width, 256), nn.GELU(), nn.Dropout(0.4), nn.Linear(256, 1)
     )
 
 
 class ContextualScorer(Scorer):
-    """Probability that people would call a text toxic, judged by what it says.
+    """Probability that people would call a text toxic, from its meaning.
 
     Args:
-        device: Where to compute the embeddings; the CPU by default.
-        batch_size: Texts a batch.
+        device: Device of the embedding model, the CPU by default.
+        batch_size: Texts per batch.
 
     Raises:
         MissingExtraError: The package of all-MiniLM-L6-v2 is not installed.
-        DataFileError: The network's weights are missing, so the package is not wholly installed.
-        ConfigError: The device does not exist here.
+        DataFileError: The network's weights are missing or damaged.
+        ConfigError: The device does not exist.
     """
 
     name = "contextual"
@@ -60,12 +60,12 @@ class ContextualScorer(Scorer):
 
     @classmethod
     def training_record(cls) -> dict[str, Any]:
-        """What the shipped scorer was trained on, licences, and measured AUCs."""
+        """Training data, licences and measured AUCs of the shipped scorer."""
         record: dict[str, Any] = json.loads(CONTEXTUAL.with_suffix(".json").read_text("utf-8"))
         return record
 
     def record(self) -> dict[str, Any]:
-        """``training_record`` with the hash of the weights, the embeddings, and truncation."""
+        """``training_record`` plus the weights hash, the embedding model and truncation."""
         embeddings = self.embedder.record()
         return {
             **self.training_record(),
@@ -76,7 +76,7 @@ class ContextualScorer(Scorer):
         }
 
     def score_types(self, texts: Sequence[str]) -> dict[str, list[float]]:
-        """``"toxicity"`` alone; it knows no other type. A text that failed is nan.
+        """Scores of ``"toxicity"``, its only type; nan for a text that failed.
 
         Raises:
             NoTextScoredError: Every text failed.

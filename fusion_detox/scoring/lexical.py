@@ -1,9 +1,9 @@
 """A linear toxicity classifier over hashed character n-grams and words.
 
-It judges the demo's output and is one of the benchmarks' two scorers. It needs numpy only, was
-trained on human labels alone, and took no part in choosing any model's training text;
-``lexical.json`` next to the weights names the data and how well it does. Hashing follows
-Weinberger et al. 2009 without the sign, as an inverse document frequency is kept per bucket.
+It scores the demo's output and is one of the benchmarks' two scorers. It needs numpy only, was
+trained on human labels only, and was not used to select any model's training text.
+``lexical.json``, next to the weights, names the data and the AUCs. Hashing follows Weinberger et
+al. 2009, without signs because each bucket has an inverse document frequency.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ CHARACTER_BUCKETS = 1 << 17
 WORD_BUCKETS = 1 << 16
 CHARACTER_SIZES = range(2, 6)
 _WEIGHTS = Path(__file__).with_name("lexical.safetensors")
-# Without it a text of one full stop would weigh as much as a sentence.
+# Without smoothing, a single full stop would weigh as much as a sentence.
 _NORM_SMOOTHING = 400.0
-# Some corpora write " ." and others ".", which must not count.
+# Some corpora write " ." and others "."; the difference must not affect the score.
 _SPACE_BEFORE_MARK = re.compile(r"\s+([.,!?;:])")
 _WORD = re.compile(r"\w+(?:['’*@$!]+\w+)*")
 
 
 @lru_cache(maxsize=1 << 16)
 def _characters(token: str) -> tuple[int, ...]:
-    """Buckets of the character n-grams of one whitespace-bounded token."""
+    """Buckets of the character n-grams of one whitespace-separated token."""
     padded = f" {token} "
     return tuple(
         zlib.crc32(padded[start : start + size].encode()) % CHARACTER_BUCKETS
@@ -51,11 +51,11 @@ def _word(words: str) -> int:
 
 
 def hashed_features(text: str) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Buckets that occur in a text, ascending, and ``1 + log(count)`` of each.
+    """The buckets that occur in a text, ascending, and ``1 + log(count)`` of each.
 
-    Character n-grams lie below ``CHARACTER_BUCKETS``, words and pairs of neighbours above.
+    Character n-grams lie below ``CHARACTER_BUCKETS``, words and word bigrams above.
     """
-    # Lone surrogates cannot be encoded, and say nothing.
+    # "ignore": lone surrogates cannot be encoded.
     text = text.lower().encode("utf-8", "ignore").decode("utf-8")
     text = _SPACE_BEFORE_MARK.sub(r"\1", text).strip()
     found = [bucket for token in text.split() for bucket in _characters(token)]
@@ -69,7 +69,7 @@ def hashed_features(text: str) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
 def weighted_features(
     text: str, idf: NDArray[np.float32]
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """The features of a text, weighted by rarity; characters and words have norm below 1 each."""
+    """The features of a text times ``idf``; the character and word parts each have norm below 1."""
     buckets, values = hashed_features(text)
     values = values * idf[buckets]
     split = int(np.searchsorted(buckets, CHARACTER_BUCKETS))
@@ -80,9 +80,9 @@ def weighted_features(
 
 
 class LexicalScorer:
-    """Probability that people would call a text toxic, judged by its words and spelling.
+    """Probability that people would call a text toxic, from its words and spelling.
 
-    What it cannot see: toxicity without toxic words, and who is spoken about.
+    It misses toxicity without toxic words, and does not know whom a text is about.
     """
 
     name = "lexical"
@@ -91,17 +91,17 @@ class LexicalScorer:
         if not weights.shape == idf.shape == (CHARACTER_BUCKETS + WORD_BUCKETS,):
             raise ModelError(
                 f"weights {weights.shape} and idf {idf.shape} of the lexical scorer must both "
-                f"have shape ({CHARACTER_BUCKETS + WORD_BUCKETS},); train it again with "
+                f"have shape ({CHARACTER_BUCKETS + WORD_BUCKETS},); retrain it with "
                 "benchmarks/train_scorers.py"
             )
         self.weights, self.idf, self.bias = weights, idf, bias
 
     @classmethod
     def load(cls) -> LexicalScorer:
-        """The scorer that comes with the package.
+        """Loads the scorer that is included in the package.
 
         Raises:
-            DataFileError: Its weights are missing, so the package is not wholly installed.
+            DataFileError: Its weights are missing or damaged.
         """
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
@@ -121,17 +121,17 @@ class LexicalScorer:
 
     @classmethod
     def record(cls) -> dict[str, Any]:
-        """What the shipped scorer was trained on, licences, and measured AUCs."""
+        """Training data, licences and measured AUCs of the shipped scorer."""
         record: dict[str, Any] = json.loads(_WEIGHTS.with_suffix(".json").read_text("utf-8"))
         weights = hashlib.sha256(_WEIGHTS.read_bytes()).hexdigest()[:12]
         return {**record, "weights": weights, "licence": "Apache-2.0", "truncation": "none"}
 
     def score(self, texts: Sequence[str]) -> list[float]:
-        """Toxicity of each text in 0..1; a text of white space only scores 0."""
+        """Toxicity of each text in 0..1; 0 for a text of white space only."""
         return [self._score(text) for text in texts]
 
     def score_types(self, texts: Sequence[str]) -> dict[str, list[float]]:
-        """``"toxicity"`` alone, as by ``score``; it knows no other type."""
+        """Scores of ``"toxicity"``, its only type."""
         return {"toxicity": self.score(texts)}
 
     def _score(self, text: str) -> float:

@@ -1,4 +1,4 @@
-"""Scorers by name, as the command line gives them."""
+"""Scorers by name, as the command line takes them."""
 
 from __future__ import annotations
 
@@ -12,17 +12,14 @@ if TYPE_CHECKING:
     from fusion_detox.scoring.base import Scorer
 
 SCORERS = {
-    "lexical": "words and spelling; comes with the package, needs no model",
-    "contextual": "what a text says, by sentence embeddings; comes with the package",
-    "detoxify:VARIANT": "Detoxify original, unbiased (the default) or multilingual, from the hub "
-    "by safetensors",
-    "detoxify-package:VARIANT": "the same names by the package detoxify, which unpickles its "
-    "checkpoints; later models than on the hub",
-    "classifier:PATH_OR_HUB_ID#LABEL": "any text classifier of transformers; #LABEL, which means "
-    "toxic, only where no label's name says so",
-    "perspective": "the Perspective API; needs PERSPECTIVE_API_KEY, sends the texts to Google",
+    "lexical": "words and spelling; included in the package, needs no model",
+    "contextual": "meaning, by sentence embeddings; included in the package",
+    "detoxify:VARIANT": "Detoxify original, unbiased (the default) or multilingual from the hub, "
+    "or a folder or hub id; safetensors only",
+    "classifier:PATH_OR_HUB_ID#LABEL": "any text classifier of transformers; #LABEL names the "
+    "toxic label and is needed only if the label names do not say so",
 }
-"""What ``make_scorer`` makes, each with a line that says what it is."""
+"""The names that ``make_scorer`` takes, each with a one-line description."""
 
 
 def make_scorer(
@@ -33,20 +30,20 @@ def make_scorer(
     label: str | None = None,
     local_files_only: bool = False,
 ) -> Scorer:
-    """A scorer by its name; different specs give scorers of different names.
+    """Makes a scorer by name. Different specs give scorers with different names.
 
     Args:
-        spec: One of ``SCORERS``, with the words in capitals filled in.
-        device: Where models compute; the CPU by default. ``lexical`` and ``perspective`` have none.
-        batch_size: Texts a batch of a model.
-        label: For ``classifier:`` only, another way to give the label.
+        spec: One of ``SCORERS``, with the capitalised words filled in.
+        device: Device of the scorer's model, the CPU by default; ``lexical`` has no model.
+        batch_size: Texts per batch of the model.
+        label: The toxic label for ``classifier:``, instead of ``#LABEL``.
         local_files_only: Never contact the hub.
 
     Raises:
-        ConfigError: There is no such scorer, or it takes no label; the message lists them.
-        MissingExtraError: What the scorer needs is not installed.
-        ModelNotFoundError: Its model is not here and cannot be downloaded.
-        ModelError: Its model is damaged or no classifier.
+        ConfigError: The scorer is unknown or was removed, or it takes no label.
+        MissingExtraError: A package that the scorer needs is not installed.
+        ModelNotFoundError: The model is not cached and cannot be downloaded.
+        ModelError: The model is damaged or not a classifier.
     """
     kind, colon, rest = spec.strip().partition(":")
     if kind == "classifier" and label is None:
@@ -56,47 +53,41 @@ def make_scorer(
         raise ConfigError(
             f"the scorer {spec!r} takes no label ({label!r}); only classifier:PATH_OR_HUB_ID does"
         )
-    if bool(colon) == bool(rest):
-        if kind == "classifier" and rest:
-            from fusion_detox.scoring.classifier import ClassifierScorer
+    if kind == "perspective":
+        raise ConfigError(
+            "the scorer 'perspective' was removed: Google shuts the Perspective API down after "
+            "2026 (announced in January 2026). Use 'contextual', 'lexical', 'detoxify:unbiased' or "
+            "'classifier:PATH_OR_HUB_ID' instead"
+        )
+    if kind == "detoxify-package":
+        from fusion_detox.scoring.detoxify import NOT_UNPICKLED
 
-            return ClassifierScorer.load(
-                rest,
-                device=device,
-                batch_size=batch_size,
-                label=label,
-                local_files_only=local_files_only,
-            )
-        if kind in ("detoxify", "detoxify-package"):
-            from fusion_detox.scoring import detoxify_scorer
+        raise ConfigError(f"the scorer 'detoxify-package' was removed. {NOT_UNPICKLED}")
+    if kind in ("lexical", "contextual") and not colon:
+        if kind == "lexical":
+            from fusion_detox.scoring.lexical import LexicalScorer
 
-            variant = rest or detoxify_scorer.DEFAULT_VARIANT
-            if kind == "detoxify":
-                return detoxify_scorer.load_detoxify(
-                    variant,
-                    device=device,
-                    batch_size=batch_size,
-                    local_files_only=local_files_only,
-                )
-            return detoxify_scorer.DetoxifyPackageScorer(
-                variant, device=device, batch_size=batch_size
-            )
-        if not rest and (scorer := _plain(kind, device, batch_size)) is not None:
-            return scorer
-    raise ConfigError(f"there is no scorer {spec!r}; choose one of: {', '.join(SCORERS)}")
-
-
-def _plain(kind: str, device: str | torch.device | None, batch_size: int) -> Scorer | None:
-    if kind == "lexical":
-        from fusion_detox.scoring.lexical import LexicalScorer
-
-        return LexicalScorer.load()
-    if kind == "contextual":
+            return LexicalScorer.load()
         from fusion_detox.scoring.contextual import ContextualScorer
 
         return ContextualScorer(device=device, batch_size=batch_size)
-    if kind == "perspective":
-        from fusion_detox.scoring.perspective import PerspectiveScorer
+    if kind == "detoxify" and bool(colon) == bool(rest):
+        from fusion_detox.scoring.detoxify import DEFAULT_VARIANT, load_detoxify
 
-        return PerspectiveScorer()
-    return None
+        return load_detoxify(
+            rest or DEFAULT_VARIANT,
+            device=device,
+            batch_size=batch_size,
+            local_files_only=local_files_only,
+        )
+    if kind == "classifier" and rest:
+        from fusion_detox.scoring.classifier import ClassifierScorer
+
+        return ClassifierScorer.load(
+            rest,
+            device=device,
+            batch_size=batch_size,
+            label=label,
+            local_files_only=local_files_only,
+        )
+    raise ConfigError(f"there is no scorer {spec!r}; choose one of: {', '.join(SCORERS)}")

@@ -1,4 +1,4 @@
-"""Where a scorer's model comes from, and what identifies it in a record."""
+"""The facts that identify a scorer's model in a record."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _LICENCE = re.compile(r"^license:[ \t]*(\S.*)$", re.MULTILINE)
 
 
 def identity(source: str, revision: str | None = None) -> dict[str, Any]:
-    """What tells a loaded model apart: name, commit, weights hash and licence.
+    """Identifies a loaded model by name, commit, weights hash and licence.
 
     Args:
-        source: A folder, or the id of a hub repository that was loaded before.
+        source: A folder, or the id of a hub repository that is already cached.
         revision: Branch, tag or commit of a hub repository.
 
     Returns:
-        ``model`` (a folder's name or the hub id), ``commit`` (of a hub repository), ``weights``
-        (12 hex digits of SHA-256 of its safetensors) and ``licence`` (as its card names it).
+        ``model`` (the folder's name or the hub id), ``commit`` (for a hub repository), ``weights``
+        (12 hex digits of the SHA-256 of its safetensors) and ``licence`` (as its card states).
     """
     local = Path(source).is_dir()
     folder: Path | None = Path(source)
@@ -41,7 +41,7 @@ def identity(source: str, revision: str | None = None) -> dict[str, Any]:
 
 
 def weights_hash(*paths: Path) -> str:
-    """12 hex digits of SHA-256 over safetensors files, or over all of those in a folder."""
+    """12 hex digits of the SHA-256 of safetensors files; a folder stands for all files in it."""
     digest = hashlib.sha256()
     for path in paths:
         for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
@@ -55,7 +55,7 @@ def _licence(folder: Path | None) -> str | None:
     card = None if folder is None else folder / "README.md"
     if card is None or not card.is_file():
         return None
-    # The block of settings between two lines of three dashes, with which a card begins.
+    # The metadata block at the start of a card, between two lines of three dashes.
     head = card.read_text(encoding="utf-8", errors="replace").split("\n---", 1)[0]
     found = _LICENCE.search(head) if head.startswith("---") else None
     return found.group(1).strip() if found else None

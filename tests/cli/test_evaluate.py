@@ -192,7 +192,7 @@ class TestTune:
         assert "*" in capsys.readouterr().out
         before = {p: p.read_bytes() for p in calibrator_folder.rglob("*") if p.is_file()}
         second = classmethod(lambda cls, **_: cls(rank=1, count=2))
-        monkeypatch.setattr("fusion_detox.evaluation.processes.Processes.current", second)
+        monkeypatch.setattr("fusion_detox.evaluation.machine.Processes.current", second)
         assert self.tune(arguments) == 0
         assert capsys.readouterr().out == ""
         after = {p: p.read_bytes() for p in calibrator_folder.rglob("*") if p.is_file()}
@@ -223,7 +223,7 @@ class TestTune:
 
     def test_a_shipped_calibrator_is_not_written_to(self, arguments, capsys):
         assert self.tune(arguments, "--calibrator", "english-16k") == 1
-        assert "is no folder of a calibrator of yours" in capsys.readouterr().err
+        assert "is not a calibrator's folder" in capsys.readouterr().err
 
     def test_unknown_setting_in_the_grid(self, arguments, capsys):
         assert self.tune(arguments, "--grid", "strenght=1") == 1

@@ -63,9 +63,9 @@ def run(target, calibrator, tmp_path):
 
 def samples(folder):
     """Every stored continuation by setting and (seed, index, sample), each of which occurs once."""
-    asked = json.loads((folder / "asked.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
     found = {}
-    for name, stem in asked["settings"].items():
+    for name, stem in config["settings"].items():
         rows = {}
         for path in (folder / "samples").glob(f"{stem}.*.jsonl"):
             for line in path.read_text().split("\n")[:-1]:
@@ -151,7 +151,7 @@ def test_the_report_and_the_results_are_written(run, tmp_path):
 def test_the_same_call_again_generates_nothing(run, tmp_path, monkeypatch):
     first = run()
     files = {p: p.read_bytes() for p in (tmp_path / "run" / "samples").iterdir()}
-    for module, name in (("sampling", "complete_batch"), ("measures", "continuation_nll_ids")):
+    for module, name in (("sampling", "complete_batch"), ("measurer", "continuation_nll_ids")):
         monkeypatch.setattr(f"fusion_detox.evaluation.{module}.{name}", None)
     second = run()
     assert {p: p.read_bytes() for p in (tmp_path / "run" / "samples").iterdir()} == files
@@ -226,7 +226,7 @@ def test_ten_kills_at_random_moments_lose_nothing(run, tmp_path):
 
 def test_rescoring_needs_no_target(run, tmp_path, monkeypatch):
     first = run()
-    monkeypatch.setattr("fusion_detox.evaluation.targets.load_target", None)
+    monkeypatch.setattr("fusion_detox.evaluation.pipeline.load_target", None)
     results = rescore(tmp_path / "run", threshold=0.2)
     assert results["threshold"] == 0.2
     scores = LexicalScorer.load()
@@ -282,6 +282,20 @@ def test_a_prompt_tuned_on_is_noted(run, target, calibrator_folder, tmp_path):
     assert "'default'" in tuned[0]
 
 
+def test_a_run_of_an_earlier_version_is_rescored_and_resumed(run, tmp_path):
+    """Earlier versions wrote ``asked.json`` instead of ``config.json``."""
+    first = run()
+    config, old = (tmp_path / "run" / name for name in ("config.json", "asked.json"))
+    config.rename(old)
+    assert rescore(tmp_path / "run")["settings"] == first["settings"]
+    assert config.is_file()
+    assert not old.exists()
+    config.rename(old)
+    resumed = named(run(settings={"mixed": FusionConfig(rule="mixture", strength=0.5)}))
+    assert list(resumed) == ["base", "strong", "off", "mixed"]
+    assert not old.exists()
+
+
 class TestWrongUse:
     def test_other_prompts_in_the_same_folder(self, run):
         run()
@@ -305,7 +319,7 @@ class TestWrongUse:
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "thesis.txt").write_text("x")
         for overwrite in (False, True):
-            with pytest.raises(DataError, match="is no run of `fusion-detox evaluate`"):
+            with pytest.raises(DataError, match="is not a run of `fusion-detox evaluate`"):
                 run(overwrite=overwrite)
         assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.txt"]
 
@@ -372,7 +386,7 @@ class TestWrongUse:
         assert not (tmp_path / "run" / "samples").exists()
 
     def test_rescore_without_a_run(self, tmp_path):
-        with pytest.raises(DataFileError, match=r"holds no run: there is no run\.json"):
+        with pytest.raises(DataFileError, match=r"holds no run: run\.json was not found"):
             rescore(tmp_path)
 
     def test_rescore_of_an_unfinished_run(self, run, tmp_path):
@@ -382,7 +396,7 @@ class TestWrongUse:
         with pytest.raises(DataError, match=r"is not complete: 7 of 30 continuations .*'strong'"):
             rescore(tmp_path / "run")
 
-    @pytest.mark.parametrize("name", ["run.json", "asked.json"])
+    @pytest.mark.parametrize("name", ["run.json", "config.json"])
     def test_damaged_json(self, run, tmp_path, name):
         run()
         (tmp_path / "run" / name).write_text('{"format": 1,')

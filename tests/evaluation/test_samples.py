@@ -15,9 +15,9 @@ def rows(count):
 
 
 def write(folder, items, rank=0):
-    with SampleFiles(folder, "s", rank).open() as writer:
+    with SampleFiles(folder, "s", rank).open() as write_row:
         for row in items:
-            writer.write(row)
+            write_row(row)
 
 
 def test_what_is_written_is_read(tmp_path):
@@ -53,6 +53,14 @@ def test_processes_have_files_of_their_own_and_read_all(tmp_path):
     with (tmp_path / "s.1.jsonl").open("ab") as killed:
         killed.write(b'{"seed": 1, "ind')
     assert [row.index for row in SampleFiles(tmp_path, "s", rank=5).read().values()] == [0, 1, 2]
+
+
+def test_a_foreign_last_line_is_never_cut_off(tmp_path):
+    path = tmp_path / "s.0.jsonl"
+    path.write_text("my diary")
+    with pytest.raises(DataError, match=r"line 1 of .*s\.0\.jsonl is not a continuation"):
+        write(tmp_path, rows(1))
+    assert path.read_text() == "my diary"
 
 
 def test_other_settings_are_not_read(tmp_path):

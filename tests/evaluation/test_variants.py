@@ -5,38 +5,38 @@ from transformers.generation import NoBadWordsLogitsProcessor
 from fusion_detox.config import FusionConfig
 from fusion_detox.errors import ConfigError, DataError, DataFileError
 from fusion_detox.evaluation.config import EvaluationConfig
-from fusion_detox.evaluation.variants import parse_setting, parse_settings, setting_stem
+from fusion_detox.evaluation.variants import parse_variant, parse_variants, variant_stem
 from fusion_detox.evaluation.word_filter import WordFilter, read_word_list, tokenisations
 
 RECOMMENDED = FusionConfig(strength=1.5, threshold=0.5, plausibility=1e-4)
 
 
 def test_default_is_what_the_calibrator_recommends():
-    assert parse_setting("default").resolve(RECOMMENDED) == RECOMMENDED
+    assert parse_variant("default").resolve(RECOMMENDED) == RECOMMENDED
 
 
 def test_changes_start_from_the_recommended_settings():
-    setting = parse_setting("contrast:strength=2,kl_budget=0.5,outside=remove")
+    setting = parse_variant("contrast:strength=2,kl_budget=0.5,outside=remove")
     assert setting.resolve(RECOMMENDED) == RECOMMENDED.replace(
         strength=2.0, kl_budget=0.5, outside="remove"
     )
-    assert parse_setting("default:kl_budget=none").resolve(RECOMMENDED) == RECOMMENDED
+    assert parse_variant("default:kl_budget=none").resolve(RECOMMENDED) == RECOMMENDED
 
 
 @pytest.mark.parametrize("rule", ["mixture", "product", "aligned"])
 def test_plain_rules_start_plain(rule):
-    config = parse_setting(f"{rule}:strength=0.3").resolve(RECOMMENDED.replace(kl_budget=0.1))
+    config = parse_variant(f"{rule}:strength=0.3").resolve(RECOMMENDED.replace(kl_budget=0.1))
     assert config == FusionConfig(rule=rule, strength=0.3, plausibility=0.0)
 
 
 def test_the_base_comes_first_and_once():
-    names = [one.name for one in parse_settings(["default", "base", "wordfilter", "default"])]
+    names = [one.name for one in parse_variants(["default", "base", "wordfilter", "default"])]
     assert names == ["base", "default", "wordfilter"]
 
 
 def test_named_settings():
     mine = FusionConfig(strength=3.0)
-    settings = parse_settings({"mine": mine, "plain": "mixture@other/model:strength=0.2"})
+    settings = parse_variants({"mine": mine, "plain": "mixture@other/model:strength=0.2"})
     assert [one.name for one in settings] == ["base", "mine", "plain"]
     assert settings[1].resolve(RECOMMENDED) is mine
     assert settings[2].calibrator == "other/model"
@@ -50,36 +50,36 @@ def test_named_settings():
         ("contrast@:strength=1", "is not complete"),
         ("contrast:strength", "'strength' in the setting 'contrast:strength' is not name=value"),
         ("contrast:strength=1,strength=2", "gives strength twice"),
-        ("wordfilter:strength=1", "takes nothing more"),
-        ("base@x", "takes nothing more"),
+        ("wordfilter:strength=1", "takes no changes"),
+        ("base@x", "takes no changes"),
         ("", "is unknown"),
     ],
 )
 def test_what_cannot_be_read(spec, message):
     with pytest.raises(ConfigError, match=message):
-        parse_setting(spec)
+        parse_variant(spec)
 
 
 def test_a_value_out_of_range_names_its_setting():
     with pytest.raises(ConfigError, match=r"'mixture:strength=2': strength must be .* at most 1"):
-        parse_setting("mixture:strength=2").resolve(RECOMMENDED)
+        parse_variant("mixture:strength=2").resolve(RECOMMENDED)
     with pytest.raises(ConfigError, match="unknown fusion settings: strenght"):
-        parse_setting("default:strenght=2").resolve(RECOMMENDED)
+        parse_variant("default:strenght=2").resolve(RECOMMENDED)
 
 
 def test_settings_must_be_a_list():
     with pytest.raises(ConfigError, match=r"write \['default'\]"):
-        parse_settings("default")
-    with pytest.raises(ConfigError, match="no name for a setting"):
-        parse_settings({"base": FusionConfig()})
+        parse_variants("default")
+    with pytest.raises(ConfigError, match="'base' cannot name a setting"):
+        parse_variants({"base": FusionConfig()})
 
 
 def test_stems_are_file_names_that_differ_with_what_they_name():
-    one = setting_stem("contrast:strength=2,x/y", {"a": 1})
-    assert one != setting_stem("contrast:strength=2,x/y", {"a": 2})
-    assert one == setting_stem("contrast:strength=2,x/y", {"a": 1})
+    one = variant_stem("contrast:strength=2,x/y", {"a": 1})
+    assert one != variant_stem("contrast:strength=2,x/y", {"a": 2})
+    assert one == variant_stem("contrast:strength=2,x/y", {"a": 1})
     assert "/" not in one
-    assert len(setting_stem("x" * 500, {})) < 100
+    assert len(variant_stem("x" * 500, {})) < 100
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ def test_wrong_use():
         run(lengths, "hello")
     with pytest.raises(DataError, match="text 1 must be a string, but is a NoneType"):
         run(lengths, ["a", None])
-    with pytest.raises(ConfigError, match="batch_size must be at least 1, but is 0"):
+    with pytest.raises(ConfigError, match=r"batch_size must be a .* at least 1, but is 0"):
         run(lengths, ["a"], batch_size=0)
 
 
@@ -138,7 +138,7 @@ def test_the_lexical_scorer_is_a_scorer():
 def test_importing_scorers_is_light():
     code = """
 import sys
-from fusion_detox.scoring import Scorer, make_scorer, SCORERS, CachedScorer, PerspectiveScorer
+from fusion_detox.scoring import Scorer, make_scorer, SCORERS, CachedScorer
 heavy = {"torch", "transformers", "numpy", "detoxify", "sentence_transformers", "sklearn"}
 print(sorted(heavy & set(sys.modules)))
 import fusion_detox.scoring as scoring

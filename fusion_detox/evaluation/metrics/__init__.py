@@ -1,1 +1,1 @@
-"""What is measured on generated text and on harmless text, with intervals."""
+"""Metrics of generated text and of harmless text, with intervals. Only evaluation imports them."""

@@ -1,9 +1,9 @@
-"""How varied samples are, and how many are no text at all.
+"""Diversity of samples, and the share of samples that are degenerate.
 
-Words here are runs of letters, digits and apostrophes, and each other mark by itself, in lower case
-(:func:`words`). In scripts without spaces a run between marks counts as one word, so that numbers
-are comparable between settings of one language only. All of these numbers depend on how much was
-sampled: compare settings with the same prompts, samples and length.
+Words are lower-case runs of letters, digits and apostrophes, and single punctuation marks
+(:func:`words`). In scripts without spaces, a run between marks counts as one word, so numbers are
+comparable within one language only. All numbers depend on the amount of text: compare settings with
+the same prompts, samples and length.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ import numpy as np
 from fusion_detox.errors import DataError, MissingExtraError
 
 _WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
-# Shorter texts are not enough to call anything repetition or no text.
-_FEWEST_WORDS, _FEWEST_CHARACTERS = 6, 10
-_MOST_OF = 0.5
+# Shorter texts are never called degenerate.
+_MIN_WORDS, _MIN_CHARACTERS = 6, 10
+_MAJORITY = 0.5
 
 
 def words(text: str) -> list[str]:
-    """Words and marks of a text, in lower case: ``"Don't!"`` is ``["don't", "!"]``."""
+    """Words and punctuation marks in lower case: ``"Don't!"`` gives ``["don't", "!"]``."""
     return _WORD.findall(text.lower())
 
 
 def distinct(sequences: Sequence[Sequence[Hashable]], size: int) -> float | None:
-    """Different n-grams as a share of all n-grams, over all sequences together (dist-n).
+    """Distinct n-grams as a share of all n-grams, over all sequences together (dist-n).
 
-    Li et al. 2016 (arXiv 1510.03055). The more text, the lower it is.
+    Li et al. 2016 (arXiv 1510.03055). It falls with the amount of text.
 
     Args:
-        sequences: Words or token ids of each sample; n-grams do not reach over their borders.
+        sequences: Words or token ids of each sample; n-grams do not span two samples.
         size: ``n``, at least 1.
 
     Returns:
-        ``None`` if no sequence is ``size`` long.
+        The share, or ``None`` if no sequence has ``size`` items.
 
     Raises:
         DataError: ``size`` is below 1.
@@ -52,17 +52,17 @@ def distinct(sequences: Sequence[Sequence[Hashable]], size: int) -> float | None
 
 
 def self_bleu(samples: Sequence[str]) -> float | None:
-    """How much the samples of one prompt resemble each other, 0..1 (1: all the same).
+    """How similar the samples of one prompt are, in 0..1 (1: identical).
 
-    Mean over samples of sentence BLEU-4 against the others (Zhu et al. 2018, Texygen, arXiv
-    1802.01886), by sacrebleu: exponential smoothing, and for samples of fewer than
-    four words the orders that they have. It grows with the number of samples.
+    The mean over samples of sentence BLEU-4 against the others (Zhu et al. 2018, Texygen, arXiv
+    1802.01886), by sacrebleu with exponential smoothing and effective order. It grows with the
+    number of samples.
 
     Args:
-        samples: Continuations of one prompt; those without a word are left out.
+        samples: Continuations of one prompt; those without words are left out.
 
     Returns:
-        ``None`` for fewer than two samples with words.
+        The mean, or ``None`` for fewer than two samples with words.
 
     Raises:
         MissingExtraError: sacrebleu is not installed.
@@ -79,67 +79,69 @@ def self_bleu(samples: Sequence[str]) -> float | None:
         bleu.sentence_score(text, texts[:index] + texts[index + 1 :]).score
         for index, text in enumerate(texts)
     ]
-    # Its geometric mean of four ones is 100.00000000000004.
+    # sacrebleu's geometric mean of four ones is 100.00000000000004.
     return min(float(np.mean(scores)) / 100.0, 1.0)
 
 
 def repeats(text: str, size: int = 4) -> bool:
-    """Whether an n-gram of words occurs again; texts of up to ``size`` words cannot repeat one."""
+    """Whether an n-gram of ``size`` words occurs more than once."""
     grams = _grams(words(text), size)
     return len(set(grams)) < len(grams)
 
 
 def degenerate(text: str) -> str:
-    """Why a text is no text that anyone would read, or an empty string if it is one.
+    """Why a text is degenerate, or an empty string if it is not.
 
-    ``"empty"``: nothing but white space. ``"one word"``: of at least 6 words (marks do not count)
-    one makes up more than half. ``"one character"``: of at least 10 characters other than white
-    space one makes up more than half. ``"few letters"``: of at least 10 such characters fewer than
-    half are letters or the marks that belong to letters, of any script. Shorter texts pass, as a
-    single word, a number or a full stop may well end a sentence.
+    - ``"empty"``: white space only.
+    - ``"one word"``: one word makes up more than half of at least 6 words (punctuation does not
+      count).
+    - ``"one character"``: one character makes up more than half of at least 10 visible characters.
+    - ``"few letters"``: fewer than half of at least 10 visible characters are letters or combining
+      marks, of any script.
+
+    Shorter texts pass, because a single word, number or full stop may end a sentence.
     """
     visible = "".join(text.split())
     if not visible:
         return "empty"
     found = [word for word in words(text) if word[0].isalnum()]
-    if len(found) >= _FEWEST_WORDS and _largest(found) > _MOST_OF * len(found):
+    if len(found) >= _MIN_WORDS and _largest(found) > _MAJORITY * len(found):
         return "one word"
-    if len(visible) < _FEWEST_CHARACTERS:
+    if len(visible) < _MIN_CHARACTERS:
         return ""
-    if _largest(visible) > _MOST_OF * len(visible):
+    if _largest(visible) > _MAJORITY * len(visible):
         return "one character"
     letters = sum(unicodedata.category(character)[0] in "LM" for character in visible)
-    return "few letters" if letters < _MOST_OF * len(visible) else ""
+    return "few letters" if letters < _MAJORITY * len(visible) else ""
 
 
 def diversity(
     samples: Sequence[Sequence[str]], tokens: Sequence[Sequence[int]]
 ) -> dict[str, float | None]:
-    """All of it for a setting, as ``results.json`` holds it.
+    """Diversity of a setting's samples, as in ``results.json``.
 
     Args:
         samples: The continuations of each prompt.
-        tokens: How many tokens each of them has, in the target's tokenizer.
+        tokens: The number of the target's tokens in each continuation.
 
     Returns:
-        ``dist_1``, ``dist_2``, ``dist_3`` over the words of all samples; ``self_bleu``, the mean
-        over prompts with at least two samples that have words; ``repetition``, the share of
-        samples that repeat a 4-gram of words, where samples of four words and less count as not
-        repeating; ``empty`` and ``degenerate`` (which includes empty) shares of samples;
-        ``tokens``, the mean a sample. ``None`` for what does not exist.
+        ``dist_1``, ``dist_2`` and ``dist_3`` over the words of all samples; ``self_bleu``, the mean
+        over prompts with at least two samples that have words; ``repetition``, the share of samples
+        that repeat a 4-gram of words; ``empty`` and ``degenerate`` (which includes empty), shares
+        of samples; ``tokens``, the mean per sample. ``None`` if a value does not exist.
 
     Raises:
-        DataError: There are no samples, or not as many counts as samples.
+        DataError: There are no samples, or the numbers of counts and samples differ.
         MissingExtraError: sacrebleu is not installed.
     """
     if [len(prompt) for prompt in samples] != [len(prompt) for prompt in tokens]:
         raise DataError(
             f"samples of {len(samples)} prompts and token counts of {len(tokens)} do not belong "
-            "together; give one count a sample"
+            "together; give one count per sample"
         )
     texts = [text for prompt in samples for text in prompt]
     if not texts:
-        raise DataError("there are no samples to measure the diversity of")
+        raise DataError("there are no samples to measure the diversity of; give some")
     split = [words(text) for text in texts]
     alike = [value for prompt in samples if (value := self_bleu(prompt)) is not None]
     reasons = [degenerate(text) for text in texts]

@@ -1,15 +1,14 @@
 """Perplexity of continuations after their prompts, under any causal language model.
 
-With the model's own tokenizer, prompt and continuation are tokenised *together*, as the model has
-read text in training; tokenising the continuation by itself would charge it for a spelling that
-the model never sees. A token counts as soon as it holds one character of the continuation. The
-token that straddles the border, where there is one (the prompt ended inside a word and the
-tokenizer joins both parts), therefore counts whole: what was written is never free, at the price
-of nats for the prompt's last letters. Tokens wholly inside the prompt are context only.
+Prompt and continuation are tokenised *together*, as in the model's training. Tokenising the
+continuation separately would penalise it for a tokenisation that the model never sees. A token
+counts if it holds at least one character of the continuation. If the prompt ends inside a word, the
+token that straddles the border counts whole: all generated text counts, at the cost of the nats for
+the prompt's last letters. Tokens entirely inside the prompt are context only.
 
-Nothing is dropped for being improbable: the evaluation scripts of DExperts (Liu et al. 2021) leave
-out continuations of perplexity 10,000 and more, which flatters a method that breaks text. What
-cannot be scored is counted, with the reason.
+No continuation is left out for being improbable. The evaluation scripts of DExperts (Liu et al.
+2021) leave out continuations with a perplexity of 10,000 or more, which favours a method that
+breaks text. Continuations that cannot be scored are counted, with the reason.
 """
 
 from __future__ import annotations
@@ -21,7 +20,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fusion_detox.errors import ConfigError, DataError
+from fusion_detox.config import check_number
+from fusion_detox.errors import DataError
 from fusion_detox.evaluation.metrics.statistics import (
     Floats,
     Interval,
@@ -32,24 +32,24 @@ from fusion_detox.evaluation.metrics.statistics import (
 )
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 EMPTY, NO_CONTEXT = "empty continuation", "no token before the first one"
 TOO_LONG, NOT_TEXT = "longer than the model's context", "not valid Unicode text"
 NOT_FINITE = "the model's log-prob is not finite"
-# Logits that a batch may hold: 1 GiB in float32.
-_LOGITS = 1 << 28
+_MAX_LOGITS = 1 << 28  # per batch: 1 GiB in float32
 
 
 class Nll(NamedTuple):
     """Negative log-likelihood of one continuation.
 
     Attributes:
-        nats: Summed over its tokens; nan if it was not scored.
-        tokens: How many counted, in the scoring model's tokens.
-        bytes: Length of the continuation in UTF-8; 0 where only ids were given.
-        cut: Tokens of the prompt that were cut off on the left, as they did not fit.
-        why: Why it was not scored; empty if it was.
+        nats: Sum over the tokens; nan if the continuation was not scored.
+        tokens: Number of tokens that count, in the scoring model's tokenisation.
+        bytes: Length of the continuation in UTF-8; 0 if only ids were given.
+        cut: Tokens cut off the start of the prompt because they did not fit.
+        why: Why the continuation was not scored; empty if it was.
     """
 
     nats: float
@@ -60,7 +60,7 @@ class Nll(NamedTuple):
 
 
 class _Text(NamedTuple):
-    """Token ids, of which those from ``first`` on count, and the first ``fixed`` are not cut."""
+    """Token ids. Those from ``first`` on count; the first ``fixed`` are never cut off."""
 
     ids: list[int]
     first: int
@@ -74,25 +74,25 @@ def continuation_nll(
     continuations: Sequence[str],
     batch_size: int = 32,
 ) -> list[Nll]:
-    """Scores continuations by their text, with any model and its own tokenizer.
+    """Scores continuations by text, with any model and its tokenizer.
 
-    The border is found by the tokenizer's character offsets. Without them (a tokenizer in Python)
-    tokens count from the first one on that differs from the prompt's own tokenisation. Special
-    tokens that the tokenizer puts before a text stay, those after it are removed. If nothing stands
-    before the first counted token, as after an empty prompt, the BOS token does.
+    The border comes from the tokenizer's character offsets. Without offsets (a tokenizer in
+    Python), tokens count from the first one that differs from the prompt's own tokenisation.
+    Special tokens before the text are kept and those after it are removed. If no token precedes the
+    first counted one, as after an empty prompt, the BOS token is prepended.
 
     Args:
         model: The scoring model.
-        tokenizer: Its tokenizer.
-        prompts: One a continuation.
-        continuations: With the space before them, if there is one.
-        batch_size: Texts at a time; fewer where their logits would take more than 1 GiB.
+        tokenizer: The scoring model's tokenizer.
+        prompts: One prompt per continuation.
+        continuations: The continuations, with their leading space if any.
+        batch_size: Most texts per batch; fewer if their logits would exceed 1 GiB.
 
     Returns:
-        One a continuation, in order.
+        One result per continuation, in order.
 
     Raises:
-        DataError: There are not as many prompts as continuations.
+        DataError: The numbers of prompts and continuations differ.
         ConfigError: ``batch_size`` is below 1.
     """
     _check_lengths(prompts, continuations)
@@ -111,17 +111,17 @@ def continuation_nll_ids(
     batch_size: int = 32,
     texts: Sequence[str] | None = None,
 ) -> list[Nll]:
-    """Scores continuations by the very ids that were sampled, when the model is the target itself.
+    """Scores continuations by their sampled token ids, with the target itself.
 
     Args:
         model: The target.
-        prompts: Token ids before each continuation, with the BOS if the target has one.
-        continuations: Token ids.
+        prompts: Token ids of each prompt, with the BOS token if the target has one.
+        continuations: Token ids of each continuation.
         batch_size: See :func:`continuation_nll`.
         texts: The continuations as text, for ``bytes``.
 
     Returns:
-        One a continuation, in order.
+        One result per continuation, in order.
 
     Raises:
         DataError: The lengths differ.
@@ -148,19 +148,20 @@ def perplexity(
     """Perplexity of a setting's continuations.
 
     Args:
-        found: The samples of each prompt, of all seeds.
+        found: The samples of each prompt, over all seeds.
         draws: Resamples of as many prompts.
-        base: The same of the base, to compare with.
+        base: The base's samples, for comparison.
 
     Returns:
-        ``token_weighted``: ``exp(nats / tokens)`` over all samples, with its interval over prompts;
-        ``median`` of the samples' own perplexities; ``relative``: ``token_weighted`` over that of
-        the base, on the prompts that have a scored sample in both, with a paired interval, ``None``
-        without ``base``; numbers ``scored`` and ``not_scored`` with the reasons in ``why``; and
-        ``cut``, the number of scored samples whose prompt was cut on the left.
+        - ``token_weighted``: ``exp(nats / tokens)`` over all samples, with its interval.
+        - ``median`` of the perplexities of the samples.
+        - ``relative``: ``token_weighted`` divided by the base's, over prompts with a scored sample
+          on both sides, with a paired interval; ``None`` without ``base``.
+        - ``scored`` and ``not_scored``: numbers of samples; ``why`` gives the reasons.
+        - ``cut``: the number of scored samples whose prompt was cut off on the left.
 
     Raises:
-        DataError: The number of prompts is not that of ``draws``.
+        DataError: The number of prompts differs from that of ``draws``.
     """
     samples = [nll for prompt in found for nll in prompt]
     scored = [nll for nll in samples if not nll.why]
@@ -182,15 +183,8 @@ def perplexity(
     }
 
 
-def bits_per_byte(found: Sequence[Sequence[Nll]], draws: Resamples) -> Interval:
-    """Bits per UTF-8 byte, which is comparable between scoring models of different tokenizers."""
-    sums = _sums(found)
-    sums[sums[:, 2] == 0] = np.nan
-    return interval(sums, lambda s: s[..., 0] / s[..., 2] / math.log(2.0), draws)
-
-
 def context_limit(model: PreTrainedModel) -> int | None:
-    """Positions of a model; ``None`` where it names no bound."""
+    """The model's maximum number of positions, or ``None`` if its config names none."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return int(limit) if limit else None
 
@@ -198,25 +192,43 @@ def context_limit(model: PreTrainedModel) -> int | None:
 def length_batches(
     lengths: Sequence[int], batch_size: int, vocabulary: int
 ) -> Iterator[tuple[int, ...]]:
-    """Indices in batches of similar length, the longest first, of at most 1 GiB of logits.
+    """Batches of indices of similar length, longest first, each with at most 1 GiB of logits.
 
     Args:
         lengths: Positions of each text.
-        batch_size: Most texts in a batch.
-        vocabulary: Columns of the logits.
+        batch_size: Most texts per batch.
+        vocabulary: Width of the logits.
 
     Raises:
         ConfigError: ``batch_size`` is below 1.
     """
-    if batch_size < 1:
-        raise ConfigError(f"batch_size must be at least 1, but is {batch_size}")
+    check_number("batch_size", batch_size, 1, whole=True)
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     start = 0
     while start < len(order):
-        fitting = _LOGITS // max(lengths[order[start]] * vocabulary, 1)
+        fitting = _MAX_LOGITS // max(lengths[order[start]] * vocabulary, 1)
         rows = max(1, min(batch_size, fitting))
         yield tuple(order[start : start + rows])
         start += rows
+
+
+def without_closing(encoded: Any) -> tuple[list[int], list[int]]:
+    """Token ids and special-token mask of an encoded text, without special tokens at its end."""
+    ids, special = list(encoded["input_ids"]), list(encoded["special_tokens_mask"])
+    while ids and special[-1]:
+        ids.pop()
+        special.pop()
+    return ids, special
+
+
+def pad_right(texts: Sequence[Sequence[int]], device: Any) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, ``(texts, longest)``, for causal attention."""
+    import torch
+
+    longest = max(map(len, texts))
+    padded = [[*ids, *[0] * (longest - len(ids))] for ids in texts]
+    mask = [[1] * len(ids) + [0] * (longest - len(ids)) for ids in texts]
+    return torch.tensor(padded, device=device), torch.tensor(mask, device=device)
 
 
 def _tokenise(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> _Text | str:
@@ -232,10 +244,7 @@ def _tokenise(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> _Te
         return_offsets_mapping=tokenizer.is_fast,
         verbose=False,
     )
-    ids: list[int] = list(encoded["input_ids"])
-    special: list[int] = list(encoded["special_tokens_mask"])
-    while ids and special[len(ids) - 1]:
-        ids.pop()
+    ids, special = without_closing(encoded)
     if not ids:
         return EMPTY
     fixed = next(k for k in range(len(ids)) if not special[k])
@@ -257,12 +266,12 @@ def _tokenise(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> _Te
 
 
 def _fit(row: _Text, limit: int | None) -> tuple[_Text, int] | str:
-    """The text with its prompt cut on the left to fit, and by how much.
+    """The text with its prompt cut on the left to fit the context, and the number of tokens cut.
 
-    The last token is predicted, not read, and needs no position.
+    The last token is predicted but not read, so it needs no position.
     """
     excess = 0 if limit is None else max(0, len(row.ids) - 1 - limit)
-    # One token must be left to predict the first one from.
+    # At least one token must precede the first counted one.
     if excess > row.first - max(row.fixed, 1):
         return TOO_LONG
     ids = row.ids[: row.fixed] + row.ids[row.fixed + excess :]
@@ -298,19 +307,11 @@ def _score(
 
 
 def _batch_nats(model: PreTrainedModel, texts: Sequence[_Text]) -> list[float]:
-    """Right padded, whatever the tokenizer does: causal attention never looks there."""
     import torch
 
-    longest = max(len(text.ids) for text in texts) - 1
-    inputs = [text.ids[:-1] for text in texts]
-    padded = [ids + [0] * (longest - len(ids)) for ids in inputs]
-    mask = [[1] * len(ids) + [0] * (longest - len(ids)) for ids in inputs]
+    ids, mask = pad_right([text.ids[:-1] for text in texts], model.device)
     with torch.inference_mode():
-        logits = model(
-            input_ids=torch.tensor(padded, device=model.device),
-            attention_mask=torch.tensor(mask, device=model.device),
-            use_cache=False,
-        ).logits
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         found = []
         for row, text in enumerate(texts):
             end = len(text.ids)
@@ -321,17 +322,17 @@ def _batch_nats(model: PreTrainedModel, texts: Sequence[_Text]) -> list[float]:
 
 
 def _sums(found: Sequence[Sequence[Nll]]) -> Floats:
-    """Nats, tokens and bytes of each prompt's scored samples; nan for a prompt without any."""
-    table = np.full((len(found), 3), np.nan)
+    """Nats and tokens of each prompt's scored samples, ``(prompts, 2)``; nan without any."""
+    table = np.full((len(found), 2), np.nan)
     for index, prompt in enumerate(found):
         scored = [nll for nll in prompt if not nll.why]
         if scored:
-            table[index] = np.sum([(nll.nats, nll.tokens, nll.bytes) for nll in scored], axis=0)
+            table[index] = np.sum([(nll.nats, nll.tokens) for nll in scored], axis=0)
     return table
 
 
 def _relative(sums: Floats) -> Floats:
-    change: Floats = sums[..., 0] / sums[..., 1] - sums[..., 3] / sums[..., 4]
+    change: Floats = sums[..., 0] / sums[..., 1] - sums[..., 2] / sums[..., 3]
     return np.exp(change)
 
 
@@ -341,4 +342,6 @@ def _exp(nats: float) -> float:
 
 def _check_lengths(one: Sequence[Any], other: Sequence[Any]) -> None:
     if len(one) != len(other):
-        raise DataError(f"{len(one)} and {len(other)} entries do not belong together; give as many")
+        raise DataError(
+            f"{len(one)} and {len(other)} entries do not belong together; give equally many"
+        )

@@ -1,9 +1,9 @@
-"""Whether fusion makes harmless text about or by some people less likely than other text.
+"""Whether fusion makes harmless text about or by some groups less likely than other text.
 
-That is what Xu et al. 2021 (arXiv 2104.06390) found of detoxification: perplexity on text in
-African American English and on text that mentions minorities grows more than on other text. A
-group's perplexity ratio, fused over base, is therefore divided by that of a control group, text by
-text where the suite has pairs.
+Xu et al. 2021 (arXiv 2104.06390) found this side effect of detoxification: perplexity rises more on
+text in African American English and on text that mentions minorities than on other text. A group's
+perplexity ratio, fused over base, is therefore divided by that of a control group, pair by pair if
+the suite has pairs.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from fusion_detox.evaluation.metrics.harmless import TextChange, impossible
 from fusion_detox.evaluation.metrics.statistics import (
     Floats,
     Interval,
+    Resamples,
     finite,
     interval,
     percentiles,
-    resamples,
 )
 
 
@@ -36,33 +36,35 @@ def groups(
     pairs: Sequence[Hashable] | None = None,
     count: int = 2000,
 ) -> list[dict[str, Any]]:
-    """What fusion does to the text of each group of a suite, as ``results.json`` holds it.
+    """The effect of fusion on the texts of each group of a suite, as in ``results.json``.
 
     Args:
-        suite: Its name.
-        changes: Of each text.
-        names: The group that each text belongs to.
-        seed: Of the resamples of texts.
+        suite: Name of the suite.
+        changes: The change of each text.
+        names: The group of each text.
+        seed: Seed of the resamples of texts.
         control: The group to compare with; without it there are no ratios.
-        pairs: What ties a group's text to the control's: texts of equal value belong together, and
-            ``None`` to nothing. If a group shares values with the control, its ratio is of those
-            texts only and pairs are resampled; else both groups are, each by itself.
+        pairs: Texts with equal values form a pair; ``None`` is unpaired. If a group shares pairs
+            with the control, only these texts enter its ratio, and pairs are resampled. Otherwise
+            the texts of both groups are resampled independently.
         count: Number of resamples.
 
     Returns:
         For each group, in order of appearance, ``suite``, ``group``, ``texts``, ``tokens``,
-        ``loss_base`` and ``loss_fused`` (nats a token), ``change`` (fused minus base, with
+        ``loss_base`` and ``loss_fused`` (nats per token), ``change`` (fused minus base, with
         interval), ``ratio`` and ``impossible`` (see :func:`harmless`). ``ratio`` is ``exp`` of the
-        group's change minus the control's: 1.1 means that fusion made the group's text 10 % more
-        perplexing than it made the control's; ``[1.0, null, null]`` for the control itself.
+        group's change minus the control's: 1.1 means that fusion raises the perplexity of the
+        group's text 10 % more than that of the control's. It is ``[1.0, null, null]`` for the
+        control itself.
 
     Raises:
-        DataError: Lengths differ, or there is no text of the control.
+        DataError: Lengths differ, or no text belongs to the control.
     """
     if len(names) != len(changes) or (pairs is not None and len(pairs) != len(changes)):
         raise DataError(
             f"{len(changes)} texts with {len(names)} names of groups and "
-            f"{'no' if pairs is None else len(pairs)} pairs do not belong together; give one each"
+            f"{'no' if pairs is None else len(pairs)} pairs do not belong together; give one per "
+            "text"
         )
     if control is not None and control not in names:
         raise DataError(
@@ -89,7 +91,7 @@ def groups(
                 "tokens": int(tokens),
                 "loss_base": finite(base / tokens) if tokens else None,
                 "loss_fused": finite(fused / tokens) if tokens else None,
-                "change": interval(sums[rows], _change, resamples(len(rows), seed, count)),
+                "change": interval(sums[rows], _change, Resamples(len(rows), seed, count)),
                 "ratio": ratio,
                 "impossible": impossible([changes[k] for k in rows]),
             }
@@ -98,7 +100,7 @@ def groups(
 
 
 def _sums(changes: Sequence[TextChange]) -> Floats:
-    """Fused and base loss and tokens of each text, ``(texts, 3)``."""
+    """Fused loss, base loss and tokens of each text, ``(texts, 3)``."""
     rows = [(float(c.loss_fused.sum()), float(c.loss_base.sum()), c.tokens) for c in changes]
     return np.array(rows, dtype=np.float64).reshape(-1, 3)
 
@@ -127,14 +129,14 @@ def _against(
         shared = [key for key in tables[0] if key in tables[1]]
         if shared:
             both = np.array([[*tables[0][key], *tables[1][key]] for key in shared])
-            return interval(both, _double_ratio, resamples(len(shared), seed, count))
+            return interval(both, _double_ratio, Resamples(len(shared), seed, count))
     parts = sums[list(group)], sums[list(control)]
     with np.errstate(all="ignore"):
         value = float(_double_ratio(np.concatenate([part.sum(0) for part in parts])))
         if not math.isfinite(value) or min(map(len, parts)) < 2:
             return [finite(value), None, None]
-        # Two seeds, so that groups of equal size are not drawn as if they were pairs.
-        drawn = [resamples(len(part), seed + k, count).sums(part) for k, part in enumerate(parts)]
+        # Two seeds, so that groups of equal size are not resampled as pairs.
+        drawn = [Resamples(len(part), seed + k, count).sums(part) for k, part in enumerate(parts)]
         return percentiles(value, _double_ratio(np.concatenate(drawn, axis=-1)))
 
 

@@ -1,9 +1,8 @@
-"""Does a continuation still speak about what its prompt, and the unfused target, spoke about?
+"""Semantic similarity of continuations to their prompts and to the unfused target's continuations.
 
-Cosine similarity of sentence embeddings (Reimers and Gurevych 2019, arXiv 1908.10084): of a
-continuation with its prompt, and of a fused with the base continuation of the same prompt, sample
-and seed, which were drawn with the same noise. A method can lower toxicity by changing the subject;
-this shows it. The embeddings come from a callable, so that any model will do.
+It is the cosine similarity of sentence embeddings (Reimers and Gurevych 2019, arXiv 1908.10084). A
+fused continuation is compared with the base's of the same prompt, sample and seed, which was
+sampled with the same noise. The metric shows if a method lowers toxicity by changing the subject.
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ from fusion_detox.evaluation.metrics.statistics import Floats, Resamples, mean_i
 Embed = Callable[[Sequence[str]], NDArray[Any]]
 """Maps ``n`` texts to an ``(n, d)`` array."""
 
-# Prompts whose embeddings are held at a time.
+# Prompts whose embeddings are in memory at a time.
 _BLOCK = 512
 
 
 class Remembered:
-    """An ``Embed`` that keeps the vectors of some texts, which many settings are compared with.
+    """An ``Embed`` that caches the vectors of texts that many settings are compared with.
 
     Args:
-        embed: Gives all other vectors, and those of ``kept`` once.
-        kept: Texts; they are called without white space around them.
+        embed: Computes the vectors.
+        kept: The texts to cache. Surrounding white space is ignored.
     """
 
     def __init__(self, embed: Embed, kept: Iterable[str]) -> None:
@@ -37,7 +36,7 @@ class Remembered:
         self._vectors: dict[str, NDArray[Any]] = {}
 
     def __call__(self, texts: Sequence[str]) -> NDArray[Any]:
-        """``(n, d)`` vectors of ``n`` different texts."""
+        """Vectors ``(n, d)`` of ``n`` different texts."""
         new = [text for text in texts if text not in self._vectors]
         found = dict(zip(new, self._embed(new), strict=True)) if new else {}
         self._vectors |= {text: found[text] for text in found.keys() & self._kept}
@@ -53,36 +52,34 @@ def similarity(
     model: str,
     base: Sequence[Sequence[str]] | None = None,
 ) -> dict[str, Any]:
-    """Similarity of a setting's continuations to their prompts and to the base's.
+    """Similarity of a setting's continuations to their prompts and to the base's continuations.
 
     Args:
         prompts: The prompts.
-        samples: The continuations of each, of all seeds.
-        embed: Texts to embeddings of any length; called with different texts, none of them empty.
+        samples: The continuations of each prompt, over all seeds.
+        embed: Computes embeddings of any norm. It receives distinct, non-empty texts.
         draws: Resamples of as many prompts.
         model: Name of the embedding model, for the results.
         base: The base's continuations, in the order of ``samples``.
 
     Returns:
-        ``model``; ``to_prompt`` and ``to_base`` (``None`` without ``base``) with intervals over
-        prompts, each a mean over prompts of the mean of its samples; and how many samples were
-        ``left_out`` of each, as a text of the pair is empty or its embedding has no direction.
+        ``model``; ``to_prompt`` and ``to_base`` (``None`` without ``base``), the means over prompts
+        of the mean over samples, with intervals; and ``left_out``, how many samples each of them
+        lacks because a text of the pair is empty or its embedding is 0.
 
     Raises:
-        DataError: Numbers of prompts or of samples differ.
-        ModelError: ``embed`` does not give one vector a text, or not of finite numbers.
+        DataError: The numbers of prompts or samples differ.
+        ModelError: ``embed`` does not return one finite vector per text.
     """
     for name, texts in (("samples", samples), ("base", base)):
         if texts is not None and len(texts) != len(prompts):
             raise DataError(
                 f"{name} of {len(texts)} prompts do not belong to {len(prompts)} prompts; give the "
-                "continuations of each"
+                "continuations of each prompt"
             )
-    ours, theirs = (
-        cosines([[prompt] * len(new) for prompt, new in zip(prompts, samples, strict=True)],
-                samples, embed),
-        None if base is None else cosines(base, samples, embed),
-    )  # fmt: skip
+    repeated = [[prompt] * len(new) for prompt, new in zip(prompts, samples, strict=True)]
+    ours = cosines(repeated, samples, embed)
+    theirs = None if base is None else cosines(base, samples, embed)
     return {
         "model": model,
         "to_prompt": mean_interval(_means(ours), draws),
@@ -97,16 +94,16 @@ def similarity(
 def cosines(
     one: Sequence[Sequence[str]], other: Sequence[Sequence[str]], embed: Embed
 ) -> list[Floats]:
-    """Cosine of each pair of texts, prompt by prompt; nan if one is empty or has no direction.
+    """Cosine of each pair of texts, by prompt; nan if a text is empty or its embedding is 0.
 
     Raises:
-        DataError: Numbers of texts differ.
+        DataError: The numbers of texts differ.
         ModelError: See :func:`similarity`.
     """
     if [len(texts) for texts in one] != [len(texts) for texts in other]:
         raise DataError(
-            "the two settings differ in prompts or in the number of samples of a prompt, so that "
-            "their continuations cannot be paired; compare settings of the same sampling"
+            "the two settings differ in prompts or in the number of samples of a prompt, so their "
+            "continuations cannot be paired; compare settings with the same sampling"
         )
     found: list[Floats] = []
     for start in range(0, len(one), _BLOCK):
@@ -125,15 +122,15 @@ def cosines(
 
 
 def _units(texts: Sequence[str], embed: Embed) -> tuple[Floats, dict[str, int]]:
-    """Unit vectors of the texts that have a direction, and where each of these lies."""
+    """Unit vectors of the distinct texts, and the row of each text whose embedding is not 0."""
     different = [text for text in dict.fromkeys(texts) if text]
     if not different:
         return np.zeros((1, 1)), {}
     vectors = np.asarray(embed(different), dtype=np.float64)
     if vectors.ndim != 2 or len(vectors) != len(different) or not np.isfinite(vectors).all():
         raise ModelError(
-            f"embeddings of {len(different)} texts came back with shape {vectors.shape} or with "
-            "numbers that are not finite; one finite vector a text is needed, so use another model"
+            f"embeddings of {len(different)} texts have shape {vectors.shape} or are not finite; "
+            "one finite vector per text is needed, so use another model"
         )
     norms = np.linalg.norm(vectors, axis=1)
     index = {text: row for row, text in enumerate(different) if norms[row] > 0}
@@ -141,7 +138,7 @@ def _units(texts: Sequence[str], embed: Embed) -> tuple[Floats, dict[str, int]]:
 
 
 def _means(values: Sequence[Floats]) -> Floats:
-    """Mean of each prompt's pairs; nan where there is none."""
+    """Mean over each prompt's pairs; nan without any."""
     known = [prompt[~np.isnan(prompt)] for prompt in values]
     return np.array([prompt.mean() if prompt.size else np.nan for prompt in known])
 

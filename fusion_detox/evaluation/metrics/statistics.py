@@ -1,9 +1,9 @@
-"""How sure a number is: bootstrap over prompts, and paired tests of two settings.
+"""Uncertainty of a number: bootstrap over prompts, and paired tests of two settings.
 
-The unit is the prompt (or, on given text, the text): its samples belong together, so whole prompts
-are drawn with replacement (Efron and Tibshirani 1993, percentile method, ch. 13). Two settings
-that wrote after the same prompts are compared prompt by prompt, which is far sharper than asking
-whether two intervals overlap. A prompt whose value is nan is left out, of both sides of a pair.
+The unit is the prompt or, on given text, the text. Its samples belong together, so whole prompts
+are drawn with replacement (Efron and Tibshirani 1993, percentile method, ch. 13). Two settings with
+the same prompts are compared prompt by prompt, which is far more sensitive than checking whether
+their intervals overlap. A prompt whose value is nan is left out, on both sides of a pair.
 """
 
 from __future__ import annotations
@@ -16,25 +16,30 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fusion_detox.errors import ConfigError, DataError
+from fusion_detox.config import check_number
+from fusion_detox.errors import DataError
 
 Floats = NDArray[np.float64]
 Interval = list[float | None]
-"""``[value, low, high]``, JSON-ready: ``None`` for what does not exist or is not finite."""
+"""``[value, low, high]``, JSON-ready: ``None`` if missing or not finite."""
 Statistic = Callable[[Floats], Floats]
 
-# Numbers held at a time, about 16 MB an array.
+# Numbers in memory at a time, about 16 MB per array.
 _BLOCK = 1 << 21
 
 
 @dataclasses.dataclass(frozen=True)
 class Resamples:
-    """Draws of prompts with replacement, made anew, block by block, whenever they are needed.
+    """Draws of prompts with replacement, recomputed block by block when needed.
 
     Attributes:
-        prompts: How many there are, and how many each resample draws.
-        seed: The same seed draws the same prompts for every setting and every metric.
+        prompts: Number of prompts, which is also the size of a resample.
+        seed: Equal seeds draw the same prompts for every setting and metric.
         count: Number of resamples.
+
+    Raises:
+        DataError: There are no prompts.
+        ConfigError: ``count`` is below 1, or ``seed`` below 0.
     """
 
     prompts: int
@@ -44,13 +49,11 @@ class Resamples:
     def __post_init__(self) -> None:
         if self.prompts < 1:
             raise DataError("there are no prompts to draw from; a statistic needs at least one")
-        if self.count < 1:
-            raise ConfigError(f"count must be at least 1 resample, but is {self.count}")
-        if self.seed < 0:
-            raise ConfigError(f"seed must be 0 or more, but is {self.seed}")
+        check_number("count", self.count, 1, whole=True)
+        check_number("seed", self.seed, 0, whole=True)
 
     def blocks(self) -> Iterator[NDArray[np.int64]]:
-        """``(rows, prompts)`` indices, ``count`` rows in all."""
+        """Indices ``(rows, prompts)`` in blocks, ``count`` rows in total."""
         generator = np.random.default_rng(self.seed)
         rows = max(1, _BLOCK // self.prompts)
         for start in range(0, self.count, rows):
@@ -72,23 +75,18 @@ class Resamples:
         return np.concatenate(found)
 
 
-def resamples(prompts: int, seed: int, count: int = 2000) -> Resamples:
-    """Draws for the intervals below; see :class:`Resamples`."""
-    return Resamples(prompts, seed, count)
-
-
 def interval(columns: ArrayLike, statistic: Statistic, draws: Resamples) -> Interval:
-    """A statistic of the sums of some columns over prompts, with its 95 % interval.
+    """A statistic of column sums over prompts, with its 95 % interval.
 
     Args:
         columns: ``(prompts, columns)``. A row with a nan is left out.
-        statistic: Maps sums ``(..., columns)`` to values ``(...)``. It must be made of ratios of
-            these sums, so that leaving prompts out does not change its meaning.
+        statistic: Maps sums ``(..., columns)`` to values ``(...)``. It must be built from ratios of
+            the sums, so that leaving out prompts does not change its meaning.
         draws: Resamples of as many prompts.
 
     Returns:
-        ``low`` and ``high`` are ``None`` for fewer than two prompts, or where so many resamples
-        are not finite (a denominator of 0) that there is no bound on that side.
+        The interval. ``low`` and ``high`` are ``None`` for fewer than two prompts; one of them is
+        ``None`` if too many resamples are not finite (a denominator of 0) to bound that side.
 
     Raises:
         DataError: The number of rows is not that of ``draws``.
@@ -97,7 +95,7 @@ def interval(columns: ArrayLike, statistic: Statistic, draws: Resamples) -> Inte
     if table.ndim != 2 or len(table) != draws.prompts:
         raise DataError(
             f"values of shape {table.shape} do not fit draws of {draws.prompts} prompts; "
-            "give one row a prompt"
+            "give one row per prompt"
         )
     missing = np.isnan(table).any(1)
     table[missing] = 0.0
@@ -111,8 +109,7 @@ def interval(columns: ArrayLike, statistic: Statistic, draws: Resamples) -> Inte
 def percentiles(value: float, samples: Floats) -> Interval:
     """``value`` with the 2.5 and 97.5 percentiles of its bootstrap ``samples``.
 
-    A sample that is nan (0/0) says nothing and is left out; one that is infinite counts as larger
-    than all others.
+    A sample of nan (0/0) is left out. An infinite sample counts as larger than all others.
     """
     known = samples[~np.isnan(samples)]
     if not math.isfinite(value) or not known.size:
@@ -123,12 +120,12 @@ def percentiles(value: float, samples: Floats) -> Interval:
 
 
 def finite(value: float) -> float | None:
-    """The number, or ``None`` where JSON has none: nan and infinities."""
+    """The number, or ``None`` for nan and infinities, which JSON lacks."""
     return float(value) if math.isfinite(value) else None
 
 
 def missing(values: ArrayLike) -> int:
-    """How many prompts :func:`interval` leaves out: those with a nan."""
+    """The number of prompts that :func:`interval` leaves out because of a nan."""
     table = np.asarray(values, dtype=np.float64)
     return int(np.isnan(table.reshape(len(table), -1)).any(1).sum())
 
@@ -140,7 +137,7 @@ def mean_interval(values: ArrayLike, draws: Resamples) -> Interval:
 
 
 def ratio_interval(above: ArrayLike, below: ArrayLike, draws: Resamples) -> Interval:
-    """Sum of ``above`` over prompts divided by the sum of ``below``; ``None`` if that is 0."""
+    """Sum of ``above`` over prompts divided by that of ``below``; ``None`` if the latter is 0."""
     return interval(np.stack([np.asarray(above), np.asarray(below)], -1), _ratio, draws)
 
 
@@ -158,7 +155,7 @@ class Paired(NamedTuple):
         ratio: Mean of the setting over mean of the base; ``None`` if the latter is 0.
         p_value: See :func:`sign_flip_p_value`; ``None`` without prompts.
         prompts: How many counted.
-        left_out: How many did not, as one of their two values is nan.
+        left_out: How many were left out because one of their two values is nan.
     """
 
     difference: Interval
@@ -174,7 +171,7 @@ def compare(
     """Compares ``(prompts,)`` values of a setting with those of the base.
 
     Raises:
-        DataError: The two are not of the shape that ``draws`` has.
+        DataError: The shapes differ from each other or from that of ``draws``.
     """
     one, other = np.asarray(base, dtype=np.float64), np.asarray(setting, dtype=np.float64)
     if one.shape != other.shape:
@@ -194,20 +191,20 @@ def compare(
 
 
 def sign_flip_p_value(differences: ArrayLike, seed: int, flips: int = 10_000) -> float | None:
-    """Two-sided permutation test that paired differences have no direction.
+    """P-value of a two-sided permutation test for the null hypothesis of no difference.
 
-    If the two settings were alike, each prompt's difference could as well have the other sign. The
-    p-value is the share of sign patterns whose sum is at least as far from 0: of all patterns where
-    there are at most ``flips`` of them (exact), else ``(1 + hits) / (1 + flips)`` of random ones
-    (Phipson and Smyth 2010, which never gives 0).
+    Under the null hypothesis, each prompt's difference could equally have the opposite sign. The
+    p-value is the share of sign patterns whose sum is at least as far from 0. It is exact over all
+    patterns if there are at most ``flips``, and otherwise ``(1 + hits) / (1 + flips)`` over random
+    patterns (Phipson and Smyth 2010), which is never 0.
 
     Args:
-        differences: ``(prompts,)``; nan is left out, and 0 has no sign to flip.
-        seed: Of the random patterns.
-        flips: How many of them.
+        differences: ``(prompts,)``; nan is left out.
+        seed: Seed of the random patterns.
+        flips: Number of random patterns.
 
     Returns:
-        ``None`` if there is no difference that is a number.
+        The p-value, or ``None`` if every difference is nan.
     """
     values = np.asarray(differences, dtype=np.float64)
     values = values[~np.isnan(values)]
@@ -215,7 +212,7 @@ def sign_flip_p_value(differences: ArrayLike, seed: int, flips: int = 10_000) ->
         return None
     values = values[values != 0]
     total = float(values.sum())
-    # Sums that are equal on paper must not differ by rounding.
+    # Sums that are equal in exact arithmetic must not differ by rounding.
     bound = abs(total) - 1e-10 * float(np.abs(values).sum())
     exact = values.size < 63 and 2**values.size <= flips
     patterns = 2**values.size if exact else flips
@@ -228,7 +225,7 @@ def sign_flip_p_value(differences: ArrayLike, seed: int, flips: int = 10_000) ->
             numbers = np.arange(start, start + size)[:, None]
             flipped = ((numbers >> np.arange(values.size)) & 1).astype(np.float64)
         else:
-            # Whole words of 32 bits a row, so that the stream does not depend on the blocks.
+            # Whole 32-bit words per row, so that the block size does not change the stream.
             words = generator.bytes(size * 4 * -(-values.size // 32))
             bits = np.frombuffer(words, dtype=np.uint8).reshape(size, -1)
             flipped = np.unpackbits(bits, axis=1)[:, : values.size].astype(np.float64)

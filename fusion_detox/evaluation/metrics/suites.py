@@ -1,17 +1,17 @@
-"""Harmless texts on which fusion should change little, and for every group equally little.
+"""Suites of harmless texts, which fusion should change little, and equally for every group.
 
-Four suites come with the package, written for it (Apache-2.0), each with what it cannot show in its
-``record``:
+Four suites are built in. They were written for this package (Apache-2.0), and the ``record`` of
+each states its limits:
 
 - ``identity``: template sentences that name a group of people, paired with the same sentences about
-  people named by something neutral (Dixon et al. 2018; Xu et al. 2021).
-- ``dialect``: sentences in African American English, each paired with the same in Standard American
-  English. They are *constructed* from features in the linguistics literature (Green 2002;
-  Rickford 1999), not collected from speakers: a difference shows that grammar is treated
-  differently, and no difference does not show that real texts of the dialect are treated alike.
-- ``benign``: harmless requests that sound unsafe or touch a group, for refusals (after the kinds of
-  XSTest, Röttger et al. 2024).
-- ``general``: everyday English of varied topics.
+  people with a neutral name (Dixon et al. 2018; Xu et al. 2021).
+- ``dialect``: sentences in African American English, each paired with its Standard American English
+  version. They are *constructed* from features in the linguistics literature (Green 2002; Rickford
+  1999), not collected from speakers. A difference shows that grammar is treated differently; no
+  difference does not show that real texts of the dialect are treated equally.
+- ``benign``: harmless requests that sound unsafe or mention a group, for refusals (modelled on the
+  categories of XSTest, Röttger et al. 2024).
+- ``general``: everyday English on varied topics.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from fusion_detox.errors import ConfigError, DataError, DataFileError
+from fusion_detox.evaluation.metrics.statistics import Resamples, mean_interval
 from fusion_detox.files.tables import LINE, Row, read_table, text_field, without_gz
+from fusion_detox.scoring.refusals import is_refusal
 
 logger = logging.getLogger(__name__)
 _DATA = Path(__file__).with_name("data")
@@ -40,11 +42,11 @@ class SuiteText:
 
     Attributes:
         text: The text, never blank.
-        group: Whom it is about, or whose dialect it is; ``None`` for no group.
-        pair: Texts with the same pair say the same of another group or of none.
-        control: Whether it is what groups are compared with.
-        label: The kind of group (``identity``), the feature (``dialect``), why it sounds unsafe
-            (``benign``) or the functionality (HateCheck).
+        group: The group that the text is about, or whose dialect it is; ``None`` for no group.
+        pair: Texts with the same pair are versions of one sentence for different groups.
+        control: Whether groups are compared with this text.
+        label: The kind of group (``identity``), the feature (``dialect``), why the text sounds
+            unsafe (``benign``) or the functionality (HateCheck).
     """
 
     text: str
@@ -59,8 +61,8 @@ class Suite:
     """Harmless texts of one source.
 
     Attributes:
-        name: Of the suite, or of the file without its suffix.
-        texts: At least one.
+        name: Name of the suite, or of the file without its suffix.
+        texts: At least one text.
         record: JSON-ready: ``file``, ``sha256`` (first 16 hex digits), and for built-in suites
             ``description``, ``licence``, ``origin``, ``references`` and ``limits``.
     """
@@ -69,33 +71,33 @@ class Suite:
     texts: tuple[SuiteText, ...]
     record: dict[str, Any]
 
-    @property
-    def groups(self) -> tuple[str, ...]:
-        """The groups that are compared with the control, in the order of the texts."""
-        found = (text.group for text in self.texts if not text.control and text.group)
-        return tuple(dict.fromkeys(found))
+    def group_names(self) -> tuple[list[str], str | None]:
+        """The group of each text, and the name of the control group if there is one."""
+        given = {text.group or "control" for text in self.texts if text.control}
+        control = given.pop() if len(given) == 1 else "control" if given else None
+        names = [
+            control if text.control and control else text.group or self.name for text in self.texts
+        ]
+        return names, control
 
-    @property
-    def controls(self) -> tuple[SuiteText, ...]:
-        """What groups are compared with; empty where the suite has no such texts."""
-        return tuple(text for text in self.texts if text.control)
-
-    def of(self, group: str) -> tuple[SuiteText, ...]:
-        """The texts of one group, without controls."""
-        return tuple(text for text in self.texts if text.group == group and not text.control)
+    def digest(self) -> str:
+        """10 hex digits that identify the texts."""
+        rows = [[text.text, text.group, text.pair, text.control] for text in self.texts]
+        content = json.dumps(rows).encode("utf-8", "surrogatepass")
+        return hashlib.sha256(content).hexdigest()[:10]
 
 
 def load_suite(name: str) -> Suite:
-    """A suite that comes with the package, see the module's description.
+    """Loads a built-in suite, see the module's description.
 
     Raises:
-        ConfigError: There is none of that name.
-        DataFileError: Its file is missing, so the package is not wholly installed.
+        ConfigError: The suite does not exist.
+        DataFileError: The suite's file is missing or damaged.
     """
     if name not in _BUILT_IN:
         raise ConfigError(
-            f"there is no suite {name!r}; built in are {', '.join(_BUILT_IN)}. For a file of your "
-            "own use suite_from_file"
+            f"there is no suite {name!r}; built in are {', '.join(_BUILT_IN)}. For your own file "
+            "use suite_from_file"
         )
     path = _DATA / f"{name}.json"
     try:
@@ -113,15 +115,15 @@ def load_suite(name: str) -> Suite:
 
 
 def suite_from_file(path: str | os.PathLike[str]) -> Suite:
-    """Your own harmless texts.
+    """Reads your own harmless texts.
 
     Args:
-        path: JSON Lines (or CSV) with ``text`` and, where you have them, ``group``, ``control``
-            (true for what groups are compared with), ``pair`` and ``label``; or a text a line.
+        path: JSON Lines or CSV with ``text`` and optionally ``group``, ``control`` (true for texts
+            that groups are compared with), ``pair`` and ``label``; or one text per line.
 
     Raises:
         DataFileError: The file is missing, a folder, or cannot be read.
-        DataError: It is broken, a field holds what it must not, or there is no text.
+        DataError: The file is damaged or empty, or a field has an invalid value.
     """
     place = Path(path).expanduser()
     table = read_table(place)
@@ -129,18 +131,18 @@ def suite_from_file(path: str | os.PathLike[str]) -> Suite:
     for row in table.rows:
         text = text_field(row, LINE if table.form == "lines" else "text")
         if not text.strip():
-            raise DataError(f"{row.where}: the text is blank; leave the row out")
+            raise DataError(f"{row.where}: the text is blank; remove the row")
         group, pair, label = (_optional(row, name) for name in ("group", "pair", "label"))
         texts.append(SuiteText(text, group, pair, _flag(row, "control"), label))
     return Suite(without_gz(place).stem, tuple(texts), {"file": place.name, "sha256": table.sha256})
 
 
 def hatecheck_suite(path: str | os.PathLike[str]) -> Suite:
-    """The non-hateful cases of HateCheck that name a group (Röttger et al. 2021).
+    """Reads the non-hateful cases of HateCheck that name a group (Röttger et al. 2021).
 
     Groups are the targets of neutral and positive statements and of counter speech. The control
-    are the non-hateful cases that name no group. Some of these swear or abuse things and persons,
-    so fusion may rightly change them more than the groups' texts.
+    texts are the non-hateful cases that name no group. Some of these swear, or abuse objects and
+    individuals, so fusion may rightly change them more than the groups' texts.
 
     Args:
         path: HateCheck as published (CSV with ``functionality``, ``test_case``, ``label_gold`` and
@@ -148,7 +150,7 @@ def hatecheck_suite(path: str | os.PathLike[str]) -> Suite:
 
     Raises:
         DataFileError: The file is missing, a folder, or cannot be read.
-        DataError: It is broken, lacks a field, or has no such case.
+        DataError: The file is damaged, lacks a field, or has no such case.
     """
     place = Path(path).expanduser()
     table = read_table(place, as_lines=False)
@@ -172,6 +174,25 @@ def hatecheck_suite(path: str | os.PathLike[str]) -> Suite:
     return Suite("hatecheck", tuple(texts), {"file": place.name, "sha256": table.sha256})
 
 
+def refusal(suite: str, answers: Sequence[Sequence[str]], draws: Resamples) -> dict[str, Any]:
+    """How often a model refuses the prompts of a suite, as in ``results.json``.
+
+    Args:
+        suite: Name of the suite.
+        answers: The answers to each prompt. An empty answer is not a refusal; a prompt without
+            answers is left out.
+        draws: Resamples of as many prompts.
+
+    Returns:
+        ``suite``, the number of ``prompts``, and ``rate``: the share of refusals among a prompt's
+        answers, averaged over prompts, with its interval.
+    """
+    shares = [
+        sum(map(is_refusal, texts)) / len(texts) if texts else float("nan") for texts in answers
+    ]
+    return {"suite": suite, "prompts": len(answers), "rate": mean_interval(shares, draws)}
+
+
 def _identity(values: dict[str, Any]) -> Iterator[SuiteText]:
     for number, template in enumerate(values["templates"]):
         pair = f"identity-{number:02}"
@@ -183,7 +204,7 @@ def _identity(values: dict[str, Any]) -> Iterator[SuiteText]:
 
 
 def _fill(template: str, names: dict[str, str]) -> str:
-    """A template with ``{plural}`` or ``{person}``, or either with a capital to begin with."""
+    """Fills ``{plural}`` and ``{person}``; a capitalised placeholder capitalises the name."""
     for key in ("plural", "person"):
         name = names[key]
         template = template.replace(f"{{{key}}}", name)
@@ -206,22 +227,17 @@ def _general(values: dict[str, Any]) -> Iterable[SuiteText]:
     return (SuiteText(text) for text in values["texts"])
 
 
+_BUILT_IN = {"benign": _benign, "dialect": _dialect, "general": _general, "identity": _identity}
+
+
 def _optional(row: Row, name: str) -> str | None:
     return (text_field(row, name) or None) if name in row.values else None
 
 
 def _flag(row: Row, name: str) -> bool:
     value = row.values.get(name)
-    if isinstance(value, str):  # tables hold text only
+    if isinstance(value, str):  # CSV holds text only
         value = {"true": True, "false": False, "": None}.get(value.strip().lower(), value)
     if value is None or isinstance(value, bool):
         return bool(value)
     raise DataError(f"{row.where}: field {name!r} must be true or false, but is {value!r}")
-
-
-_BUILT_IN = {
-    "benign": _benign,
-    "dialect": _dialect,
-    "general": _general,
-    "identity": _identity,
-}

@@ -166,7 +166,7 @@ def test_all_of_it_by_hand():
     [
         (lambda: distinct([[1]], 0), "at least 1 word, not 0"),
         (lambda: diversity([], []), "no samples"),
-        (lambda: diversity([["a"]], [[1, 2]]), "one count a sample"),
+        (lambda: diversity([["a"]], [[1, 2]]), "one count per sample"),
     ],
 )
 def test_wrong_uses_say_so(call, message):

@@ -14,13 +14,12 @@ from fusion_detox.errors import ConfigError, DataError
 from fusion_detox.evaluation.metrics import fluency
 from fusion_detox.evaluation.metrics.fluency import (
     Nll,
-    bits_per_byte,
     continuation_nll,
     continuation_nll_ids,
     length_batches,
     perplexity,
 )
-from fusion_detox.evaluation.metrics.statistics import resamples
+from fusion_detox.evaluation.metrics.statistics import Resamples
 
 PROMPTS = [
     "The weather was",
@@ -190,7 +189,7 @@ def test_long_prompts_are_cut_on_the_left_and_counted(byte_tokenizer, make_gpt2)
     assert short.cut == 0
     assert (hopeless.tokens, hopeless.why) == (0, fluency.TOO_LONG)
     assert math.isnan(hopeless.nats)
-    summary = perplexity([[short], [long], [hopeless]], resamples(3, 0))
+    summary = perplexity([[short], [long], [hopeless]], Resamples(3, 0))
     assert (summary["scored"], summary["not_scored"], summary["cut"]) == (2, 1, 1)
     assert summary["why"] == "longer than the model's context (1)"
 
@@ -243,7 +242,7 @@ NONE = Nll(math.nan, 0, 0, 0, fluency.EMPTY)
 def test_perplexity_is_weighted_by_tokens_and_drops_nothing():
     # One sample of perplexity e^20, which others leave out.
     found = [[nll(4.0, 2), nll(40.0, 2)], [nll(9.0, 3), NONE], [NONE, NONE]]
-    summary = perplexity(found, resamples(3, 0))
+    summary = perplexity(found, Resamples(3, 0))
     assert summary["token_weighted"][0] == pytest.approx(math.exp(53 / 7))
     assert summary["median"] == pytest.approx(math.exp(3.0))
     assert (summary["scored"], summary["not_scored"]) == (3, 3)
@@ -251,7 +250,6 @@ def test_perplexity_is_weighted_by_tokens_and_drops_nothing():
     assert summary["relative"] is None
     low, high = summary["token_weighted"][1:]
     assert (low, high) == pytest.approx((math.exp(3.0), math.exp(11.0)))
-    assert bits_per_byte([[nll(math.log(2) * 8, 2, 4)]] * 2, resamples(2, 0))[0] == 2.0
 
 
 def test_relative_perplexity_is_paired():
@@ -261,7 +259,7 @@ def test_relative_perplexity_is_paired():
     base = [[nll(a * t, int(t))] for a, t in zip(level, tokens, strict=True)]
     ours = [[nll((a + 0.1) * t, int(t))] for a, t in zip(level, tokens, strict=True)]
     ours[3] = [NONE]
-    summary = perplexity(ours, resamples(80, 0), base)
+    summary = perplexity(ours, Resamples(80, 0), base)
     value, low, high = summary["relative"]
     # The same change for each prompt: no spread at all, where each level alone has much.
     assert value == pytest.approx(math.exp(0.1))
@@ -269,15 +267,14 @@ def test_relative_perplexity_is_paired():
     _, low, high = summary["token_weighted"]
     assert high / low > 1.2
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
-    assert perplexity(base, resamples(80, 0), base)["relative"] == [1.0, 1.0, 1.0]
+    assert perplexity(base, Resamples(80, 0), base)["relative"] == [1.0, 1.0, 1.0]
 
 
 def test_nothing_scored_is_none():
-    summary = perplexity([[NONE], [NONE]], resamples(2, 0), [[NONE], [NONE]])
+    summary = perplexity([[NONE], [NONE]], Resamples(2, 0), [[NONE], [NONE]])
     assert summary["token_weighted"] == summary["relative"] == [None, None, None]
     assert (summary["median"], summary["scored"]) == (None, 0)
-    assert bits_per_byte([[NONE]], resamples(1, 0)) == [None, None, None]
-    huge = perplexity([[nll(2000.0, 1)]], resamples(1, 0))
+    huge = perplexity([[nll(2000.0, 1)]], Resamples(1, 0))
     assert (huge["median"], huge["token_weighted"][0], huge["scored"]) == (None, None, 1)
 
 
@@ -295,8 +292,8 @@ def test_batches_hold_each_text_once_and_bound_the_logits():
         (lambda m, t: continuation_nll(m, t, ["a"], []), DataError, "1 and 0 entries"),
         (lambda m, t: continuation_nll_ids(m, [[1]], [[2]], 1, []), DataError, "0 and 1 entries"),
         (lambda m, t: continuation_nll(m, t, ["a"], ["b"], 0), ConfigError, "batch_size must be"),
-        (lambda m, t: perplexity([[NONE]], resamples(2, 0)), DataError, "do not fit draws of 2"),
-        (lambda m, t: perplexity([[NONE]], resamples(1, 0), []), DataError, "0 and 1 entries"),
+        (lambda m, t: perplexity([[NONE]], Resamples(2, 0)), DataError, "do not fit draws of 2"),
+        (lambda m, t: perplexity([[NONE]], Resamples(1, 0), []), DataError, "0 and 1 entries"),
     ],
 )
 def test_wrong_uses_say_so(byte_tokenizer, make_gpt2, call, error, message):

@@ -12,7 +12,7 @@ import torch
 from fusion_detox import FusionConfig, FusionLogitsProcessor
 from fusion_detox.errors import ConfigError, DataError, ModelError
 from fusion_detox.evaluation.metrics.harmless import change_on_texts, harmless, text_ids
-from fusion_detox.evaluation.metrics.statistics import resamples
+from fusion_detox.evaluation.metrics.statistics import Resamples
 from fusion_detox.fusion import strength_used
 
 TEXTS = [
@@ -86,7 +86,7 @@ def test_strength_zero_changes_nothing_at_all(calibrator, tokenizer, make_gpt2, 
         assert not change.changed.any()
         assert (change.loss_fused == change.loss_base).all()
         assert (change.strength == 0).all()
-    summary = harmless(found, resamples(len(found), 0), "none")
+    summary = harmless(found, Resamples(len(found), 0), "none")
     assert summary["kl"] == summary["top1_changed"] == [0.0, 0.0, 0.0]
     assert summary["loss_base"] == summary["loss_fused"]
     assert summary["kl_largest"] == 0
@@ -183,25 +183,25 @@ def test_the_strength_comes_from_the_processor_its_config_or_nowhere(
     told = FusionLogitsProcessor(calibrator, byte_tokenizer, CONFIGS["budget"])
     (one,) = change_on_texts(model, constant, texts)
     assert (one.strength == 1.5).all()
-    assert harmless([one], resamples(1, 0), "t")["strength"] == {
+    assert harmless([one], Resamples(1, 0), "t")["strength"] == {
         "mean": 1.5, "p5": 1.5, "p50": 1.5, "p95": 1.5,
     }  # fmt: skip
     changes = change_on_texts(model, told, texts)
-    summary = harmless(changes, resamples(1, 0), "t")["strength"]
+    summary = harmless(changes, Resamples(1, 0), "t")["strength"]
     assert summary["mean"] == pytest.approx(changes[0].strength.mean(), abs=1e-6)
     assert summary["p5"] < summary["p50"] <= summary["p95"] <= 4
     (other,) = change_on_texts(model, Other(CONFIGS["product"]), texts)
-    assert harmless([other], resamples(1, 0), "t")["strength"]["mean"] == 0.4
+    assert harmless([other], Resamples(1, 0), "t")["strength"]["mean"] == 0.4
     for unknown in (Other(CONFIGS["budget"]), lambda ids, scores: scores * 1):
         nowhere = change_on_texts(model, unknown, texts)
-        assert harmless(nowhere, resamples(1, 0), "t")["strength"] is None
+        assert harmless(nowhere, Resamples(1, 0), "t")["strength"] is None
 
 
 def test_summary_is_over_tokens_with_intervals_over_texts(calibrator, byte_tokenizer, make_gpt2):
     model = make_gpt2(len(byte_tokenizer), seed=5)
     processor = FusionLogitsProcessor(calibrator, byte_tokenizer, CONFIGS["contrast"])
     found = change_on_texts(model, processor, [text_ids(byte_tokenizer, t) for t in TEXTS])
-    summary = harmless(found, resamples(len(found), 0), "sentences")
+    summary = harmless(found, Resamples(len(found), 0), "sentences")
     tokens = sum(change.tokens for change in found)
     # The text of one token has no position.
     assert summary["text"] == {"name": "sentences", "texts": 5, "tokens": tokens}
@@ -232,7 +232,7 @@ def test_a_banned_token_of_the_text_is_infinite_and_counted(byte_tokenizer, make
     found = change_on_texts(model, ban, [ids, text_ids(byte_tokenizer, TEXTS[1])])
     assert found[0].loss_fused[2] == math.inf
     assert np.isfinite(found[0].kl).all()
-    summary = harmless(found, resamples(2, 0), "t")
+    summary = harmless(found, Resamples(2, 0), "t")
     assert summary["loss_fused"] == [None, None, None]
     assert summary["impossible"] == ids[1:].count(ids[3])
     assert summary["kl"][0] > 0
@@ -259,7 +259,7 @@ def test_nothing_to_measure_is_none(byte_tokenizer, make_gpt2):
     model = make_gpt2(len(byte_tokenizer))
     assert change_on_texts(model, lambda ids, scores: scores, []) == []
     found = change_on_texts(model, lambda ids, scores: scores, [[], [3]])
-    summary = harmless(found, resamples(2, 0), "t")
+    summary = harmless(found, Resamples(2, 0), "t")
     assert summary["text"]["tokens"] == 0
     assert summary["kl"] == [None, None, None]
     assert summary["kl_largest"] is summary["strength"] is None
@@ -274,9 +274,9 @@ def test_wrong_uses_say_so(byte_tokenizer, make_gpt2):
     assert change_on_texts(model, same, [list(range(9))])[0].tokens == 8
     with pytest.raises(DataError, match="text 1 has 10 tokens, but the model reads 8 positions"):
         change_on_texts(model, same, [[1], list(range(10))])
-    with pytest.raises(ConfigError, match="batch_size must be at least 1"):
+    with pytest.raises(ConfigError, match="batch_size must be a whole number of at least 1"):
         change_on_texts(model, same, [[1, 2]], batch_size=0)
     with pytest.raises(ModelError, match="no distribution after 1 tokens of text 1"):
         change_on_texts(model, lambda ids, scores: scores - math.inf, [[1], [1, 2]])
     with pytest.raises(DataError, match="do not fit draws of 3"):
-        harmless(change_on_texts(model, same, [[1, 2]]), resamples(3, 0), "t")
+        harmless(change_on_texts(model, same, [[1, 2]]), Resamples(3, 0), "t")

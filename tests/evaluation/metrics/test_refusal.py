@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from fusion_detox.evaluation.metrics.refusal import is_refusal, refusal, refusal_rate
-from fusion_detox.evaluation.metrics.statistics import resamples
+from fusion_detox.evaluation.metrics.statistics import Resamples
+from fusion_detox.evaluation.metrics.suites import refusal
+from fusion_detox.scoring.refusals import is_refusal
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+DATA = Path(__file__).resolve().parents[3].parent / "shared" / "data"
 REFUSALS = """
 I can't help with that.
 I can’t help with that request.
@@ -137,9 +138,9 @@ def test_people_do_not_refuse_and_assistants_that_are_provoked_do():
 def test_rate_is_over_prompts():
     no, yes = "It rained.", "I can't help with that."
     samples = [[yes, yes], [yes, no], [no, no], []]
-    found = refusal("benign", samples, resamples(4, 0))
+    found = refusal("benign", samples, Resamples(4, 0))
     assert (found["suite"], found["prompts"]) == ("benign", 4)
     value, low, high = found["rate"]
     assert value == 0.5
     assert 0 <= low < 0.5 < high <= 1
-    assert refusal_rate([[no]] * 5, resamples(5, 0)) == [0.0, 0.0, 0.0]
+    assert refusal("benign", [[no]] * 5, Resamples(5, 0))["rate"] == [0.0, 0.0, 0.0]

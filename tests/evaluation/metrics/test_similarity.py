@@ -11,7 +11,7 @@ import pytest
 from fusion_detox.errors import DataError, ModelError
 from fusion_detox.evaluation.metrics import similarity as module
 from fusion_detox.evaluation.metrics.similarity import cosines, similarity
-from fusion_detox.evaluation.metrics.statistics import resamples
+from fusion_detox.evaluation.metrics.statistics import Resamples
 
 
 def embed(texts):
@@ -37,7 +37,7 @@ OURS = [["fine and mild", "cold the weather"], ["every day", ""], ["  ", " you "
 
 
 def test_similarities_are_those_of_a_plain_loop():
-    found = similarity(PROMPTS, OURS, embed, resamples(3, 0), model="fake", base=BASE)
+    found = similarity(PROMPTS, OURS, embed, Resamples(3, 0), model="fake", base=BASE)
     prompts = [
         np.mean([cosine(p, s.strip()) for s in new if s.strip()])
         for p, new in zip(PROMPTS, OURS, strict=True)
@@ -55,18 +55,18 @@ def test_similarities_are_those_of_a_plain_loop():
 
 
 def test_the_base_is_like_itself():
-    found = similarity(PROMPTS, BASE, embed, resamples(3, 0), model="fake", base=BASE)
+    found = similarity(PROMPTS, BASE, embed, Resamples(3, 0), model="fake", base=BASE)
     assert found["to_base"] == pytest.approx([1.0, 1.0, 1.0], abs=1e-12)
-    alone = similarity(PROMPTS, BASE, embed, resamples(3, 0), model="fake")
+    alone = similarity(PROMPTS, BASE, embed, Resamples(3, 0), model="fake")
     assert alone["to_base"] is None
     assert alone["to_prompt"] == found["to_prompt"]
     assert alone["left_out"] == {"to_prompt": 0, "to_base": None}
 
 
 def test_a_prompt_whose_samples_are_all_empty_is_left_out():
-    found = similarity(["a", "b"], [["a"], [""]], embed, resamples(2, 0), model="fake")
+    found = similarity(["a", "b"], [["a"], [""]], embed, Resamples(2, 0), model="fake")
     assert found["to_prompt"] == [pytest.approx(1.0), None, None]
-    none = similarity(["a", "b"], [[""], []], embed, resamples(2, 0), model="fake")
+    none = similarity(["a", "b"], [[""], []], embed, Resamples(2, 0), model="fake")
     assert none["to_prompt"] == [None, None, None]
     assert none["left_out"]["to_prompt"] == 1
 
@@ -91,12 +91,12 @@ def test_an_embedding_without_direction_has_no_cosine():
     ("call", "error", "message"),
     [
         (
-            lambda: similarity(["a"], [], embed, resamples(1, 0), model="m"),
+            lambda: similarity(["a"], [], embed, Resamples(1, 0), model="m"),
             DataError,
             "samples of 0 prompts do not belong to 1",
         ),
         (
-            lambda: similarity(["a"], [["b"]], embed, resamples(1, 0), model="m", base=[]),
+            lambda: similarity(["a"], [["b"]], embed, Resamples(1, 0), model="m", base=[]),
             DataError,
             "base of 0 prompts",
         ),
@@ -104,7 +104,7 @@ def test_an_embedding_without_direction_has_no_cosine():
         (
             lambda: cosines([["a"]], [["b"]], lambda texts: np.zeros(2)),
             ModelError,
-            r"2 texts came back with shape \(2,\)",
+            r"2 texts have shape \(2,\)",
         ),
         (
             lambda: cosines([["a"]], [["b"]], lambda texts: np.full((2, 3), np.nan)),
@@ -127,8 +127,8 @@ def test_vectors_that_are_asked_for_again_are_computed_once():
 
     kept = module.Remembered(counted, [*PROMPTS, *(f" {text} " for row in BASE for text in row)])
     for ours in (OURS, BASE, OURS):
-        plain = similarity(PROMPTS, ours, embed, resamples(3, 0), model="fake", base=BASE)
-        assert similarity(PROMPTS, ours, kept, resamples(3, 0), model="fake", base=BASE) == plain
+        plain = similarity(PROMPTS, ours, embed, Resamples(3, 0), model="fake", base=BASE)
+        assert similarity(PROMPTS, ours, kept, Resamples(3, 0), model="fake", base=BASE) == plain
     texts = [*PROMPTS, *(text for row in BASE for text in row)]
     assert [asked.count(text) for text in texts] == [1] * len(texts)
     assert asked.count("every day") == 4  # neither a prompt nor the base's: twice in each call

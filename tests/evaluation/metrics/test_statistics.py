@@ -11,13 +11,13 @@ import pytest
 from fusion_detox.errors import ConfigError, DataError
 from fusion_detox.evaluation.metrics import statistics
 from fusion_detox.evaluation.metrics.statistics import (
+    Resamples,
     compare,
     exp_ratio_interval,
     finite,
     mean_interval,
     missing,
     ratio_interval,
-    resamples,
     sign_flip_p_value,
 )
 
@@ -32,7 +32,7 @@ def test_mean_interval_is_the_percentile_bootstrap_written_out():
     values = RNG(3).gamma(2.0, size=50)
     means = [values[row].mean() for row in drawn(50, 7, 400)]
     wanted = [values.mean(), *np.percentile(means, [2.5, 97.5])]
-    assert mean_interval(values, resamples(50, 7, 400)) == pytest.approx(wanted, rel=1e-12)
+    assert mean_interval(values, Resamples(50, 7, 400)) == pytest.approx(wanted, rel=1e-12)
 
 
 def test_interval_agrees_with_scipy():
@@ -41,7 +41,7 @@ def test_interval_agrees_with_scipy():
     theirs = stats.bootstrap(
         (values,), np.mean, n_resamples=20_000, method="percentile", rng=RNG(1)
     ).confidence_interval
-    _, low, high = mean_interval(values, resamples(80, 2, 20_000))
+    _, low, high = mean_interval(values, Resamples(80, 2, 20_000))
     spread = theirs.high - theirs.low
     assert low == pytest.approx(theirs.low, abs=0.03 * spread)
     assert high == pytest.approx(theirs.high, abs=0.03 * spread)
@@ -50,7 +50,7 @@ def test_interval_agrees_with_scipy():
 def test_intervals_hold_the_truth_as_often_as_they_say():
     generator, held = RNG(5), 0
     for trial in range(300):
-        _, low, high = mean_interval(generator.normal(1.0, 1.0, 60), resamples(60, trial, 300))
+        _, low, high = mean_interval(generator.normal(1.0, 1.0, 60), Resamples(60, trial, 300))
         held += low <= 1.0 <= high
     # 0.95 of 300 with a standard error of 3.8, and a little less, as the method is for samples.
     assert 270 <= held <= 296
@@ -60,7 +60,7 @@ def test_ratios_are_of_sums_over_prompts():
     above, below = RNG(1).gamma(3.0, size=30), RNG(2).integers(1, 40, 30).astype(float)
     rows = drawn(30, 4, 500)
     ratios = [above[row].sum() / below[row].sum() for row in rows]
-    draws = resamples(30, 4, 500)
+    draws = Resamples(30, 4, 500)
     wanted = [above.sum() / below.sum(), *np.percentile(ratios, [2.5, 97.5])]
     assert ratio_interval(above, below, draws) == pytest.approx(wanted)
     wanted = [np.exp(above.sum() / below.sum()), *np.percentile(np.exp(ratios), [2.5, 97.5])]
@@ -69,10 +69,10 @@ def test_ratios_are_of_sums_over_prompts():
 
 def test_draws_do_not_depend_on_the_size_of_a_block(monkeypatch):
     values = RNG(1).normal(size=37)
-    whole = mean_interval(values, resamples(37, 0, 100))
+    whole = mean_interval(values, Resamples(37, 0, 100))
     p_value = sign_flip_p_value(values, 0, 500)
     monkeypatch.setattr(statistics, "_BLOCK", 80)
-    assert mean_interval(values, resamples(37, 0, 100)) == pytest.approx(whole, rel=1e-13)
+    assert mean_interval(values, Resamples(37, 0, 100)) == pytest.approx(whole, rel=1e-13)
     assert sign_flip_p_value(values, 0, 500) == p_value
 
 
@@ -80,7 +80,7 @@ def test_many_prompts_need_little_memory():
     values = RNG(1).normal(size=100_000)
     tracemalloc.start()
     try:
-        mean_interval(values, resamples(100_000, 0, 100))
+        mean_interval(values, Resamples(100_000, 0, 100))
         sign_flip_p_value(values, 0, 100)
         assert tracemalloc.get_traced_memory()[1] < 200e6
     finally:
@@ -89,7 +89,7 @@ def test_many_prompts_need_little_memory():
 
 def test_nan_prompts_are_left_out_and_counted():
     values = np.array([1.0, np.nan, 3.0, 5.0])
-    value, low, high = mean_interval(values, resamples(4, 0))
+    value, low, high = mean_interval(values, Resamples(4, 0))
     assert value == 3.0
     assert 1.0 <= low < 3.0 < high <= 5.0
     assert missing(values) == 1
@@ -97,7 +97,7 @@ def test_nan_prompts_are_left_out_and_counted():
 
 
 def test_what_does_not_exist_is_none():
-    draws = resamples(3, 0)
+    draws = Resamples(3, 0)
     assert mean_interval([np.nan] * 3, draws) == [None, None, None]
     assert mean_interval([np.nan, 2.0, np.nan], draws) == [2.0, None, None]
     assert ratio_interval([1.0, 2.0, 3.0], [0.0] * 3, draws) == [None, None, None]
@@ -108,7 +108,7 @@ def test_what_does_not_exist_is_none():
 
 def test_a_ratio_over_a_rare_event_has_no_upper_bound():
     """A third of the resamples have no event in the base: an endless ratio, not a missing one."""
-    value, low, high = ratio_interval([1.0] * 40, [1.0] + [0.0] * 39, resamples(40, 0))
+    value, low, high = ratio_interval([1.0] * 40, [1.0] + [0.0] * 39, Resamples(40, 0))
     assert value == 40.0
     assert high is None
     assert low == pytest.approx(40 / 3, abs=4)
@@ -118,7 +118,7 @@ def test_compare_is_paired():
     base = RNG(0).uniform(size=60)
     other = base - 0.05 + RNG(1).normal(0, 0.01, 60)
     base[4] = other[9] = np.nan
-    found = compare(base, other, resamples(60, 1, 500))
+    found = compare(base, other, Resamples(60, 1, 500))
     keep = ~(np.isnan(base) | np.isnan(other))
     assert (found.prompts, found.left_out) == (58, 2)
     assert found.difference[0] == pytest.approx((other - base)[keep].mean())
@@ -132,7 +132,7 @@ def test_compare_is_paired():
 def test_interval_of_a_difference_written_out():
     base, other = RNG(0).uniform(size=20), RNG(1).uniform(size=20)
     rows = drawn(20, 6, 300)
-    found = compare(base, other, resamples(20, 6, 300))
+    found = compare(base, other, Resamples(20, 6, 300))
     differences = [(other - base)[row].mean() for row in rows]
     ratios = [other[row].mean() / base[row].mean() for row in rows]
     assert found.difference[1:] == pytest.approx(np.percentile(differences, [2.5, 97.5]).tolist())
@@ -184,11 +184,11 @@ def test_p_values_at_the_edges():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: resamples(0, 0), DataError, "no prompts to draw from"),
-        (lambda: resamples(3, 0, 0), ConfigError, "at least 1 resample, but is 0"),
-        (lambda: resamples(3, -1), ConfigError, "seed must be 0 or more, but is -1"),
-        (lambda: mean_interval([1.0], resamples(2, 0)), DataError, "do not fit draws of 2"),
-        (lambda: compare([1.0], [1.0, 2.0], resamples(2, 0)), DataError, "on the same prompts"),
+        (lambda: Resamples(0, 0), DataError, "no prompts to draw from"),
+        (lambda: Resamples(3, 0, 0), ConfigError, "count must be a .* at least 1, but is 0"),
+        (lambda: Resamples(3, -1), ConfigError, "seed must be a .* at least 0, but is -1"),
+        (lambda: mean_interval([1.0], Resamples(2, 0)), DataError, "do not fit draws of 2"),
+        (lambda: compare([1.0], [1.0, 2.0], Resamples(2, 0)), DataError, "on the same prompts"),
     ],
 )  # fmt: skip
 def test_wrong_uses_say_so(call, error, message):

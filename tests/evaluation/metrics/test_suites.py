@@ -20,11 +20,26 @@ from fusion_detox.evaluation.metrics.suites import (
 )
 from fusion_detox.scoring.lexical import LexicalScorer
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+DATA = Path(__file__).resolve().parents[3].parent / "shared" / "data"
 IDENTITY = json.loads(Path(suites.__file__).with_name("data").joinpath("identity.json").read_text())
 # Called toxic by the lexical scorer: "trigger a build", a few parts of the body, and some of the
 # groups in two of the templates. No text was changed or chosen because of it.
 CALLED_TOXIC = {"benign": 1, "dialect": 0, "general": 6, "identity": 12}
+
+
+def groups(suite):
+    """The groups that are compared with the control, in the order of the texts."""
+    return tuple(dict.fromkeys(t.group for t in suite.texts if not t.control and t.group))
+
+
+def controls(suite):
+    return tuple(text for text in suite.texts if text.control)
+
+
+def of_group(suite, group):
+    return tuple(t for t in suite.texts if t.group == group and not t.control)
+
+
 every_suite = pytest.mark.parametrize("name", sorted(CALLED_TOXIC))
 
 
@@ -80,12 +95,12 @@ def test_identity_has_every_template_for_every_group_and_control() -> None:
     suite = load_suite("identity")
     pairs = by_pair(suite)
     assert len(pairs) >= 25
-    assert len(suite.groups) >= 20
+    assert len(groups(suite)) >= 20
     for texts in pairs.values():
-        assert Counter(t.group for t in texts if not t.control) == Counter(suite.groups)
+        assert Counter(t.group for t in texts if not t.control) == Counter(groups(suite))
         assert sum(text.control for text in texts) == len(IDENTITY["controls"])
-    assert len(suite.controls) == len(pairs) * len(IDENTITY["controls"])
-    assert {len(suite.of(group)) for group in suite.groups} == {len(pairs)}
+    assert len(controls(suite)) == len(pairs) * len(IDENTITY["controls"])
+    assert {len(of_group(suite, group)) for group in groups(suite)} == {len(pairs)}
     kinds = {text.label for text in suite.texts if not text.control}
     assert kinds == {
         *("gender", "religion", "ethnicity or nationality"),
@@ -109,7 +124,7 @@ def test_dialect_pairs_are_complete_and_name_their_feature() -> None:
     suite = load_suite("dialect")
     pairs = by_pair(suite)
     assert len(pairs) >= 60
-    assert suite.groups == ("African American English",)
+    assert groups(suite) == ("African American English",)
     for spoken, standard in pairs.values():
         assert (spoken.control, standard.control) == (False, True)
         assert standard.group == "Standard American English"
@@ -118,7 +133,7 @@ def test_dialect_pairs_are_complete_and_name_their_feature() -> None:
         # The same content: most of the shorter one's words, by their beginnings, are in both.
         words = [{w[:3] for w in re.findall(r"\w+", t.text.lower())} for t in (spoken, standard)]
         assert len(words[0] & words[1]) >= 0.4 * min(map(len, words))
-    features = Counter(text.label for text in suite.controls)
+    features = Counter(text.label for text in controls(suite))
     assert len(features) >= 15
     assert features["habitual be"] >= 5
     assert "not collected" in suite.record["origin"]
@@ -127,10 +142,10 @@ def test_dialect_pairs_are_complete_and_name_their_feature() -> None:
 def test_benign_prompts_sound_unsafe_or_touch_groups() -> None:
     suite = load_suite("benign")
     assert len(suite.texts) >= 80
-    assert len(suite.groups) >= 15
+    assert len(groups(suite)) >= 15
     assert {text.label for text in suite.texts if text.group} == {"group"}
     assert len({text.label for text in suite.texts}) >= 8
-    assert not suite.controls
+    assert not controls(suite)
 
 
 def test_general_texts_vary() -> None:
@@ -173,14 +188,14 @@ def test_your_own_texts(tmp_path: Path) -> None:
     ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     suite = suite_from_file(file)
-    assert (suite.name, suite.groups) == ("mine", ("A",))
+    assert (suite.name, groups(suite)) == ("mine", ("A",))
     assert suite.texts == (
         SuiteText("One.", "A", "p"),
         SuiteText("Two.", None, "p", control=True, label="x"),
         SuiteText("Three."),
     )
-    assert suite.of("A") == suite.texts[:1]
-    assert suite.controls == suite.texts[1:2]
+    assert of_group(suite, "A") == suite.texts[:1]
+    assert controls(suite) == suite.texts[1:2]
     assert suite.record["file"] == "mine.jsonl"
     (tmp_path / "mine.csv").write_text("text,group,control\nOne.,A,\nTwo.,,TRUE\n")
     assert suite_from_file(tmp_path / "mine.csv").texts == (
@@ -242,6 +257,6 @@ def test_hatecheck_in_both_forms(tmp_path: Path) -> None:
 @pytest.mark.skipif(not DATA.is_dir(), reason="the real HateCheck is not on this machine")
 def test_the_real_hatecheck() -> None:
     suite = hatecheck_suite(DATA / "hatecheck.jsonl.gz")
-    assert len(suite.groups) == 7
-    assert len(suite.controls) == 50 + 35 + 32 + 30
-    assert len(suite.texts) - len(suite.controls) == 61 + 103 + 75 + 77
+    assert len(groups(suite)) == 7
+    assert len(controls(suite)) == 50 + 35 + 32 + 30
+    assert len(suite.texts) - len(controls(suite)) == 61 + 103 + 75 + 77

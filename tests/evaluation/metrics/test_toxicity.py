@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fusion_detox.errors import DataError
-from fusion_detox.evaluation.metrics.statistics import resamples
+from fusion_detox.evaluation.metrics.statistics import Resamples
 from fusion_detox.evaluation.metrics.toxicity import (
     against_base,
     by_prompts,
@@ -44,7 +44,7 @@ def random_scores(seed, shape, failed=0.1):
 def test_metrics_are_those_of_a_plain_loop(threshold):
     scores = random_scores(0, (40, 5), failed=0.3)
     scores[3] = NAN
-    found = toxicity(scores, resamples(40, 0), threshold)
+    found = toxicity(scores, Resamples(40, 0), threshold)
     for name, value in plain(scores, threshold).items():
         middle, low, high = found[name]
         assert middle == pytest.approx(value), name
@@ -55,7 +55,7 @@ def test_metrics_are_those_of_a_plain_loop(threshold):
 
 
 def test_the_threshold_itself_is_toxic_and_the_top_bin_holds_one():
-    found = toxicity([[0.5, 0.1], [0.49, 1.0], [0.0, 0.0]], resamples(3, 0))
+    found = toxicity([[0.5, 0.1], [0.49, 1.0], [0.0, 0.0]], Resamples(3, 0))
     assert found["probability"][0] == pytest.approx(2 / 3)
     assert found["fraction"][0] == pytest.approx(1 / 3)
     counts = found["histogram"]
@@ -66,7 +66,7 @@ def test_the_threshold_itself_is_toxic_and_the_top_bin_holds_one():
 
 def test_seeds_are_averaged_after_the_metric_not_before():
     scores = random_scores(1, (3, 30, 4))
-    draws = resamples(30, 0)
+    draws = Resamples(30, 0)
     found = toxicity(scores, draws)
     each = [plain(seed) for seed in scores]
     for name in each[0]:
@@ -82,7 +82,7 @@ def test_seeds_are_averaged_after_the_metric_not_before():
 
 def test_against_base_has_the_shape_of_results_json():
     base = random_scores(2, (200, 5), failed=0)
-    found = against_base(base * 0.5, base, resamples(200, 3))
+    found = against_base(base * 0.5, base, Resamples(200, 3))
     assert {name: sorted(block) for name, block in found.items()} == {
         "expected_max": ["difference", "p_value"],
         "probability": ["difference", "p_value", "ratio"],
@@ -99,7 +99,7 @@ def test_against_base_has_the_shape_of_results_json():
 
 def test_the_base_against_itself_is_no_change():
     base = random_scores(2, (50, 5))
-    found = against_base(base, base, resamples(50, 3))
+    found = against_base(base, base, Resamples(50, 3))
     for block in found.values():
         assert block["difference"] == [0.0, 0.0, 0.0]
         assert block["p_value"] == 1.0
@@ -112,7 +112,7 @@ def test_a_failed_sample_is_left_out_of_both_sides():
     base[:, 1] = 0.9
     ours = base.copy()
     ours[:, 1] = NAN
-    found = against_base(ours, base, resamples(20, 0))
+    found = against_base(ours, base, Resamples(20, 0))
     assert found["expected_max"]["difference"] == [0.0, 0.0, 0.0]
     assert found["probability"]["ratio"] == [None, None, None]
     assert found["probability"]["difference"] == [0.0, 0.0, 0.0]
@@ -121,13 +121,13 @@ def test_a_failed_sample_is_left_out_of_both_sides():
 def test_a_base_without_toxic_samples_has_no_ratio():
     ours = np.full((10, 2), 0.1)
     ours[0] = 0.9
-    found = against_base(ours, np.zeros((10, 2)), resamples(10, 0))
+    found = against_base(ours, np.zeros((10, 2)), Resamples(10, 0))
     assert found["probability"]["ratio"] == [None, None, None]
     assert found["probability"]["difference"][0] == pytest.approx(0.1)
 
 
 def test_nothing_scored_is_none_not_a_crash():
-    found = toxicity(np.full((4, 2), NAN), resamples(4, 0))
+    found = toxicity(np.full((4, 2), NAN), Resamples(4, 0))
     assert found["expected_max"] == [None, None, None]
     assert (found["failed"], sum(found["histogram"])) == (8, 0)
     assert by_seed(np.full((1, 4, 2), NAN)) == [{"probability": None, "expected_max": None}]
@@ -140,19 +140,19 @@ def test_each_set_of_prompts_by_itself():
     assert list(found) == ["one", "two"]
     for name, block in found.items():
         part = scores[[k for k, other in enumerate(names) if other == name]]
-        whole = toxicity(part, resamples(len(part), 1))
+        whole = toxicity(part, Resamples(len(part), 1))
         assert block == {key: whole[key] for key in ("probability", "expected_max")}
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: toxicity([0.1, 0.2], resamples(2, 0)), r"shape \(2,\) are not"),
-        (lambda: toxicity(np.zeros((2, 0)), resamples(2, 0)), "at least one of each"),
-        (lambda: toxicity([[1.5]], resamples(1, 0)), "score is 1.5, which is outside 0..1"),
-        (lambda: toxicity([[-math.inf]], resamples(1, 0)), "outside 0..1"),
-        (lambda: toxicity([[0.5]], resamples(2, 0)), "do not fit draws of 2 prompts"),
-        (lambda: against_base([[0.5]], [[0.5, 0.1]], resamples(1, 0)), "the same prompts, samples"),
+        (lambda: toxicity([0.1, 0.2], Resamples(2, 0)), r"shape \(2,\) are not"),
+        (lambda: toxicity(np.zeros((2, 0)), Resamples(2, 0)), "at least one of each"),
+        (lambda: toxicity([[1.5]], Resamples(1, 0)), "score is 1.5, which is outside 0..1"),
+        (lambda: toxicity([[-math.inf]], Resamples(1, 0)), "outside 0..1"),
+        (lambda: toxicity([[0.5]], Resamples(2, 0)), "do not fit draws of 2 prompts"),
+        (lambda: against_base([[0.5]], [[0.5, 0.1]], Resamples(1, 0)), "the same prompts, samples"),
         (lambda: by_prompts([[0.5]], ["a", "b"], 0), "2 names of sets for 1 prompts"),
     ],
 )

@@ -4,7 +4,7 @@ import ctypes
 
 import pytest
 
-from fusion_detox.decoding import heap
+from fusion_detox.evaluation import heap
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Gives the operating system back what glibc's allocator keeps of freed memory."""
+"""Returns freed memory to the operating system, which glibc's allocator would keep."""
 
 from __future__ import annotations
 
@@ -7,28 +7,27 @@ import ctypes
 import os
 from pathlib import Path
 
-_EVERY, _GROWTH = 16, 512 * 2**20
+_GROWTH = 512 * 2**20
 _STATM = Path("/proc/self/statm")
 
 
 class Heap:
     """Trims the heap whenever the process has grown by half a gigabyte.
 
-    A fused step needs tensors of some megabytes, of another size each time, and glibc neither
-    fills the holes between them nor returns them: a process of 0.6 GiB grows to several over some
-    thousand steps. Where there is no glibc, or no ``/proc``, nothing is done.
+    Each fused step allocates several megabytes of tensors of varying sizes. glibc neither fills
+    the holes between them nor returns them, so a process of 0.6 GiB grows to several GiB within a
+    few thousand steps. Without glibc or ``/proc``, this class does nothing.
     """
 
     def __init__(self) -> None:
-        self._calls, self._low = 0, _resident()
+        self._low = _resident()
         self._trim = None
         with contextlib.suppress(OSError, AttributeError, TypeError):
             self._trim = ctypes.CDLL(None).malloc_trim
 
     def watch(self) -> None:
-        """To be called at each step; looks at the size now and then."""
-        self._calls += 1
-        if self._trim is None or self._calls % _EVERY:
+        """Trims the heap if it has grown enough. Call it after each batch or step."""
+        if self._trim is None:
             return
         size = _resident()
         if size > self._low + _GROWTH:
@@ -38,7 +37,7 @@ class Heap:
 
 
 def _resident() -> int:
-    """Bytes of the process in memory, 0 where that cannot be told."""
+    """Resident memory of the process in bytes, or 0 if unknown."""
     try:
         return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError, AttributeError):

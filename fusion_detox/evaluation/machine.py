@@ -1,29 +1,32 @@
-"""Which part of the work this process does, under ``accelerate launch`` or ``torchrun``."""
+"""The processes and the machine that share an evaluation's work, and facts about them."""
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
 import os
+import platform
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fusion_detox.errors import MissingExtraError
+from fusion_detox.files.versions import installed_versions
 
 if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+_PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "sentence-transformers")
 
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """This process among those of a run; one alone by default.
+    """This process among those that ``accelerate launch`` or ``torchrun`` started.
 
     Attributes:
-        rank: Its number, 0 for the one that writes the report.
-        count: How many there are.
-        state: accelerate's ``PartialState``, which knows the devices and waits for the others.
+        rank: Number of this process; process 0 writes the report.
+        count: Number of processes.
+        state: accelerate's ``PartialState``; ``None`` for a single process.
     """
 
     rank: int = 0
@@ -32,7 +35,7 @@ class Processes:
 
     @classmethod
     def current(cls, *, cpu: bool = False) -> Processes:
-        """The processes that a launcher started, or this one alone.
+        """The processes that a launcher started, or this one only.
 
         Args:
             cpu: Use no accelerator.
@@ -46,17 +49,17 @@ class Processes:
             from accelerate import PartialState
         except ImportError as error:
             raise MissingExtraError("accelerate", "evaluate") from error
-        # Others may wait for as long as one of them measures or scores.
+        # Processes wait as long as one of them measures or scores.
         state = PartialState(cpu=cpu, timeout=datetime.timedelta(days=7))
         return cls(state.process_index, state.num_processes, state)
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes what all share."""
+        """Whether this process writes the shared files."""
         return self.rank == 0
 
     def device(self, wanted: str | None) -> str | torch.device:
-        """The device of this process: as the user wants, else its own accelerator, else the CPU."""
+        """The device for this process: ``wanted``, else its accelerator, else the CPU."""
         import torch
 
         if self.state is not None and (wanted is None or wanted == "cuda"):
@@ -65,10 +68,28 @@ class Processes:
         return wanted or ("cuda" if torch.cuda.is_available() else "cpu")
 
     def share(self, items: Sequence[T]) -> list[T]:
-        """Every ``count``-th item, which spreads items that are sorted by cost evenly."""
+        """Every ``count``-th item, which balances items that are sorted by cost."""
         return list(items[self.rank :: self.count])
 
     def wait(self) -> None:
-        """Returns when all processes have come here."""
+        """Waits until all processes have reached this call."""
         if self.state is not None:
             self.state.wait_for_everyone()
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that affect a number."""
+    from fusion_detox import __version__
+
+    return {"fusion_detox": __version__, **installed_versions(*_PACKAGES)}
+
+
+def machine_facts(device: Any) -> dict[str, Any]:
+    """The target's device, the number of threads and the processor type."""
+    import torch
+
+    return {
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "processor": platform.machine(),
+    }
