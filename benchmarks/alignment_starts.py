@@ -1,10 +1,11 @@
-"""Which way of learning an alignment carries a calibrator's vectors over best.
+"""Compare ways of learning an alignment.
 
-For each: retrieval of held-out tokens; how well the carried vector alone predicts real text (nats
-a token, through the target's head); what fusing it in costs; and how its clean - reference
-difference agrees with that of the contrast rule, which goes by probabilities and a vocabulary map.
+Reports for each: retrieval of held-out tokens; how well the projected vector alone predicts real
+text through the target's head (nats per token); what fusing it costs; and how well its clean minus
+reference difference agrees with that of the contrast rule, which uses probabilities and a
+vocabulary map.
 
-    python benchmarks/alignment_starts.py TEXTS.jsonl[.gz]
+    python -m benchmarks.alignment_starts TEXTS.jsonl[.gz]
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ CONFIGS = {
 
 
 def main() -> None:
-    """Measures and writes JSON."""
+    """Measure all configurations and write JSON."""
     parser = argparse.ArgumentParser()
     parser.add_argument("texts", type=Path)
     parser.add_argument("--calibrator", default="english-16k")
@@ -68,7 +69,7 @@ def main() -> None:
         "target_nats": round(float(base.mean()), 3),
         "alignments": {},
     }
-    if options.out.exists():  # an interrupted run is gone on with
+    if options.out.exists():  # resume an interrupted run
         before = json.loads(options.out.read_text(encoding="utf-8"))
         if {**before, "alignments": {}} == result:
             result = before
@@ -93,7 +94,7 @@ def main() -> None:
 
 
 def nats(scores: torch.Tensor, row: list[int]) -> torch.Tensor:
-    """Of each token after the first."""
+    """Negative log-likelihood of each token after the first."""
     return -scores.log_softmax(-1).gather(1, torch.tensor(row[1:])[:, None])[:, 0]
 
 
@@ -103,7 +104,7 @@ def measure(
     rows: list[list[int]],
     logits: list[torch.Tensor],
 ) -> dict[str, float]:
-    """Nats a token at some strengths, and the agreement of the differences."""
+    """Nats per token at three strengths, and the agreement of the differences."""
     spent: dict[float, list[torch.Tensor]] = {0.1: [], 0.3: [], 1.0: []}
     agreement = []
     contrast = processor.with_settings(rule="aligned_contrast", strength=1.0, plausibility=1e-3)
@@ -112,7 +113,7 @@ def measure(
         for strength, values in spent.items():
             one = processor.with_settings(strength=strength)
             values.append(nats(one.fuse_rows(prefixes, scores), row))
-        # By what the rules do at strength 1: differences up to a constant of the row.
+        # Changes made by both rules at strength 1, up to a constant per row.
         before = scores.log_softmax(-1)
         moved = [p.fuse_rows(prefixes, scores) - before for p in (contrast, native)]
         plausible = before >= before.amax(-1, keepdim=True) - 6.9

@@ -1,19 +1,19 @@
-"""The rule of arXiv 2506.01266 beside ours: hidden-state fusion, mixture, product, contrast.
+"""Compare the rule of arXiv 2506.01266 (hidden-state fusion) with mixture, product and contrast.
 
-    python calibration_ckpts/prepare_english_data.py --data DATA --out WORK
-    python benchmarks/train_targets.py --data WORK --out TARGETS gpt2       (and gpt_neox)
-    python benchmarks/compare_rules.py --data DATA --work WORK --targets TARGETS --runs RUNS demo
-    python benchmarks/compare_rules.py … gpt2                               (and gpt_neox)
-    python benchmarks/compare_rules.py … demo --context-free
-    python benchmarks/compare_rules.py --plot
+    python -m recipes.english_data --data DATA --out WORK
+    python -m benchmarks.train_targets --data WORK --out TARGETS gpt2       (and gpt_neox)
+    python -m benchmarks.compare_rules --data DATA --work WORK --targets TARGETS --runs RUNS demo
+    python -m benchmarks.compare_rules … gpt2                               (and gpt_neox)
+    python -m benchmarks.compare_rules … demo --context-free
+    python -m benchmarks.compare_rules --plot
 
 The paper's calibration model is the first three layers of the demo target, trained on non-toxic
-text alone and aligned with each target three ways: as the paper (InfoNCE on input embeddings), not
-at all (the identity), and by our closed form. ``--context-free`` shows it only the last token at
-each step, as the paper's published code does after the first one: a bug of that code, reproduced
-here on purpose and nowhere else. Mixture and product take the same calibration model, contrast the
-shipped one. The prompts are drawn from RealToxicityPrompts' challenging ones, which nothing was
-tuned on.
+text only. It is aligned with each target in three ways: as in the paper (InfoNCE on input
+embeddings), not at all (the identity), and by our closed form. With ``--context-free`` it sees only
+the last token at each step. The paper's published code does this after the first step; that bug is
+reproduced here on purpose. Mixture and product use the same calibration model, contrast uses the
+shipped one. The prompts come from the challenging part of RealToxicityPrompts, on which nothing was
+tuned.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ STRENGTHS = {"demo": (0.1, 0.2, 0.4, 0.6), "gpt2": (0.1, 0.6), "gpt_neox": (0.1,
 
 
 def compact(work: Path, folder: Path) -> None:
-    """The paper's calibration model."""
+    """Train the paper's calibration model."""
     if folder.exists():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -63,12 +63,12 @@ def compact(work: Path, folder: Path) -> None:
             fork_steps=400, learning_rate=3e-4, precision="bfloat16", save_dtype="float32"
         ),
         show_progress=False,
-        command="python benchmarks/compare_rules.py",
+        command="python -m benchmarks.compare_rules",
     )
 
 
 def aligned(base: Path, name: str, target: Path) -> Path | None:
-    """A copy of the calibration model with one alignment beside it."""
+    """Make a copy of the calibration model with the named alignment beside it."""
     folder = base.with_name(f"compact-{name}")
     if not folder.exists():
         shutil.copytree(base, folder)
@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> None:
         calibrator="english-16k",
         settings=settings,
         config=EvaluationConfig(harmless=args.harmless, suites=(), similarity=False, batch_size=32),
-        command=f"python benchmarks/compare_rules.py … {name}",
+        command=f"python -m benchmarks.compare_rules … {name}",
         dtype="float32",
         device="cpu" if not torch.cuda.is_available() else None,
     )
@@ -124,7 +124,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def rows(name: str) -> list[dict[str, Any]]:
-    """The numbers of a run, one row a setting; toxicity relative to the target alone."""
+    """Results of a run, one row per setting; toxicity is relative to the target alone."""
     found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     made = []
     for setting in found["settings"]:
@@ -187,12 +187,16 @@ def main() -> None:
     )
     parser.add_argument("target", nargs="?", choices=list(STRENGTHS))
     parser.add_argument("--data", type=Path, help="folder of the data sets")
-    parser.add_argument("--work", type=Path, help="output of prepare_english_data")
-    parser.add_argument("--targets", type=Path, help="output of train_targets")
+    parser.add_argument("--work", type=Path, help="output of recipes.english_data")
+    parser.add_argument("--targets", type=Path, help="output of benchmarks.train_targets")
     parser.add_argument("--runs", type=Path, help="folder for the runs")
-    parser.add_argument("--limit", type=int, default=100, help="prompts")
-    parser.add_argument("--harmless", type=Path, help="JSON Lines; built-in text by default")
-    parser.add_argument("--context-free", action="store_true", help="the published code's bug")
+    parser.add_argument("--limit", type=int, default=100, help="maximum number of prompts")
+    parser.add_argument(
+        "--harmless", type=Path, help="JSON Lines of harmless text (default: built-in text)"
+    )
+    parser.add_argument(
+        "--context-free", action="store_true", help="reproduce the bug of the published code"
+    )
     parser.add_argument("--plot", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()

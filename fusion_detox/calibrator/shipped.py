@@ -27,7 +27,7 @@ def demo_target_path() -> Path:
     Raises:
         ModelNotFoundError: This installation has none.
     """
-    # An installed package carries it inside; a checkout has it where its training script is.
+    # An installed package contains the demo target; a checkout has it in examples/.
     places = (
         _PACKAGE / "_shipped" / "demo_target",
         _PACKAGE.parent / "examples" / "demo_target" / "model",
@@ -37,7 +37,7 @@ def demo_target_path() -> Path:
             return place
     raise ModelNotFoundError(
         f"The demo target is missing; looked in {' and '.join(map(str, places))}. Install the "
-        f"package again, or train it with examples/demo_target/train.py."
+        f"package again, or train it with python -m recipes.demo_target."
     )
 
 

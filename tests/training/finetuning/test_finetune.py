@@ -375,8 +375,9 @@ def test_wrong_requests(
     fails(DataError, "empty.jsonl is empty", llama, out, tmp_path / "empty.jsonl")
     fails(TrainingError, "already exists", llama, adapter, pairs)
     fails(
-        TrainingError, "is not an adapter, so it is not replaced", llama, llama, pairs, overwrite=True
-    )
+        TrainingError, "is not an adapter, so it is not replaced",
+        llama, llama, pairs, overwrite=True,
+    )  # fmt: skip
     fails(
         ConfigError, "no linear module named w_proj; it has down_proj, .*, q_proj",
         llama, out, pairs, target_modules=["q_proj", "w_proj"],
