@@ -80,8 +80,7 @@ def dpo_trainer(
     renamed = "activation_checkpointing"
     checkpointing = renamed if renamed in known else "gradient_checkpointing"
     settings = DPOConfig(
-        **arguments,
-        **{checkpointing: False},
+        **{**arguments, checkpointing: False},
         beta=config.dpo_beta,
         max_length=config.context_length,
         bf16=config.precision == "bfloat16",
