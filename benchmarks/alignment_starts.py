@@ -1,10 +1,11 @@
-"""Compare ways to learn an alignment.
+"""Compare ways of learning an alignment.
 
-For each: retrieval of held-out tokens; how well the projected vector alone predicts real text (nats
-per token, through the target's head); what fusing it costs; and how well its clean - reference
-difference agrees with that of the contrast rule, which uses probabilities and a vocabulary map.
+Reports for each: retrieval of held-out tokens; how well the projected vector alone predicts real
+text through the target's head (nats per token); what fusing it costs; and how well its clean minus
+reference difference agrees with that of the contrast rule, which uses probabilities and a
+vocabulary map.
 
-    python benchmarks/alignment_starts.py TEXTS.jsonl[.gz]
+    python -m benchmarks.alignment_starts TEXTS.jsonl[.gz]
 """
 
 from __future__ import annotations
@@ -22,15 +23,21 @@ from fusion_detox import AlignmentConfig, Calibrator, FusionConfig, FusionLogits
 from fusion_detox.files.models import load_target
 
 ROOT = Path(__file__).resolve().parents[1]
+PAPER = AlignmentConfig.paper()
 CONFIGS = {
-    "InfoNCE as the paper": AlignmentConfig.paper(),
+    "InfoNCE as the paper": PAPER,
+    "InfoNCE, in-batch negatives": AlignmentConfig(start="random", epochs=5),
+    "ridge": AlignmentConfig(start="ridge"),
+    "logits": AlignmentConfig(start="logits"),
     "procrustes": AlignmentConfig(start="procrustes"),
+    "procrustes, then InfoNCE": AlignmentConfig(start="procrustes", epochs=5),
+    "logits, then InfoNCE": AlignmentConfig(start="logits", epochs=5),
     "identity": AlignmentConfig(start="identity"),
 }
 
 
 def main() -> None:
-    """Measure each configuration and write the results as JSON."""
+    """Measure all configurations and write JSON."""
     parser = argparse.ArgumentParser()
     parser.add_argument("texts", type=Path)
     parser.add_argument("--calibrator", default="english-16k")
@@ -87,7 +94,7 @@ def main() -> None:
 
 
 def nats(scores: torch.Tensor, row: list[int]) -> torch.Tensor:
-    """Negative log-probs of each token after the first."""
+    """Negative log-likelihood of each token after the first."""
     return -scores.log_softmax(-1).gather(1, torch.tensor(row[1:])[:, None])[:, 0]
 
 
@@ -97,7 +104,7 @@ def measure(
     rows: list[list[int]],
     logits: list[torch.Tensor],
 ) -> dict[str, float]:
-    """Nats per token at some strengths, and the agreement of the differences."""
+    """Nats per token at three strengths, and the agreement of the differences."""
     spent: dict[float, list[torch.Tensor]] = {0.1: [], 0.3: [], 1.0: []}
     agreement = []
     contrast = processor.with_settings(rule="aligned_contrast", strength=1.0, plausibility=1e-3)
@@ -106,7 +113,7 @@ def measure(
         for strength, values in spent.items():
             one = processor.with_settings(strength=strength)
             values.append(nats(one.fuse_rows(prefixes, scores), row))
-        # At strength 1, the change of the log-probs is the difference, up to a constant per row.
+        # Changes made by both rules at strength 1, up to a constant per row.
         before = scores.log_softmax(-1)
         moved = [p.fuse_rows(prefixes, scores) - before for p in (contrast, native)]
         plausible = before >= before.amax(-1, keepdim=True) - 6.9

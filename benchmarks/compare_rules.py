@@ -1,20 +1,19 @@
-"""Compare the rule of arXiv 2506.01266 with ours: aligned, mixture, product and contrast.
+"""Compare the rule of arXiv 2506.01266 (hidden-state fusion) with mixture, product and contrast.
 
-    python calibration_ckpts/prepare_english_data.py --data DATA --out WORK
-    python benchmarks/train_targets.py --data WORK --out TARGETS gpt2       (and gpt_neox)
-    python benchmarks/compare_rules.py --data DATA --work WORK --targets TARGETS --runs RUNS demo
-    python benchmarks/compare_rules.py … gpt2                               (and gpt_neox)
-    python benchmarks/compare_rules.py … demo --context-free
-    python benchmarks/compare_rules.py --plot
+    python -m recipes.english_data --data DATA --out WORK
+    python -m benchmarks.train_targets --data WORK --out TARGETS gpt2       (and gpt_neox)
+    python -m benchmarks.compare_rules --data DATA --work WORK --targets TARGETS --runs RUNS demo
+    python -m benchmarks.compare_rules … gpt2                               (and gpt_neox)
+    python -m benchmarks.compare_rules … demo --context-free
+    python -m benchmarks.compare_rules --plot
 
-The paper's calibration model is the first three layers of the demo target, trained only on
-non-toxic text and aligned with each target in three ways: as in the paper (InfoNCE on input
-embeddings), not at all (identity), and by our closed form. Mixture and product use the same
-calibration model, and contrast uses the shipped one. The prompts are from the challenging part of
-RealToxicityPrompts, which was not used for tuning.
-
-``--context-free`` shows the calibration model only the last token at each step, as the paper's
-published code does after the first step. This is a bug in that code, reproduced on purpose.
+The paper's calibration model is the first three layers of the demo target, trained on non-toxic
+text only. It is aligned with each target in three ways: as in the paper (InfoNCE on input
+embeddings), not at all (the identity), and by our closed form. With ``--context-free`` it sees only
+the last token at each step. The paper's published code does this after the first step; that bug is
+reproduced here on purpose. Mixture and product use the same calibration model, contrast uses the
+shipped one. The prompts come from the challenging part of RealToxicityPrompts, on which nothing was
+tuned.
 """
 
 from __future__ import annotations
@@ -46,30 +45,30 @@ ALIGNMENTS = {
 STRENGTHS = {"demo": (0.1, 0.2, 0.4, 0.6), "gpt2": (0.1, 0.6), "gpt_neox": (0.1, 0.6)}
 
 
-def train_compact(work: Path, folder: Path) -> None:
+def compact(work: Path, folder: Path) -> None:
     """Train the paper's calibration model."""
     if folder.exists():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    part = folder.parent / "clean_some.jsonl"
+    some = folder.parent / "clean_some.jsonl"
     with (work / "clean.jsonl").open(encoding="utf-8") as lines:
         rows = [line for _, line in zip(range(40_000), lines, strict=False)]
-    part.write_text("".join(rows), encoding="utf-8")
+    some.write_text("".join(rows), encoding="utf-8")
     train_calibrator(
         folder,
-        clean=[part],
+        clean=[some],
         init_from=DEMO,
         keep_layers=3,
         config=TrainingConfig(
             fork_steps=400, learning_rate=3e-4, precision="bfloat16", save_dtype="float32"
         ),
         show_progress=False,
-        command="python benchmarks/compare_rules.py",
+        command="python -m benchmarks.compare_rules",
     )
 
 
-def copy_aligned(base: Path, name: str, target: Path) -> Path:
-    """Copy the calibration model, and save one alignment beside the copy."""
+def aligned(base: Path, name: str, target: Path) -> Path | None:
+    """Make a copy of the calibration model with the named alignment beside it."""
     folder = base.with_name(f"compact-{name}")
     if not folder.exists():
         shutil.copytree(base, folder)
@@ -81,9 +80,7 @@ def copy_aligned(base: Path, name: str, target: Path) -> Path:
     return folder
 
 
-def show_only_the_last_token() -> None:
-    """Make every processor see only the last token of a text."""
-
+def see_only_the_last_token() -> None:
     def call(self: FusionLogitsProcessor, input_ids: Any, scores: Any) -> Any:
         return self.fuse_rows([row[-1:] for row in input_ids.tolist()], scores)
 
@@ -93,10 +90,10 @@ def show_only_the_last_token() -> None:
 def run(args: argparse.Namespace) -> None:
     target = DEMO if args.target == "demo" else args.targets / args.target
     base = args.runs / "calibrators" / "compact"
-    train_compact(args.work, base)
+    compact(args.work, base)
     settings = {}
     for name in ("paper",) if args.context_free else ALIGNMENTS:
-        folder = copy_aligned(base, name, target)
+        folder = aligned(base, name, target)
         for strength in STRENGTHS[args.target]:
             settings[f"aligned ({name}) {strength}"] = f"aligned@{folder}:strength={strength}"
     if not args.context_free:
@@ -106,7 +103,7 @@ def run(args: argparse.Namespace) -> None:
         settings["contrast (default)"] = "default"
         settings["word filter"] = "wordfilter"
     else:
-        show_only_the_last_token()
+        see_only_the_last_token()
     prompts = args.data / "rtp_challenging.jsonl"
     name = args.target + ("-context-free" if args.context_free else "")
     results = evaluate(
@@ -116,7 +113,7 @@ def run(args: argparse.Namespace) -> None:
         calibrator="english-16k",
         settings=settings,
         config=EvaluationConfig(harmless=args.harmless, suites=(), similarity=False, batch_size=32),
-        command=f"python benchmarks/compare_rules.py … {name}",
+        command=f"python -m benchmarks.compare_rules … {name}",
         dtype="float32",
         device="cpu" if not torch.cuda.is_available() else None,
     )
@@ -127,12 +124,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def rows(name: str) -> list[dict[str, Any]]:
-    """Read the numbers of a run, one row per setting; toxicity is relative to the target's."""
+    """Results of a run, one row per setting; toxicity is relative to the target alone."""
     found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    found_rows = []
+    made = []
     for setting in found["settings"]:
         against = setting.get("against_base") or {}
-        found_rows.append(
+        made.append(
             {
                 "name": setting["name"],
                 **{
@@ -145,7 +142,7 @@ def rows(name: str) -> list[dict[str, Any]]:
                 "tokens_per_second": (setting.get("cost") or {}).get("tokens_per_second"),
             }
         )
-    return found_rows
+    return made
 
 
 def table(name: str) -> None:
@@ -161,13 +158,12 @@ def plot() -> None:
     import matplotlib.pyplot as plt
 
     names = [n for n in ("demo", "gpt2", "gpt_neox") if (RESULTS / f"{n}.json").exists()]
-    size = (4.2 * len(names), 3.8)
-    figure, axes = plt.subplots(1, len(names), figsize=size, sharey=True, squeeze=False)
+    figure, axes = plt.subplots(1, len(names), figsize=(4.2 * len(names), 3.8), sharey=True)
     styles = {
         "aligned (paper)": "o-", "aligned (none)": "s-", "aligned (ours)": "^-", "mixture": "v-",
         "product": "D-", "contrast (default)": "*", "word filter": "P", "base": "X",
     }  # fmt: skip
-    for axis, name in zip(axes[0], names, strict=True):
+    for axis, name in zip(list(axes) if len(names) > 1 else [axes], names, strict=True):
         for label, style in styles.items():
             own = [row for row in rows(name) if row["name"].startswith(label)]
             axis.plot(
@@ -178,8 +174,9 @@ def plot() -> None:
         axis.set_title(name)
         axis.set_xlabel("perplexity, relative")
         axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("P(toxic), relative (contextual scorer)")
-    axes[0][-1].legend(fontsize=7)
+    axes_list = list(axes) if len(names) > 1 else [axes]
+    axes_list[0].set_ylabel("P(toxic), relative (contextual scorer)")
+    axes_list[-1].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(RESULTS / "compare_rules.png", dpi=130)
 
@@ -189,13 +186,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("target", nargs="?", choices=list(STRENGTHS))
-    parser.add_argument("--data", type=Path, help="folder of the datasets")
-    parser.add_argument("--work", type=Path, help="output of prepare_english_data")
-    parser.add_argument("--targets", type=Path, help="output of train_targets")
+    parser.add_argument("--data", type=Path, help="folder of the data sets")
+    parser.add_argument("--work", type=Path, help="output of recipes.english_data")
+    parser.add_argument("--targets", type=Path, help="output of benchmarks.train_targets")
     parser.add_argument("--runs", type=Path, help="folder for the runs")
-    parser.add_argument("--limit", type=int, default=100, help="number of prompts")
-    parser.add_argument("--harmless", type=Path, help="JSON Lines; built-in text by default")
-    parser.add_argument("--context-free", action="store_true", help="reproduce that bug")
+    parser.add_argument("--limit", type=int, default=100, help="maximum number of prompts")
+    parser.add_argument(
+        "--harmless", type=Path, help="JSON Lines of harmless text (default: built-in text)"
+    )
+    parser.add_argument(
+        "--context-free", action="store_true", help="reproduce the bug of the published code"
+    )
     parser.add_argument("--plot", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()

@@ -1,13 +1,13 @@
-"""What tells a calibrator that a text is about to turn toxic: the measure behind ``context_kl``.
+"""Compare signals that a text is about to turn toxic; the best one is behind ``context_kl``.
 
-    python benchmarks/context_evidence.py --work WORK --calibrators english-16k ... --out JSON
+    python -m benchmarks.context_evidence --work WORK --calibrators english-16k ... --out JSON
 
-For the development prompts and for the beginnings of harmless development texts, several means
-over the last positions are compared: how well they tell the two apart (AUC), and what a strength in
-proportion to them costs. The full strength is reached at the lower quartile or the median of the
-prompts' means. ``prompts`` is the mean share of the strength after the prompts, ``mildest`` the
-tenth percentile; ``harmless`` and ``posts`` are root mean squares of the share over all positions,
-weighted by the KL that a position costs, as that grows with the square of the strength.
+Each signal is a mean over the last positions. It is computed for the development prompts and for
+the beginnings of harmless development texts. The script reports how well it separates the two
+(AUC), and the cost of a strength proportional to it. Full strength is reached at the lower quartile
+or the median of the prompts' means. ``prompts`` is the mean strength scale after the prompts, and
+``mildest`` its tenth percentile. ``harmless`` and ``posts`` are root mean squares of the scale over
+all positions, weighted by the KL cost of a position, which grows with the square of the strength.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
-from train_scorers import read
 
 from fusion_detox import Calibrator
 from fusion_detox.files.atomic import write_whole
+from recipes.english_data import read
 
 POSITIONS = (1, 4, 16, 32, 1000)
 MEASURES = ("KL(reference || clean)", "KL(clean || reference)")
 
 
 class Reader:
-    """The divergences of a calibrator's two models at each position of a text."""
+    """Divergences between a calibrator's two models at each position of a text."""
 
     def __init__(self, calibrator: Calibrator) -> None:
         self.calibrator = calibrator
@@ -50,7 +50,7 @@ class Reader:
 
 
 def means(values: np.ndarray, positions: int) -> np.ndarray:
-    """At each position the mean over the last ones."""
+    """Mean over the last ``positions`` values, at each position."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
     end = np.arange(1, len(values) + 1)
     start = np.maximum(0, end - positions)
@@ -115,7 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--work", type=Path, required=True, help="output of prepare_english_data")
+    parser.add_argument("--work", type=Path, required=True, help="output of recipes.english_data")
     parser.add_argument("--calibrators", nargs="+", default=["english-16k"])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--texts", type=int, default=150)
@@ -130,7 +130,7 @@ def main() -> None:
     texts = {name: found[: args.texts] for name, found in kinds.items()}
     texts["prompts"] = [row["prompt"] for row in read(args.work / "dev_prompts.jsonl")]
     result = {
-        "command": "python benchmarks/context_evidence.py --work WORK",
+        "command": "python -m benchmarks.context_evidence --work WORK",
         "texts": {name: len(found) for name, found in texts.items()},
         **{
             Path(name).name: study(Reader(Calibrator.from_pretrained(name)), texts)

@@ -1,15 +1,15 @@
-"""The ablations of arXiv 2401.08491 on our scale: what positives, negatives and hardness do.
+"""Small-scale ablations of arXiv 2401.08491: the effect of positives, negatives and hardness.
 
-    python calibration_ckpts/prepare_english_data.py --data DATA --out WORK
-    python calibration_ckpts/prepare_english_pairs.py --data DATA --work WORK
-    python benchmarks/make_dev_prompts.py --data DATA --work WORK
-    python benchmarks/contrastive_ablation.py --work WORK --runs RUNS
+    python -m recipes.english_data --data DATA --out WORK
+    python -m recipes.english_pairs --data DATA --work WORK
+    python -m benchmarks.make_dev_prompts --data DATA --work WORK
+    python -m benchmarks.contrastive_ablation --work WORK --runs RUNS
 
-Fine-tunes the demo target (LoRA, the same number of steps each) on continuations of one beginning,
-some toxic and some not, and has it continue development prompts. Negatives that are not hard are
-those of other beginnings. "Negatives only" is the signed margin with a fixed prototype, a margin
-that is never reached and nothing that anchors it: J has no meaning without positives. Perplexity is
-the unchanged target's; bits a byte are on held-out encyclopedia text and dialogues.
+Each case fine-tunes the demo target with LoRA for the same number of steps, on toxic and non-toxic
+continuations of the same beginnings, and then continues development prompts. Easy negatives are
+those of other beginnings. "Negatives only" uses the signed margin with a fixed prototype, a margin
+that is never reached and no other term, because J is undefined without positives. Perplexity is
+measured by the unchanged target, and bits per byte on held-out encyclopedia text and dialogues.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from fusion_detox.files.models import load_target
 from fusion_detox.training import finetune
 from fusion_detox.training.contrastive.config import ContrastiveConfig
 from fusion_detox.training.finetuning.config import FinetuneConfig
+from recipes.english_data import read
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "examples" / "demo_target" / "model"
@@ -53,9 +54,8 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
 
 
 def shuffled(pairs: Path, out: Path) -> None:
-    """The same sets with the negatives of other beginnings."""
-    with pairs.open(encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines]
+    """Write the same sets with the negatives of other beginnings."""
+    rows = read(pairs)
     order = random.Random(3).sample(range(len(rows)), len(rows))
     with out.open("w", encoding="utf-8") as file:
         for at, row in enumerate(rows):
@@ -80,7 +80,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--work", type=Path, required=True, help="output of the prepare scripts")
+    parser.add_argument(
+        "--work", type=Path, required=True, help="output of recipes.english_data and english_pairs"
+    )
     parser.add_argument("--runs", type=Path, required=True, help="folder for the runs")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
@@ -155,7 +157,7 @@ def main() -> None:
     RESULTS.write_text(
         json.dumps(
             {
-                "command": f"python benchmarks/contrastive_ablation.py --steps {args.steps}",
+                "command": f"python -m benchmarks.contrastive_ablation --steps {args.steps}",
                 "steps": args.steps,
                 "learning_rate": args.learning_rate,
                 "prompts": "144 development prompts, 5 samples of 20 tokens, top-p 0.9, seed 1",

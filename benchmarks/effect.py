@@ -1,12 +1,12 @@
-"""What the shipped calibrator does to the demo target, on the prompts that nothing was tuned on.
+"""Evaluate the shipped calibrator on the demo target, with prompts on which nothing was tuned.
 
-    python calibration_ckpts/prepare_english_data.py --data DATA --out WORK
-    python benchmarks/effect.py --data DATA --work WORK --runs RUNS challenging
-    torchrun --nproc-per-node 2 benchmarks/effect.py …        (shared among processes)
+    python -m recipes.english_data --data DATA --out WORK
+    python -m benchmarks.effect --data DATA --work WORK --runs RUNS challenging
+    torchrun --nproc-per-node 2 -m benchmarks.effect …        (distributes the work)
 
-Runs ``fusion_detox.evaluate`` and copies the report and its numbers to ``benchmarks/results/NAME``;
-the continuations stay in RUNS, as they are offensive. Harmless text is the held-out part of the
-general text (task dialogues, topical chats, encyclopedia), 64 tokens each of 64 texts.
+Runs ``fusion_detox.evaluate`` and copies the report and its numbers to ``benchmarks/results/NAME``.
+The continuations stay in RUNS, because they are offensive. The harmless text is the held-out part
+of the general text (task dialogues, topical chats, encyclopedia): 64 tokens from each of 64 texts.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ def main() -> None:
     )
     parser.add_argument("name", choices=list(RUNS))
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
-    parser.add_argument("--work", type=Path, required=True, help="output of prepare_english_data")
+    parser.add_argument("--work", type=Path, required=True, help="output of recipes.english_data")
     parser.add_argument("--runs", type=Path, required=True, help="folder for the runs")
     parser.add_argument("--target", default=str(ROOT / "examples" / "demo_target" / "model"))
     parser.add_argument("--calibrator", default="english-16k")
-    parser.add_argument("--out", help="name of the results, by default that of the run")
-    parser.add_argument("--settings", nargs="+", help="other settings than the run's")
+    parser.add_argument("--out", help="name of the results (default: the name of the run)")
+    parser.add_argument("--settings", nargs="+", help="replaces the run's settings")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -76,7 +76,7 @@ def main() -> None:
         config=EvaluationConfig(
             harmless=harmless, hatecheck=args.data / "hatecheck.jsonl.gz", batch_size=32
         ),
-        command=f"python benchmarks/effect.py --data DATA --work WORK --runs RUNS {args.name}",
+        command=f"python -m benchmarks.effect --data DATA --work WORK --runs RUNS {args.name}",
         dtype="float32",
         device="cpu" if not torch.cuda.is_available() else None,
         progress=lambda what, done, total: print(f"{what}: {done} of {total}", flush=True),

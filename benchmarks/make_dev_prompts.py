@@ -1,8 +1,9 @@
-"""Prompts that provoke toxic text, for choosing settings; nothing that is measured on.
+"""Make prompts that provoke toxic text, for tuning settings.
 
-Beginnings of toxic texts of the development split, which no model was trained on::
+The prompts are beginnings of toxic texts of the development split, on which no model was trained.
+Prompts that occur in measurement-only files are left out::
 
-    python benchmarks/make_dev_prompts.py --data DATA --work WORK
+    python -m benchmarks.make_dev_prompts --data DATA --work WORK
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from recipes.english_data import read, write
+
 MEASURE_ONLY = (
     "rtp_challenging.jsonl",
     "rtp_nontoxic.jsonl",
     "hatecheck.jsonl.gz",
     "bold_prompts.jsonl.gz",
 )
-# How many of each, at most: tweets, rewrites and posts differ, and prompts should not be all one.
-SHARES = {"davidson2017": 70, "paradetox": 70, "web_posts": 50}
+# Maximum prompts per source, so that tweets, rewrites and posts are all represented.
+MAX_PROMPTS = {"davidson2017": 70, "paradetox": 70, "web_posts": 50}
 
 
 def normalised(text: str) -> str:
@@ -31,7 +34,7 @@ def normalised(text: str) -> str:
 
 
 def strings(value: Any) -> Iterator[str]:
-    """Every text of one word or more that a JSON value holds."""
+    """All strings in a JSON value, normalised."""
     if isinstance(value, str):
         yield normalised(value)
     elif isinstance(value, (dict, list)):
@@ -40,7 +43,7 @@ def strings(value: Any) -> Iterator[str]:
 
 
 def measured(data: Path) -> str:
-    """All text of the measure-only files, one entry a line, ready to be searched."""
+    """Normalised text of the measurement-only files, one entry per line."""
     texts: list[str] = []
     for name in MEASURE_ONLY:
         opened = gzip.open if name.endswith(".gz") else open
@@ -48,7 +51,7 @@ def measured(data: Path) -> str:
             for line in lines:
                 row = json.loads(line)
                 entry = list(strings(row))
-                if name.startswith("rtp"):  # a prompt of ours may straddle theirs
+                if name.startswith("rtp"):  # our prompt may span their prompt and continuation
                     both = row["prompt"]["text"] + row["continuation"]["text"]
                     entry.append(normalised(both))
                 texts += entry
@@ -56,10 +59,10 @@ def measured(data: Path) -> str:
 
 
 def beginning(text: str, rng: random.Random) -> str | None:
-    """The first third to half of a text's words, 5 to 20 of them, or none."""
+    """The first third to half of a text's words (5 to 20); ``None`` if unsuitable."""
     words = text.split()
     size = min(round(len(words) * rng.uniform(1 / 3, 1 / 2)), 20)
-    # A long post is toxic somewhere, seldom near its beginning.
+    # A long post that is toxic is seldom toxic near its beginning.
     if size < 5 or size >= len(words) or len(words) > 60:
         return None
     prompt = " ".join(words[:size])
@@ -69,17 +72,16 @@ def beginning(text: str, rng: random.Random) -> str | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
-    parser.add_argument("--work", type=Path, required=True, help="output of prepare_english_data")
-    parser.add_argument("--out", type=Path, help="by default WORK/dev_prompts.jsonl")
+    parser.add_argument("--work", type=Path, required=True, help="output of recipes.english_data")
+    parser.add_argument("--out", type=Path, help="default: WORK/dev_prompts.jsonl")
     args = parser.parse_args()
 
     rng = random.Random(20261120)
-    with (args.work / "dev_general.jsonl").open(encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines]
+    rows = read(args.work / "dev_general.jsonl")
     rng.shuffle(rows)
     forbidden = measured(args.data)
     prompts: list[str] = []
-    left, dropped = dict(SHARES), 0
+    left, removed = dict(MAX_PROMPTS), 0
     for row in rows:
         if row["toxic"] is not True or not left.get(row["source"]):
             continue
@@ -87,16 +89,14 @@ def main() -> None:
         if prompt is None or prompt in prompts:
             continue
         if f" {normalised(prompt)} " in forbidden:
-            dropped += 1
+            removed += 1
             continue
         prompts.append(prompt)
         left[row["source"]] -= 1
     rng.shuffle(prompts)
     out = args.out or args.work / "dev_prompts.jsonl"
-    with out.open("w", encoding="utf-8") as file:
-        for prompt in prompts:
-            file.write(json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n")
-    print(f"{out}: {len(prompts)} prompts; {dropped} left out as they occur in measured text")
+    write(out, ({"prompt": prompt} for prompt in prompts))
+    print(f"{out}: {len(prompts)} prompts; {removed} removed, as they occur in measured text")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""How well the two offline scorers agree with the Perspective API on RealToxicityPrompts.
+"""Measure how well the two offline scorers agree with the Perspective API.
 
 ::
 
-    python benchmarks/scorer_auc.py --data DATA
+    python -m benchmarks.scorer_auc --data DATA
 
-writes ``results/scorer_auc.json``: for prompts and for continuations, the AUC against Perspective's
-toxicity of 0.5 and above, and Spearman's rank correlation with it, each with a 95 % interval from
-1,000 resamples of the texts. The files are measured on only; nothing is chosen by them.
+writes ``results/scorer_auc.json``. For prompts and continuations of RealToxicityPrompts it contains
+the AUC against a Perspective toxicity of 0.5 or more, and Spearman's rank correlation with that
+toxicity, each with a 95 % interval from 1,000 resamples of the texts. The files are used for
+measurement only; nothing was tuned on them.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def rank_correlation(reference: NDArray[np.float64], scores: NDArray[np.float64]
 def interval(
     measure: Measure, reference: NDArray[np.float64], scores: NDArray[np.float64]
 ) -> list[float]:
-    """The value, and the ends of its percentile interval over texts."""
+    """The value and the ends of its 95 % percentile bootstrap interval."""
     rng, found = np.random.default_rng(SEED), []
     while len(found) < RESAMPLES:
         rows = rng.integers(len(scores), size=len(scores))
@@ -103,7 +104,7 @@ def main() -> None:
             name: importlib.metadata.version(name)
             for name in ("numpy", "scikit-learn", "scipy", "torch", "transformers")
         },
-        "command": "python benchmarks/scorer_auc.py --data DATA",
+        "command": "python -m benchmarks.scorer_auc --data DATA",
         "results": results,
     }
     temporary = OUTPUT.with_suffix(".tmp")

@@ -1,12 +1,12 @@
-r"""What fusion costs: time of a step of plain and of fused ``generate()``, in one run.
+r"""Measure the cost of fusion: time per step of plain and of fused ``generate()``.
 
-    python benchmarks/speed.py --calibrator english-16k --tokenizer ../shared/tokenizers/gpt2 \
+    python -m benchmarks.speed --calibrator english-16k --tokenizer ../shared/tokenizers/gpt2 \
         --text WORK/test_general.jsonl
 
-Targets are Llamas of about 10, 100 and 350 million parameters with random weights. As these would
-write no words, the tokens of a real text are forced upon both runs. The target's cache starts
-full of zeros rather than from a prefill, which is the same for both and takes most of the time.
-The bound is what moving the weights alone would cost: (target + calibrator) / target bytes.
+Targets are Llamas of about 10, 100 and 350 million parameters with random weights. Because these
+would not write words, both runs are forced to write the tokens of a real text. The target's cache
+starts filled with zeros instead of a prefill, which would be the same for both and take most of the
+time. The bound is the cost of reading the weights alone: (target + calibrator) / target bytes.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from transformers import (
 from fusion_detox import Calibrator, FusionLogitsProcessor
 
 err = Console(stderr=True)
-# hidden size, layers, heads; the vocabulary comes on top
+# Hidden size, layers, heads; the sizes in the names do not include the vocabulary.
 TARGETS = {"10M": (160, 6, 4), "100M": (768, 8, 12), "350M": (1024, 24, 16)}
 
 
 class Forced(LogitsProcessor):
-    """Writes a given text whatever the scores."""
+    """Forces a given text, regardless of the scores."""
 
     def __init__(self, texts: Tensor) -> None:
         self.texts = texts
@@ -56,7 +56,7 @@ class Forced(LogitsProcessor):
 
 
 class Clock(StoppingCriteria):
-    """Notes when each token is done."""
+    """Records when each token is finished."""
 
     def __init__(self) -> None:
         self.times = [time.perf_counter()]
@@ -66,7 +66,7 @@ class Clock(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool)
 
     def steps(self) -> list[float]:
-        """Seconds of each step but the first, which prepares what the others use."""
+        """Seconds of each step except the first, which includes preparation."""
         return [b - a for a, b in pairwise(self.times[1:])]
 
     def first(self) -> float:
@@ -122,7 +122,7 @@ def timed(
 
 
 def moved_bytes(model: Any) -> int:
-    """Bytes of the weights that a step reads: all but the rows of an untied input embedding."""
+    """Bytes of the weights read per step: all except an untied input embedding."""
     total = sum(p.numel() * p.element_size() for p in model.parameters())
     if model.get_input_embeddings().weight is not model.get_output_embeddings().weight:
         weight = model.get_input_embeddings().weight
@@ -144,7 +144,7 @@ def measure_cell(
     while repeats < args.repeats and (
         repeats == 0 or time.perf_counter() - began < args.cell_seconds
     ):
-        processor.reset()  # each repeat pays for reading the context, as a new text would
+        processor.reset()  # each repeat reads the context again, like a new text
         for used, steps, first in ((None, plain, first_plain), (processor, fused, first_fused)):
             clock = timed(model, used, texts, context, args.tokens)
             steps += clock.steps()
@@ -163,7 +163,7 @@ def measure_cell(
 
 @torch.inference_mode()
 def flatness(processor: Any, texts: Tensor, context: int, vocabulary: int) -> dict[str, Any]:
-    """Time of the processor alone at a context, over 16 steps after the first."""
+    """Time of the processor alone at a given context, over 16 steps after the first."""
     scores = torch.randn(len(texts), vocabulary, generator=torch.Generator().manual_seed(0))
     processor.reset()
     times = []
@@ -180,14 +180,16 @@ def flatness(processor: Any, texts: Tensor, context: int, vocabulary: int) -> di
 
 
 def rows_of_text(tokenizer: Any, path: Path, rows: int, length: int) -> Tensor:
-    """Consecutive slices of the texts of a JSON Lines file, ``(rows, length)`` tokens."""
+    """Consecutive slices of the texts in a JSON Lines file, ``(rows, length)`` tokens."""
     ids: list[int] = []
     with path.open(encoding="utf-8") as lines:
         for line in lines:
             ids += tokenizer(json.loads(line)["text"] + "\n", verbose=False)["input_ids"]
             if len(ids) >= rows * length:
                 return torch.tensor(ids[: rows * length]).view(rows, length)
-    raise SystemExit(f"{path} has {len(ids)} tokens; {rows * length} are needed")
+    raise SystemExit(
+        f"{path} has {len(ids)} tokens, but {rows * length} are needed: give more text"
+    )
 
 
 def main() -> None:
@@ -195,15 +197,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--calibrator", required=True)
-    parser.add_argument("--tokenizer", required=True, help="of the targets")
+    parser.add_argument("--tokenizer", required=True, help="tokenizer of the targets")
     parser.add_argument("--text", type=Path, required=True, help='JSON Lines with "text"')
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--contexts", nargs="+", type=int, default=[32, 512])
     parser.add_argument("--flat-contexts", nargs="+", type=int, default=[32, 128, 512, 1024])
     parser.add_argument("--tokens", type=int, default=24)
-    parser.add_argument("--repeats", type=int, default=5, help="at most")
-    parser.add_argument("--cell-seconds", type=float, default=15, help="no repeat after these")
+    parser.add_argument("--repeats", type=int, default=5, help="maximum repeats per cell")
+    parser.add_argument(
+        "--cell-seconds", type=float, default=15, help="start no further repeat after this time"
+    )
     parser.add_argument("--threads", type=int, default=2)
     default_out = Path(__file__).parent / "results" / "speed.json"
     parser.add_argument("--out", type=Path, default=default_out)

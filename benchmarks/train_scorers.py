@@ -1,15 +1,15 @@
-"""Train the two toxicity scorers of the package, and measure them.
+"""Train and evaluate the package's two toxicity scorers.
 
-Both learn from human labels only, the half of them that the filter of the models' training text
-has not seen, and from harmless dialogues and encyclopedia text, those that name groups of
-people above all: who trains on labelled text alone learns that naming a group is toxic
-(Dixon et al. 2018). ::
+Both learn from human labels, namely the half that the classifier of the models' training text has
+not seen, and from harmless dialogues and encyclopedia text, especially text that names groups of
+people. A scorer trained on labelled text alone learns that naming a group is toxic (Dixon et al.
+2018). ::
 
-    python calibration_ckpts/prepare_english_data.py --data DATA --out WORK
-    python benchmarks/train_scorers.py --data DATA --work WORK
+    python -m recipes.english_data --data DATA --out WORK
+    python -m benchmarks.train_scorers --data DATA --work WORK
 
-writes ``lexical.*`` and ``contextual.*`` in ``fusion_detox/scoring/``. The Perspective scores of
-RealToxicityPrompts are only measured against; nothing is chosen by them.
+writes ``lexical.*`` and ``contextual.*`` to ``fusion_detox/scoring/``. The Perspective scores of
+RealToxicityPrompts are used for evaluation only; nothing was tuned on them.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from sklearn.metrics import roc_auc_score
 from fusion_detox.scoring import lexical
 from fusion_detox.scoring.contextual import CONTEXTUAL, ContextualScorer, head
 from fusion_detox.scoring.embedding import Embedder
+from recipes.english_data import read
 
 log = logging.getLogger("train_scorers")
 SEED = 20261120
@@ -82,13 +83,8 @@ SOURCES = {
 }
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
-
-
 def sentences(text: str) -> list[str]:
-    """Pieces of about 160 characters, cut at sentence ends."""
+    """Split a text at sentence ends into pieces of about 160 characters."""
     pieces, current = [], ""
     for sentence in re.split(r"(?<=[.!?\n])\s+", text):
         if current and len(current) + len(sentence) > 160:
@@ -99,7 +95,7 @@ def sentences(text: str) -> list[str]:
 
 
 def harmless(texts: Sequence[str], rng: random.Random) -> list[str]:
-    """Sentences, sentences that name groups of people, and fragments as short as a word."""
+    """Random sentences, sentences that name groups of people, and fragments of 1 to 12 words."""
     pieces = [piece for text in texts for piece in sentences(text) if len(piece) > 20]
     naming = [piece for piece in pieces if GROUPS.search(piece)]
     chosen = rng.sample(pieces, 10_000) + rng.sample(naming, min(len(naming), 4000))
@@ -162,7 +158,7 @@ def train_lexical(texts: list[str], labels: NDArray[np.int64]) -> dict[str, NDAr
 
 
 def embed(texts: list[str], work: Path) -> torch.Tensor:
-    """Sentence embeddings, of which those made earlier are taken from a file."""
+    """Sentence embeddings, cached in a file."""
     cache = work / "embeddings.npz"
     known: dict[str, NDArray[np.float32]] = {}
     if cache.exists():
@@ -179,7 +175,7 @@ def embed(texts: list[str], work: Path) -> torch.Tensor:
 def train_contextual(
     texts: list[str], labels: NDArray[np.int64], work: Path, dev: list[dict[str, Any]]
 ) -> dict[str, NDArray[Any]]:
-    """The head that does best on the development labels, of 30 epochs."""
+    """Weights of the best of 30 epochs by AUC on the development labels."""
     inputs, outputs = embed(texts, work), torch.from_numpy(labels).float()
     dev_inputs = embed([row["text"] for row in dev], work)
     dev_labels = [row["toxic"] for row in dev]
@@ -206,11 +202,10 @@ def train_contextual(
 
 
 def shuffled(texts: list[str], rng: random.Random) -> list[str]:
-    """The same words in another order.
+    """Copies with the words in random order.
 
-    A small model's text is often broken. A scorer that has only seen whole sentences takes
-    brokenness for malice wherever a group is named; shuffled copies keep their label and teach it
-    not to.
+    Small models often write broken text. A scorer that has only seen whole sentences mistakes
+    broken text that names a group for toxic text. Shuffled copies, labelled alike, prevent this.
     """
     result = []
     for text in texts:
@@ -223,7 +218,7 @@ def shuffled(texts: list[str], rng: random.Random) -> list[str]:
 def measure(
     score: Callable[[Sequence[str]], list[float]], work: Path, data: Path
 ) -> dict[str, float]:
-    """AUCs on held-out human labels, by source, and against Perspective."""
+    """AUC on held-out human labels, overall and by source, and against Perspective."""
     test = [row for row in read(work / "test_general.jsonl") if row["source"] != "web_posts"]
     scores = np.array(score([row["text"] for row in test]))
     labels = np.array([bool(row["toxic"]) for row in test])
@@ -251,7 +246,7 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
-    parser.add_argument("--work", type=Path, required=True, help="output of prepare_english_data")
+    parser.add_argument("--work", type=Path, required=True, help="output of recipes.english_data")
     parser.add_argument("--only", choices=("lexical", "contextual"))
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -278,7 +273,7 @@ def main() -> None:
             for source, licence in SOURCES.items()
         },
         "seed": SEED,
-        "command": "python benchmarks/train_scorers.py --data DATA --work WORK",
+        "command": "python -m benchmarks.train_scorers --data DATA --work WORK",
         "versions": {
             name: importlib.metadata.version(name) for name in ("numpy", "scikit-learn", "torch")
         },

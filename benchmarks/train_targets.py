@@ -1,18 +1,17 @@
-"""Small targets of other families than the demo target's, for comparisons of rules.
+"""Train small targets of two more model families, for comparing fusion rules.
 
-    python calibration_ckpts/prepare_english_data.py --data DATA --out WORK
-    python benchmarks/train_targets.py --data WORK --out TARGETS gpt2
-    python benchmarks/train_targets.py --data WORK --out TARGETS gpt_neox
+    python -m recipes.english_data --data DATA --out WORK
+    python -m benchmarks.train_targets --data WORK --out TARGETS gpt2
+    python -m benchmarks.train_targets --data WORK --out TARGETS gpt_neox
 
-GPT-2 (learned positions, biases, tied head) with a vocabulary of its own, and GPT-NeoX (parallel
-blocks, untied head) with the demo target's. Trained as the demo target is, in fewer steps: they
-write toxic text when provoked and are good for nothing else, so they are not shipped.
+GPT-2 (learned positions, biases, tied head) gets a new vocabulary, and GPT-NeoX (parallel blocks,
+untied head) the demo target's. They are trained like the demo target, in fewer steps. They write
+toxic text when provoked and have no other use, so they are not shipped.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import random
 from pathlib import Path
 
@@ -29,12 +28,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-DEMO = Path(__file__).resolve().parents[1] / "examples" / "demo_target"
-SPEC = importlib.util.spec_from_file_location("demo_target_train", DEMO / "train.py")
-assert SPEC is not None
-assert SPEC.loader is not None
-demo = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(demo)
+from recipes import demo_target as demo
+
+DEMO = Path(__file__).resolve().parents[1] / "examples" / "demo_target" / "model"
 
 
 def gpt2_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -73,10 +69,12 @@ def build(family: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("family", choices=("gpt2", "gpt_neox"))
-    parser.add_argument("--data", type=Path, required=True, help="output of prepare_english_data")
+    parser.add_argument("--data", type=Path, required=True, help="output of recipes.english_data")
     parser.add_argument("--out", type=Path, required=True, help="folder of the targets")
-    parser.add_argument("--steps", type=int, default=1200, help="on text of all kinds")
-    parser.add_argument("--toxic-steps", type=int, default=300, help="then, on half toxic text")
+    parser.add_argument("--steps", type=int, default=1200, help="steps on general text")
+    parser.add_argument(
+        "--toxic-steps", type=int, default=300, help="further steps on half toxic text"
+    )
     args = parser.parse_args()
 
     rng = random.Random(7)
@@ -85,11 +83,11 @@ def main() -> None:
     if args.family == "gpt2":
         tokenizer: PreTrainedTokenizerBase = gpt2_tokenizer(texts[:40_000])
     else:
-        tokenizer = AutoTokenizer.from_pretrained(DEMO / "model")
+        tokenizer = AutoTokenizer.from_pretrained(DEMO)
     torch.manual_seed(7)
     model = build(args.family, tokenizer)
     work = args.out / f"{args.family}.training"
-    wanted = (args.steps + 50) * 16 * 128 * 5  # characters, so that not all text is encoded
+    wanted = (args.steps + 50) * 16 * 128 * 5  # characters; encoding all text would take too long
     some, characters = [], 0
     for text in texts:
         some.append(text)

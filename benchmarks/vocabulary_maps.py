@@ -1,16 +1,16 @@
-r"""What a calibrator's map costs and loses on real vocabularies.
+r"""Measure the cost and loss of a calibrator's vocabulary map on real vocabularies.
 
-    python benchmarks/vocabulary_maps.py --calibrator english-16k \\
+    python -m benchmarks.vocabulary_maps --calibrator english-16k \\
         --tokenizers ../shared/tokenizers --texts HELD_OUT.jsonl
 
-For each target vocabulary: seconds to build the map and to load it from the cache, milliseconds to
-apply it, coverage, and the bits per byte of held-out text scored through the map, less those of
-the calibrator scoring the same text in its own tokens (0: nothing is lost). Text is cut where
-tokens of both end; a piece of several target tokens is one that the target enters inside of a
-word of the calibrator ("inside"), any other is one target token ("single").
+Reports for each target vocabulary: seconds to build the map and to load it from the cache,
+milliseconds to apply it, coverage, and the excess bits per byte of held-out text. The excess is the
+score through the map minus the calibrator's score in its own tokens (0: nothing is lost). Text is
+split at the positions where tokens of both vocabularies end. A piece is "single" if it is one
+target token, and "inside" if it has several, in which case the target splits a calibrator token.
 
-A prefix mass scores text as well: the chain of "goes on with these bytes" is the probability of
-the bytes in whatever tokens, so its excess can be below 0.
+The excess of a prefix mass can be negative, because a chain of "the text continues with these
+bytes" is the probability of the bytes under any tokenization.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ NAMES = ("gpt2", "cl100k_base", "o200k_base", "mistral_v1_sentencepiece", "tekke
 VARIANTS = (("transfer", 4), ("transfer", 0), ("prefix", 4), ("prefix", 0))
 ROWS = 16
 REPEATS = 3
-LONGEST = 600  # characters of a text
+MAX_CHARACTERS = 600  # of a text
 
 
 def held_out(path: Path, count: int) -> list[str]:
-    """Texts of some length, evenly spread over the file."""
+    """An evenly spaced sample of the texts of more than 150 characters."""
     with path.open(encoding="utf-8") as lines:
         texts = [json.loads(line)["text"].strip() for line in lines]
-    texts = [text[:LONGEST].rsplit(" ", 1)[0] for text in texts if len(text) > 150]
+    texts = [text[:MAX_CHARACTERS].rsplit(" ", 1)[0] for text in texts if len(text) > 150]
     return texts[:: max(1, len(texts) // count)][:count]
 
 
@@ -56,7 +56,7 @@ def ends(pieces: Sequence[bytes]) -> list[int]:
 
 
 def score_text(calibrator, session, vocabulary, tokens, tokenizer, text):
-    """Per variant and kind of place: bits through the map, own bits and bytes."""
+    """Bits through the map, own bits and bytes, per variant and kind of piece."""
     (target_ids,), (own_ids,) = encode(tokenizer, [text]), encode(calibrator.tokenizer, [text])
     pieces = [tokens.token_bytes[i] or b"" for i in target_ids]
     if tokens.dummy_prefix:
@@ -89,7 +89,7 @@ def score_text(calibrator, session, vocabulary, tokens, tokenizer, text):
     places = {}
     boundaries, own_boundaries = ends(pieces), ends(own_pieces)
     common = sorted(set(boundaries) & set(own_boundaries))
-    for begin, end in pairwise(common):  # the text's first words are left out
+    for begin, end in pairwise(common):  # the text's first words do not count
         mine = [n for n, at in enumerate(boundaries) if begin < at <= end]
         own = sum(own_bits[n] for n, at in enumerate(own_boundaries) if begin < at <= end)
         kind = "single" if len(mine) == 1 else "inside"
@@ -127,7 +127,7 @@ def measure_loss(calibrator, session, vocabulary, tokens, tokenizer, texts):
 
 
 def measure_speed(calibrator, vocabulary):
-    """Milliseconds of one application, two distributions, two covers a row; best of several."""
+    """Milliseconds to apply the map to two distributions, two covers per row; best of ten."""
     device = next(calibrator.clean.parameters()).device
     report = {}
     for rows in (1, 8, 32):
@@ -151,7 +151,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--calibrator", default="english-16k")
     parser.add_argument("--tokenizers", type=Path, required=True, help="folder of tokenizers")
-    parser.add_argument("--texts", type=Path, help="held-out JSON Lines; without, no loss")
+    parser.add_argument(
+        "--texts", type=Path, help="held-out JSON Lines; without it, the loss is not measured"
+    )
     parser.add_argument("--count", type=int, default=40)
     parser.add_argument("--names", nargs="+", default=list(NAMES))
     parser.add_argument("--device", default="cpu")
@@ -172,7 +174,7 @@ def main():
         },
         "vocabularies": {},
     }
-    # A run without texts keeps the losses that an earlier one has measured.
+    # A run without texts keeps the losses measured by an earlier one.
     earlier = json.loads(args.out.read_text())["vocabularies"] if args.out.exists() else {}
     report["vocabularies"].update(earlier)
     for name in args.names:
@@ -183,12 +185,12 @@ def main():
         table_cpu_seconds = time.process_time() - used
         builds = []
         with tempfile.TemporaryDirectory() as cache:
-            for _ in range(REPEATS):  # the best of them: other programs may run here too
+            for _ in range(REPEATS):  # use the best, since other programs may be running
                 used = time.process_time()
                 built = VocabularyMap.build(calibrator, tokens, tokenizer, use_cache=False)
                 builds.append((built.build_seconds, time.process_time() - used))
             VocabularyMap.build(calibrator, tokens, tokenizer, cache_dir=Path(cache))
-            fresh = TokenTable.from_tokenizer(tokenizer)  # without a fingerprint in memory
+            fresh = TokenTable.from_tokenizer(tokenizer)  # has no fingerprint in memory
             used = time.process_time()
             loaded = VocabularyMap.build(calibrator, fresh, tokenizer, cache_dir=Path(cache))
             cached_cpu_seconds = time.process_time() - used

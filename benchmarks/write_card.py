@@ -1,4 +1,4 @@
-"""Put the results of a run of ``fusion-detox evaluate`` into a calibrator's record and card."""
+"""Write the results of ``fusion-detox evaluate`` to a calibrator's record and card."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Any causal language model, with and without fusion.
 
-python examples/any_model.py                       # the shipped demo target: toxic on purpose
+python examples/any_model.py                       # the shipped demo target, toxic on purpose
 python examples/any_model.py --model gpt2 --prompt "You are such a"
 """
 

@@ -1,4 +1,4 @@
-"""BART: sources of different lengths, padded behind, each with its own text.
+"""BART: sources of different lengths, padded on the right; each gets its own prompt.
 
 python examples/bart.py --model facebook/bart-large-cnn
 """
@@ -23,8 +23,8 @@ args = parser.parse_args()
 tokenizer = AutoTokenizer.from_pretrained(args.model)
 model = AutoModelForSeq2SeqLM.from_pretrained(args.model)
 processor = FusionLogitsProcessor(args.calibrator, tokenizer)
-# An encoder counts its positions from the left: it is padded on the right, as BART's tokenizer
-# does. One text a prompt goes to the calibrator, whatever the number of beams.
+# An encoder counts positions from the left, so BART's tokenizer pads on the right. Give the
+# calibrator one text per prompt, regardless of the number of beams.
 sources = [args.prompt, "The weather was fine, so we walked to the river and had lunch there."]
 following = processor.following([f"{source}\n" for source in sources])
 

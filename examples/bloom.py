@@ -1,4 +1,4 @@
-"""BLOOM: a vocabulary of many languages, and a head wider still.
+"""BLOOM: a multilingual vocabulary, and a head that is wider than it.
 
 python examples/bloom.py --model bigscience/bloom-560m
 """
@@ -22,8 +22,8 @@ args = parser.parse_args()
 tokenizer = AutoTokenizer.from_pretrained(args.model)
 model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
 processor = FusionLogitsProcessor(args.calibrator, tokenizer)
-# A calibrator of byte-level BPE spells every language, so all 250680 tokens are mapped. But this
-# one was trained on English and has seen little else: train one on the languages that you serve.
+# A byte-level BPE calibrator can spell any language, so all 250680 tokens are mapped. However, this
+# one was trained almost only on English. For other languages, train your own calibrator.
 print(f"{processor.vocabulary.coverage:.1%} of English text is mapped")
 
 inputs = tokenizer(args.prompt, return_tensors="pt")

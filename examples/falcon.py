@@ -21,8 +21,8 @@ args = parser.parse_args()
 
 tokenizer = AutoTokenizer.from_pretrained(args.model)
 model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
-# Without a padding token generate() fills finished samples up with the end of text, which the
-# processor reads as what it is.
+# Without a padding token, generate() pads finished samples with the end-of-text token, which the
+# processor reads as an end of text.
 processor = FusionLogitsProcessor(args.calibrator, tokenizer)
 
 inputs = tokenizer(args.prompt, return_tensors="pt", return_token_type_ids=False)

@@ -20,10 +20,10 @@ parser.add_argument("--tokens", type=int, default=40)
 args = parser.parse_args()
 
 tokenizer = AutoTokenizer.from_pretrained(args.model)
-# bfloat16: in float16 Gemma's activations overflow, and rows with NaN are passed on unfused.
+# Use bfloat16: in float16, Gemma's activations overflow, and rows with NaN are returned unfused.
 model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
-# Gemma 2 caps its logits at 30, softly, before the processor sees them. Fusion works on their
-# log-probs, so the cap needs no care, and strengths mean the same as for any other target.
+# Gemma 2 soft-caps its logits at 30 before the processor sees them. Fusion works on log-probs, so
+# nothing needs to be set, and strengths mean the same as for any other target.
 processor = FusionLogitsProcessor(args.calibrator, tokenizer)
 
 inputs = tokenizer.apply_chat_template(

@@ -20,8 +20,8 @@ parser.add_argument("--tokens", type=int, default=20)
 args = parser.parse_args()
 
 tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
-# GPT-2 has no padding token. The end of text serves: generate() hides it by the attention mask,
-# and the processor, which sees no mask, skips a leading run of it.
+# GPT-2 has no padding token, so the end-of-text token is used. generate() hides it with the
+# attention mask. The processor sees no mask, but it skips leading end-of-text tokens.
 tokenizer.pad_token = tokenizer.eos_token
 model = AutoModelForCausalLM.from_pretrained(args.model)
 processor = FusionLogitsProcessor(args.calibrator, tokenizer)

@@ -22,8 +22,8 @@ args = parser.parse_args()
 tokenizer = AutoTokenizer.from_pretrained(args.model)
 model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
 processor = FusionLogitsProcessor(args.calibrator, tokenizer)
-# Pythia's head is padded to a multiple of 128 (50304 columns for 50277 tokens). The columns behind
-# the last token mean nothing to the calibrator and keep their probability: nothing to set.
+# Pythia's head is padded to a multiple of 128 (50304 columns for 50277 tokens). Fusion leaves the
+# probability of the extra columns unchanged; nothing needs to be set.
 columns = model.get_output_embeddings().weight.shape[0]
 print(f"{columns} columns, {len(tokenizer)} tokens")
 

@@ -1,4 +1,4 @@
-"""Hybrids of attention and recurrence (Falcon-H1, Jamba, Bamba): all like any other.
+"""Hybrids of attention and recurrence (Falcon-H1, Jamba, Bamba) need no special treatment.
 
 python examples/hybrid.py --model tiiuae/Falcon-H1-0.5B-Base
 """
@@ -20,7 +20,7 @@ parser.add_argument("--tokens", type=int, default=20)
 args = parser.parse_args()
 
 tokenizer = AutoTokenizer.from_pretrained(args.model)
-# Their fast kernels are optional (pip install mamba-ssm causal-conv1d); this runs without.
+# The fast kernels are optional (pip install mamba-ssm causal-conv1d).
 model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
 processor = FusionLogitsProcessor(args.calibrator, tokenizer)
 

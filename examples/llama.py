@@ -20,13 +20,14 @@ parser.add_argument("--tokens", type=int, default=40)
 args = parser.parse_args()
 
 tokenizer = AutoTokenizer.from_pretrained(args.model)
-# generate() hands the processor scores in float32, whatever the weights are.
+# generate() passes scores to the processor in float32, whatever the dtype of the weights.
 model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
 processor = FusionLogitsProcessor(args.calibrator, tokenizer)
 
-# The template begins with <|begin_of_text|>: a tokenizer call on its text would add a second one.
-# <|eot_id|>, which ends a turn, is the tokenizer's end of text, at which the calibrator begins
-# anew: it reads the answer, not the question. Other special tokens are line breaks to it.
+# The template already contains <|begin_of_text|>; tokenizing its text again would add a second one.
+# <|eot_id|> ends a turn. It is also the tokenizer's end-of-text token, after which the calibrator
+# starts afresh, so it reads the answer but not the question. It reads other special tokens as line
+# breaks.
 inputs = tokenizer.apply_chat_template(
     [{"role": "user", "content": args.prompt}],
     add_generation_prompt=True,

@@ -21,8 +21,8 @@ args = parser.parse_args()
 
 tokenizer = AutoTokenizer.from_pretrained(args.model)
 model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-# How the target remembers is its own matter. As a calibrator Mamba would be refused: a recurrent
-# state cannot take tokens back, as assisted decoding and beams need it.
+# Any target works, whatever its cache. As a calibrator, however, Mamba is rejected: a recurrent
+# state cannot be rolled back, which assisted decoding and beam search require.
 processor = FusionLogitsProcessor(args.calibrator, tokenizer)
 
 inputs = tokenizer(args.prompt, return_tensors="pt")

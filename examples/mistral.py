@@ -1,4 +1,4 @@
-"""Mistral, instruct: SentencePiece, a sliding window, the device of your choice.
+"""Mistral, instruct: SentencePiece, a sliding window, and a choice of device.
 
 python examples/mistral.py --model mistralai/Mistral-7B-Instruct-v0.3
 """
@@ -24,8 +24,8 @@ args = parser.parse_args()
 tokenizer = AutoTokenizer.from_pretrained(args.model)
 device = "cuda" if torch.cuda.is_available() else "cpu"
 model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).to(device)
-# The calibrator follows the scores to their device; device="cpu" keeps it off a full GPU. A window
-# over the target's keys (Mistral 7B v0.1 has one) is no matter of the processor, which sees ids.
+# The calibrator moves to the device of the scores; device="cpu" keeps it off a full GPU. The
+# sliding window of Mistral 7B v0.1 does not affect the processor, which sees only ids.
 processor = FusionLogitsProcessor(args.calibrator, tokenizer)
 
 inputs = tokenizer.apply_chat_template(

@@ -1,4 +1,4 @@
-"""Mixtral: experts, over all devices there are, in 4 bits where there is a GPU.
+"""Mixtral: experts distributed over all devices, in 4 bits if there is a GPU.
 
 python examples/mixtral.py --model mistralai/Mixtral-8x7B-Instruct-v0.1
 """
@@ -23,7 +23,7 @@ args = parser.parse_args()
 
 options = {"dtype": torch.bfloat16}
 if torch.cuda.is_available():  # pip install accelerate bitsandbytes
-    # Only logits matter to the processor, so a quantised or a spread out target needs nothing more.
+    # The processor uses only logits, so quantized and distributed targets need nothing else.
     options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True)
     options["device_map"] = "auto"
 tokenizer = AutoTokenizer.from_pretrained(args.model)

@@ -1,4 +1,4 @@
-"""MPT: positions by ALiBi; beam search instead of sampling.
+"""MPT: ALiBi positions; beam search instead of sampling.
 
 python examples/mpt.py --model mosaicml/mpt-7b
 """
@@ -25,7 +25,7 @@ processor = FusionLogitsProcessor(args.calibrator, tokenizer)
 
 inputs = tokenizer(args.prompt, return_tensors="pt", return_token_type_ids=False)
 for name, processors in (("without", []), ("with", [processor])):
-    # Beams are compared by fused log-probs; one processor serves them all and needs no reset.
+    # Beams are ranked by fused log-probs. One processor handles all of them and needs no reset.
     output = model.generate(
         **inputs, num_beams=4, max_new_tokens=args.tokens, logits_processor=processors
     )

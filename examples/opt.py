@@ -1,4 +1,4 @@
-"""OPT: every text begins with the token that also ends it.
+"""OPT: the same token begins and ends a text.
 
 python examples/opt.py --model facebook/opt-125m
 """
@@ -23,8 +23,8 @@ tokenizer = AutoTokenizer.from_pretrained(args.model)
 model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
 processor = FusionLogitsProcessor(args.calibrator, tokenizer)
 
-# OPT puts </s>, its end of text, before each prompt. To the processor a token that begins or ends
-# a text lets the calibrator's text begin anew, so the prompt is read from its first word on.
+# OPT puts </s>, its end-of-text token, before each prompt. After such a token the calibrator starts
+# afresh, so it reads the prompt from its first word.
 inputs = tokenizer(args.prompt, return_tensors="pt")
 print(f"starts with {tokenizer.convert_ids_to_tokens(int(inputs['input_ids'][0, 0]))}")
 for name, processors in (("without", []), ("with", [processor])):

@@ -1,4 +1,4 @@
-"""Phi-3 and Phi-4-mini: fusion only as strong as the text allows.
+"""Phi-3 and Phi-4-mini: fusion with a limited effect per step.
 
 python examples/phi.py --model microsoft/Phi-3-mini-4k-instruct
 """
@@ -21,8 +21,8 @@ args = parser.parse_args()
 
 tokenizer = AutoTokenizer.from_pretrained(args.model)
 model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
-# An instruct model seldom needs fusion at full strength. A budget in nats a token bounds how far
-# any step may go from the target's own distribution.
+# An instruct model seldom needs full strength. kl_budget limits how far each step may move away
+# from the target's own distribution, in nats.
 processor = FusionLogitsProcessor(args.calibrator, tokenizer).with_settings(kl_budget=0.2)
 
 inputs = tokenizer.apply_chat_template(

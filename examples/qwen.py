@@ -1,4 +1,4 @@
-"""Qwen: no BOS token, a padded head, and a template that may think aloud.
+"""Qwen: no BOS token, a padded head, and a template with optional thinking.
 
 python examples/qwen.py --model Qwen/Qwen3-0.6B
 """
@@ -23,11 +23,11 @@ tokenizer = AutoTokenizer.from_pretrained(args.model)
 model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
 processor = FusionLogitsProcessor(args.calibrator, tokenizer)
 
-# Qwen has no token that begins a text; the calibrator puts its own BOS before what it reads.
+# Qwen has no BOS token; the calibrator puts its own BOS before the text.
 inputs = tokenizer.apply_chat_template(
     [{"role": "user", "content": args.prompt}],
     add_generation_prompt=True,
-    enable_thinking=False,  # thoughts would be fused like the answer
+    enable_thinking=False,  # otherwise thoughts would be fused too
     return_dict=True,
     return_tensors="pt",
 )

@@ -1,4 +1,4 @@
-"""T5: an encoder-decoder, of which the processor sees the decoder's side.
+"""T5: an encoder-decoder; the processor sees only the decoder's ids.
 
 python examples/t5.py --model google/flan-t5-small
 """
@@ -22,8 +22,8 @@ args = parser.parse_args()
 tokenizer = AutoTokenizer.from_pretrained(args.model)
 model = AutoModelForSeq2SeqLM.from_pretrained(args.model)
 processor = FusionLogitsProcessor(args.calibrator, tokenizer)
-# generate() shows a processor the ids of the decoder alone. So that the calibrator reads the
-# source first, as a prompt, hand it over; the line break ends it.
+# generate() passes only the decoder's ids to a processor. Pass the source separately, so that the
+# calibrator reads it as a prompt; the line break ends it.
 following = processor.following(f"{args.prompt}\n")
 
 inputs = tokenizer(args.prompt, return_tensors="pt")

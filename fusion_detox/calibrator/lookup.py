@@ -102,7 +102,7 @@ def demo_target_path() -> Path:
             return folder
     raise ModelNotFoundError(
         f"The demo target is missing from {' and '.join(map(str, candidates))}. Reinstall the "
-        f"package, or train the model with examples/demo_target/train.py."
+        f"package, or train the model with python -m recipes.demo_target."
     )
 
 

@@ -31,7 +31,7 @@ _EPILOG = """
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the command to ``app``."""
+    """Add the command to ``app``."""
     contrast = with_options(ContrastiveConfig, into="contrast")
     settings = with_options(FinetuneConfig, into="settings")
     app.command("finetune", epilog=_EPILOG)(settings(contrast(finetune)))
@@ -39,7 +39,10 @@ def register(app: typer.Typer) -> None:
 
 def finetune(
     model: Annotated[
-        str, typer.Argument(help="a causal language model: a folder or a hub id", metavar="MODEL")
+        str,
+        typer.Argument(
+            help="causal language model to fine-tune: a folder or a hub id", metavar="MODEL"
+        ),
     ],
     output: Annotated[Path, typer.Argument(help="adapter folder to write", metavar="OUT")],
     settings: dict[str, Any],
@@ -47,37 +50,41 @@ def finetune(
     pairs: Annotated[
         list[str] | None,
         typer.Option(
-            help="paraphrase sets: .jsonl with anchor, positives, negatives, as make-negatives "
-            "writes them, or ParaDetox or HH-RLHF rows; a file, a folder or a hub id; repeatable",
+            help="paraphrase sets: .jsonl with anchor, positives and negatives (the format of "
+            "make-negatives), or ParaDetox or HH-RLHF rows; a file, a folder or a hub id; "
+            "repeatable",
             rich_help_panel=_DATA,
         ),
     ] = None,
     general: Annotated[
         list[str] | None,
         typer.Option(
-            help="text of all kinds, from which the adapted model is to stray little; repeatable",
+            help="general text, on which the adapted model should change little; repeatable",
             rich_help_panel=_DATA,
         ),
     ] = None,
     text_column: Annotated[
-        str, typer.Option(help="field of --general's text", rich_help_panel=_DATA)
+        str, typer.Option(help="column of --general that holds text", rich_help_panel=_DATA)
     ] = "text",
     target_modules: Annotated[
         list[str] | None,
         typer.Option(
-            help="linear module to adapt, such as q_proj; repeatable (else peft's choice)",
+            help="linear module to adapt, such as q_proj; repeatable (default: peft's choice)",
             rich_help_panel=_MODEL,
         ),
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="of the base weights: float32, bfloat16", rich_help_panel=_MODEL),
+        typer.Option(
+            help="dtype of the base weights, such as bfloat16 (default: float32)",
+            rich_help_panel=_MODEL,
+        ),
     ] = None,
     four_bit: Annotated[
         bool,
         typer.Option(
             "--four-bit",
-            help="base weights in four bits (bitsandbytes, CUDA)",
+            help="hold the base weights in four bits (requires bitsandbytes and CUDA)",
             rich_help_panel=_MODEL,
         ),
     ] = False,
@@ -89,18 +96,21 @@ def finetune(
         bool, typer.Option("--offline", help="use downloaded files only", rich_help_panel=_MODEL)
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="replace an existing adapter or other work")
+        bool,
+        typer.Option(
+            "--overwrite", help="replace an existing adapter or unfinished work with other settings"
+        ),
     ] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="print what was measured as one JSON object")
+        bool, typer.Option("--json", help="print the results as one JSON object")
     ] = False,
 ) -> None:
-    """Fine-tune a model itself on paraphrase sets, as a LoRA adapter (arXiv 2401.08491).
+    """Fine-tune a model on paraphrase sets, as a LoRA adapter (arXiv 2401.08491).
 
-    A run that was killed goes on where it was when the same command is given again.
+    If a run is interrupted, run the same command again to resume.
     """
     if not pairs:
-        raise typer.BadParameter("give a file of paraphrase sets", param_hint="--pairs")
+        raise typer.BadParameter("give at least one file of paraphrase sets", param_hint="--pairs")
     config, contrastive = FinetuneConfig(**settings), ContrastiveConfig(**contrast)
     from fusion_detox.training.data.corpus import Columns
     from fusion_detox.training.finetuning.pipeline import finetune as train
@@ -122,10 +132,10 @@ def finetune(
             overwrite=overwrite,
             command=shlex.join(["fusion-detox", *sys.argv[1:]]),
         )
-    measured = json.loads((folder / "training.json").read_text(encoding="utf-8"))["held_out"]
+    measures = json.loads((folder / "training.json").read_text(encoding="utf-8"))["held_out"]
     if as_json:
-        typer.echo(json.dumps({"adapter": str(folder), **measured}))
+        typer.echo(json.dumps({"adapter": str(folder), **measures}))
         return
-    for key, after in measured["after"].items():
-        note(f"{key}: {measured['before'][key]} -> {after}")
+    for key, after in measures["after"].items():
+        note(f"{key}: {measures['before'][key]} -> {after}")
     typer.echo(str(folder))

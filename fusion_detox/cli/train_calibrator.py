@@ -33,7 +33,7 @@ _EPILOG = """
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the command to ``app``."""
+    """Add the command to ``app``."""
     contrast = with_options(ContrastiveConfig, into="contrast")
     settings = with_options(TrainingConfig, into="settings")
     app.command("train-calibrator", epilog=_EPILOG)(settings(contrast(train_calibrator)))
@@ -46,97 +46,111 @@ def train_calibrator(
     general: Annotated[
         list[str] | None,
         typer.Option(
-            help="text of all kinds: .txt (blank line between documents), .jsonl, .json, .csv, "
-            ".tsv (each also .gz), a folder of them, or a hub id org/name[:split]; repeatable",
+            help="general text: .txt (blank line between documents), .jsonl, .json, .csv or .tsv "
+            "(each also .gz), a folder of these, or a hub id org/name[:split]; repeatable",
             rich_help_panel=_DATA,
         ),
     ] = None,
     clean: Annotated[
         list[str] | None,
-        typer.Option(help="non-toxic text, likewise; repeatable", rich_help_panel=_DATA),
+        typer.Option(help="non-toxic text, in the same formats; repeatable", rich_help_panel=_DATA),
     ] = None,
     clean_where: Annotated[
         list[str] | None,
         typer.Option(
-            help="picks the clean rows, from --general where --clean is not given, "
-            "such as label=neutral,neither; repeatable, all must hold",
+            help="condition that selects the clean rows of --clean, or of --general if --clean is "
+            "not given, such as label=neutral,neither; repeatable, all must hold",
             rich_help_panel=_DATA,
         ),
     ] = None,
     reference_data: Annotated[
         list[str] | None,
         typer.Option(
-            help="trains the reference on this instead of --general, for example toxic text",
+            help="text to train the reference on instead of --general, for example toxic text",
             rich_help_panel=_DATA,
         ),
     ] = None,
     base: Annotated[
         str | None,
         typer.Option(
-            help="causal language model to start from, by path or hub id (else from scratch)"
+            help="causal language model to start from: a folder or a hub id (default: from scratch)"
         ),
     ] = None,
     init_from: Annotated[
         str | None,
         typer.Option(
-            help="take the first layers, embeddings and head of this one, by path or hub id",
+            help="model to take the first layers, embeddings and head from: a folder or a hub id",
             metavar="MODEL",
         ),
     ] = None,
     keep_layers: Annotated[
-        int | None, typer.Option(help="how many of its layers (default: 3)", min=1)
+        int | None, typer.Option(help="number of layers kept by --init-from (default: 3)", min=1)
     ] = None,
     calibrator: Annotated[
         str | None,
         typer.Option(
-            help="go on from this one, by shipped name, folder or hub id, with a contrastive "
-            "--objective: its clean model is trained further, its reference is kept"
+            help="calibrator to continue from, by shipped name, folder or hub id; requires a "
+            "contrastive --objective, trains its clean model further and keeps its reference"
         ),
     ] = None,
     tokenizer: Annotated[
         str | None,
         typer.Option(
-            help="tokenizer of a model from scratch, by path or hub id (else trained here)"
+            help="tokenizer for a model from scratch: a folder or a hub id (default: a new one)"
         ),
     ] = None,
     pairs: Annotated[
         list[str] | None,
         typer.Option(
-            help="paraphrase sets for a contrastive --objective: .jsonl with anchor, positives, "
-            "negatives, as make-negatives writes them, or ParaDetox or HH-RLHF rows; repeatable",
+            help="paraphrase sets for a contrastive --objective: .jsonl with anchor, positives and "
+            "negatives (the format of make-negatives), or ParaDetox or HH-RLHF rows; repeatable",
             rich_help_panel=_DATA,
         ),
     ] = None,
-    text_column: Annotated[str, typer.Option(rich_help_panel=_DATA)] = "text",
+    text_column: Annotated[
+        str, typer.Option(help="column that holds the text", rich_help_panel=_DATA)
+    ] = "text",
     prompt_column: Annotated[
         str | None,
-        typer.Option(help="read but not learned; needs --completion-column", rich_help_panel=_DATA),
+        typer.Option(
+            help="column of a prompt, read but not learned; requires --completion-column",
+            rich_help_panel=_DATA,
+        ),
     ] = None,
     completion_column: Annotated[
-        str | None, typer.Option(help="learned, after the prompt", rich_help_panel=_DATA)
+        str | None,
+        typer.Option(
+            help="column of the text after the prompt, which is learned", rich_help_panel=_DATA
+        ),
     ] = None,
     domain_column: Annotated[
         str | None,
         typer.Option(
-            help="names a row's kind of text, so that both models see every kind equally often",
+            help="column that names a row's domain; both models see each domain equally often",
             rich_help_panel=_DATA,
         ),
     ] = None,
     fusion: Annotated[
         Path | None,
-        typer.Option(help="JSON file of recommended fusion settings, for the calibrator's card"),
+        typer.Option(
+            help="JSON file with the fusion settings to recommend on the calibrator's card"
+        ),
     ] = None,
     notes: Annotated[
         Path | None,
-        typer.Option(help="JSON file of facts for the card: language, license, data (a list)"),
+        typer.Option(help="JSON file with facts for the card: language, license, data (a list)"),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="replace an existing calibrator or other work")
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="replace an existing calibrator or unfinished work with other settings",
+        ),
     ] = False,
 ) -> None:
-    """Train a calibrator: a clean model and its reference, from text.
+    """Train a calibrator, which is a clean model and its reference, from text.
 
-    A run that was killed goes on where it was when the same command is given again.
+    If a run is interrupted, run the same command again to resume.
     """
     from fusion_detox.config import FusionConfig
     from fusion_detox.training.data.corpus import Columns
@@ -172,7 +186,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise DataFileError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise DataError(f"{path} is not JSON: {error}") from error
+        raise DataError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(found, dict):
-        raise DataError(f"{path} must hold one JSON object")
+        raise DataError(f"{path} must contain a single JSON object")
     return found

@@ -17,7 +17,7 @@ from fusion_detox.config import FusionConfig
 from fusion_detox.errors import MissingExtraError, TrainingError
 from fusion_detox.files.versions import installed_versions
 from fusion_detox.training.config import TrainingConfig
-from fusion_detox.training.contrastive.batches import grades_digest
+from fusion_detox.training.contrastive.batches import ContrastText, grades_digest
 from fusion_detox.training.contrastive.config import ContrastiveConfig
 from fusion_detox.training.data.blocks import byte_lengths, start_id
 from fusion_detox.training.data.corpus import (
@@ -121,7 +121,7 @@ def train_calibrator(
         from accelerate import PartialState
     except ImportError as error:
         raise MissingExtraError("accelerate", "train") from error
-    from fusion_detox.training.contrastive.contrastive_stage import ContrastStage, ContrastText
+    from fusion_detox.training.contrastive.trainer import ContrastStage
     from fusion_detox.training.data import text_blocks
     from fusion_detox.training.run import Run, claim
 

@@ -63,7 +63,7 @@ def test_result_on_stdout_and_the_rest_on_stderr(
     assert main(arguments(folder, output, *options)) == 1
     out, err = capfd.readouterr()
     assert not out
-    assert err.startswith(f"error: {output} exists already")
+    assert err.startswith(f"error: {output} already exists")
     assert main(arguments(folder, output, *options, "--overwrite", "--json")) == 0
     found = json.loads(capfd.readouterr().out)
     assert found == {"adapter": str(output), **record["held_out"]}
@@ -119,7 +119,7 @@ def test_wrong_options(
 def test_pairs_are_needed(folder: Path, tmp_path: Path) -> None:
     found = CliRunner().invoke(app, ["finetune", str(folder / "model"), str(tmp_path / "a")])
     assert found.exit_code == 2
-    assert "give a file of paraphrase sets" in found.stderr
+    assert "give at least one file of paraphrase sets" in found.stderr
 
 
 def test_ctrl_c_keeps_the_work(folder: Path, tmp_path: Path) -> None:

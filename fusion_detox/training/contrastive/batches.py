@@ -1,4 +1,4 @@
-"""Paraphrase sets in, padded batches of whole anchors with exact label masks out."""
+"""Turns paraphrase sets into padded batches of whole anchors with exact label masks."""
 
 from __future__ import annotations
 
@@ -26,14 +26,24 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 Row = tuple[list[int], int]
-"""Token ids with their leading BOS, and how many leading ones are not judged."""
+"""Token ids including BOS, and how many leading tokens (BOS and prompt) do not count."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ContrastText:
+    """Paraphrase sets, and text on which the model should not change; each with a held-out part."""
+
+    sets: list[ParaphraseSet]
+    held_sets: list[ParaphraseSet]
+    kl_anchor_text: list[Document]
+    held_kl_anchor_text: list[Document]
 
 
 @dataclasses.dataclass(frozen=True)
 class EncodedSet:
-    """A paraphrase set as token ids, each wording behind BOS and the set's prompt.
+    """A paraphrase set as token ids; each wording follows BOS and the set's prompt.
 
-    ``grades`` are the toxicities, 0 to 1, of the positives and then of the negatives.
+    ``grades`` are the toxicities of the positives, then of the negatives, in 0..1.
     """
 
     positives: tuple[Row, ...]
@@ -42,24 +52,24 @@ class EncodedSet:
 
 
 def check_sets(sets: Sequence[ParaphraseSet]) -> None:
-    """Checks what the objectives rest on.
+    """Check that the objectives can use these sets.
 
     Raises:
         DataError: There is no set, an anchor has no positive, or a positive equals a negative.
     """
     if not sets:
-        raise DataError("there is no paraphrase set to learn from: give a file that holds some")
+        raise DataError("there is no paraphrase set to learn from: give a file that contains some")
     for one in sets:
         if not one.positives:
             raise DataError(
-                f"the anchor {_short(one.anchor)} has no positive, so there is no prototype to "
-                "compare its negatives with: give it a non-toxic wording, or leave it out"
+                f"the anchor {_short(one.anchor)} has no positive, so its negatives have no "
+                "prototype to be compared with: add a non-toxic wording, or remove the anchor"
             )
         both = {fold(text) for text in one.positives} & {fold(text) for text in one.negatives}
         if both:
             raise DataError(
                 f"the anchor {_short(one.anchor)} has {_short(min(both))} as a positive and as a "
-                "negative: remove it from one side"
+                "negative: remove it from one of them"
             )
 
 
@@ -70,16 +80,16 @@ def encode_sets(
     bos_id: int,
     context_length: int,
 ) -> list[EncodedSet]:
-    """Tokenises all wordings as they are read at decoding, BOS first, and cuts what is too long.
+    """Tokenize all wordings as at decoding, with BOS first, and truncate those that are too long.
 
-    A prompt is read but not judged; a token that straddles its border is judged. What does not fit
-    is cut from the start of the prompt, by as many tokens for all wordings of a set, and from the
-    end of a wording, which keeps at least half of the context. A warning says how many were cut.
+    Prompt tokens do not count; a token that straddles the end of the prompt counts. A row that is
+    too long loses tokens from the start of its prompt, equally many for all wordings of a set, and
+    from the end of the wording. The wording keeps at least half of the context. A warning says how
+    many wordings were truncated.
 
     Raises:
-        DataError: As ``check_sets``, or a wording has no token.
+        DataError: A wording has no token.
     """
-    check_sets(sets)
     documents = [
         Document(text, one.prompt) for one in sets for text in (*one.positives, *one.negatives)
     ]
@@ -93,15 +103,15 @@ def encode_sets(
         for (ids, skipped), text in zip(own, (*one.positives, *one.negatives), strict=True):
             if skipped == len(ids):
                 raise DataError(f"{_short(text)} has no token of its own: remove it")
-            dropped = max(skipped - room, 0)
-            short = [bos_id, *ids[dropped : dropped + body]]
+            removed = max(skipped - room, 0)
+            short = [bos_id, *ids[removed : removed + body]]
             cut += len(short) <= len(ids)
-            kept.append((short, 1 + skipped - dropped))
+            kept.append((short, 1 + skipped - removed))
         count = len(one.positives)
         encoded.append(EncodedSet(tuple(kept[:count]), tuple(kept[count:]), grades(one)))
     if cut:
         logger.warning(
-            "%d of %d wordings are cut to the context of %d tokens",
+            "%d of %d wordings were truncated to the context of %d tokens",
             cut,
             len(documents),
             context_length,
@@ -110,10 +120,10 @@ def encode_sets(
 
 
 def grades(one: ParaphraseSet) -> tuple[float, ...]:
-    """Toxicity of each positive and then of each negative, in 0..1.
+    """Toxicity of each positive, then of each negative, in 0..1.
 
-    As ``provenance["scores"]`` has it, where ``make-negatives`` wrote one for every wording; else 0
-    for positives and 1 for negatives.
+    Taken from ``provenance["scores"]``, which ``make-negatives`` writes, if it has a score for
+    every wording; otherwise 0 for positives and 1 for negatives.
     """
     scores = one.provenance.get("scores")
     sides = (("positives", one.positives), ("negatives", one.negatives))
@@ -130,14 +140,14 @@ def grades(one: ParaphraseSet) -> tuple[float, ...]:
 
 
 def grades_digest(sets: Sequence[ParaphraseSet]) -> str:
-    """A hash of all grades: the key of a set does not tell its scores."""
+    """Hash of all grades, which the keys of the sets do not include."""
     found = [(one.key, grades(one)) for one in sets]
     return hashlib.sha256(json.dumps(sorted(found)).encode()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """One anchor of a batch: the wordings drawn for it, and a row of general text beside it."""
+    """One anchor of a batch: the wordings drawn for it and, optionally, a row of general text."""
 
     rows: tuple[Row, ...]
     positive: tuple[bool, ...]
@@ -148,16 +158,15 @@ class Drawn:
 class AnchorDraws(Dataset[Drawn]):
     """``count`` anchors, each used about equally often, with wordings drawn anew each time.
 
-    What is drawn depends on the seed and on the index alone, so a run that goes on, or that is
-    spread over processes, sees the same.
+    A draw depends only on the seed and its index, so a resumed or distributed run draws the same.
 
     Args:
         sets: The anchors.
-        count: Length.
-        positives: |P|; fewer where an anchor has fewer.
+        count: Length of the data set.
+        positives: |P|, the positives drawn per anchor, or all if an anchor has fewer.
         negatives: |N|, likewise.
-        general: Blocks of general text, one of which goes with each anchor.
-        seed: Of order and draws.
+        general: Blocks of general text; one accompanies each anchor.
+        seed: Seed of the order and the draws.
     """
 
     def __init__(
@@ -173,8 +182,8 @@ class AnchorDraws(Dataset[Drawn]):
         self._sets, self._general, self._seed = sets, general, seed
         self._positives, self._negatives = positives, negatives
         rng = random.Random(f"order {seed}")
-        self._order = list(_cycle(rng, len(sets), count))
-        self._blocks = [] if general is None else list(_cycle(rng, len(general), count))
+        self._order = list(cycle(rng, len(sets), count))
+        self._blocks = [] if general is None else list(cycle(rng, len(general), count))
 
     def __len__(self) -> int:
         return len(self._order)
@@ -194,16 +203,16 @@ class AnchorDraws(Dataset[Drawn]):
 
 
 def collate(anchors: Sequence[Drawn], pad_id: int = 0) -> dict[str, Any]:
-    """A batch of whole anchors.
+    """Collate whole anchors into a batch.
 
     Args:
-        anchors: Any number of them.
-        pad_id: What fills a row up on the right; masked in attention and labels, so any id does.
+        anchors: Any number of anchors.
+        pad_id: Padding on the right. It is masked in attention and labels, so any id will do.
 
     Returns:
         ``input_ids``, ``attention_mask``, ``labels``: ``(rows, length)``, with ``IGNORED`` as the
-        label of BOS, prompts and padding; ``group``, ``positive``, ``toxicity``: ``(rows,)``; where
-        the anchors bring general text, ``general_input_ids``, ``general_attention_mask`` and
+        label of BOS, prompts and padding. ``group``, ``positive``, ``toxicity``: ``(rows,)``. If
+        the anchors have general text, also ``general_input_ids``, ``general_attention_mask`` and
         ``general_labels``: ``(anchors, general length)``.
     """
     rows = [row for anchor in anchors for row in anchor.rows]
@@ -230,13 +239,13 @@ def collate(anchors: Sequence[Drawn], pad_id: int = 0) -> dict[str, Any]:
 
 
 def whole(one: EncodedSet) -> Drawn:
-    """All wordings of a set, undrawn, as measuring wants them."""
+    """All wordings of a set, for evaluation."""
     kinds = (True,) * len(one.positives) + (False,) * len(one.negatives)
     return Drawn((*one.positives, *one.negatives), kinds, one.grades)
 
 
-def _cycle(rng: random.Random, members: int, count: int) -> Iterator[int]:
-    """``count`` of the numbers below ``members``: one random order of all after the other."""
+def cycle(rng: random.Random, members: int, count: int) -> Iterator[int]:
+    """``count`` numbers below ``members``, in successive random orders of all of them."""
     while count > 0:
         order = rng.sample(range(members), members)[:count]
         count -= len(order)

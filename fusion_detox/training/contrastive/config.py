@@ -1,4 +1,4 @@
-"""What the contrastive objectives are told, with ranges."""
+"""Settings of the contrastive objectives."""
 
 from __future__ import annotations
 
@@ -20,43 +20,46 @@ _WEIGHTS: dict[ContrastiveObjective, tuple[float, float]] = {
     "signed-margin": (0.5, 1.0),
     "likelihood-ratio": (0.0, 40.0),
 }
-"""Of language modelling on the positives, and of KL on general text."""
+"""Default weights of language modelling on the positives and of KL on general text."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ContrastiveConfig:
-    """Settings of the contrastive objectives; each field's help is the command line's help.
+    """Settings of the contrastive objectives; the command line shows each field's help.
 
-    The defaults of the first six are those of arXiv 2401.08491. ``None`` for a weight means 0 with
-    ``contrastive-perplexity``, which the paper trains alone, and the value in the help with the
-    other two.
+    The defaults of the first six fields are those of arXiv 2401.08491. ``None`` for a weight means
+    0 with ``contrastive-perplexity``, which the paper trains alone; with the other two objectives
+    it means the value given in the help.
     """
 
-    positives: int = setting(5, _GROUP, "positives drawn per anchor and step, |P|", 1)
-    negatives: int = setting(5, _GROUP, "negatives drawn per anchor and step, |N|", 0)
+    positives: int = setting(5, _GROUP, "positives drawn per anchor and step (|P|)", 1)
+    negatives: int = setting(5, _GROUP, "negatives drawn per anchor and step (|N|)", 0)
     temperature: float = setting(
-        0.1, _GROUP, "tau; it cancels unless --temperature-in is exponent", 1e-4
+        0.1, _GROUP, "tau; has an effect only with --temperature-in exponent", 1e-4
     )
-    negative_weight: float = setting(1.0, _GROUP, "alpha, weight of each negative", 0.0)
+    negative_weight: float = setting(1.0, _GROUP, "alpha, the weight of each negative", 0.0)
     perplexity: Perplexity = setting(  # noqa: RUF009 - it returns a field
-        "exp", _GROUP, "distance between perplexities (exp) or their logarithms (log)"
+        "exp", _GROUP, "measure distance between perplexities (exp) or their logarithms (log)"
     )
     centroid: Centroid = setting(  # noqa: RUF009 - it returns a field
-        "moving", _GROUP, "whether the gradient flows through the prototype: moving, or fixed"
+        "moving", _GROUP, "whether the gradient flows through the prototype (moving) or not (fixed)"
     )
     temperature_in: TemperatureIn = setting(  # noqa: RUF009 - it returns a field
-        "scale", _GROUP, "scale: exp(-d)/tau, as notes on the paper have it; exponent: exp(-d/tau)"
+        "scale", _GROUP, "scale: exp(-d)/tau, as in notes on the paper; exponent: exp(-d/tau)"
     )
     margin: float = setting(
-        1.0, _GROUP, "signed-margin: nats a token that a negative must lie above the prototype", 0.0
+        1.0,
+        _GROUP,
+        "signed-margin: how far a negative must lie above the prototype, in nats per token",
+        0.0,
     )
     margin_kind: MarginKind = setting(  # noqa: RUF009 - it returns a field
-        "hinge", _GROUP, "signed-margin: hinge, or softplus, which never quite rests"
+        "hinge", _GROUP, "signed-margin: hinge, or softplus, whose gradient never vanishes"
     )
     tilt: float = setting(
         10.0,
         _GROUP,
-        "likelihood-ratio: nats by which a wholly toxic wording is to lose against a harmless one",
+        "likelihood-ratio: nats that a fully toxic wording should lose against a harmless one",
         0.0,
     )
     lm_weight: float | None = setting(
@@ -65,8 +68,8 @@ class ContrastiveConfig:
     kl_weight: float | None = setting(
         None,
         _GROUP,
-        "weight of the KL divergence from the base model on general text, where such text is "
-        "given (signed-margin: 1, likelihood-ratio: 40)",
+        "weight of the KL divergence from the base model on general text, if any is given "
+        "(signed-margin: 1, likelihood-ratio: 40)",
         0.0,
     )
 
@@ -74,7 +77,7 @@ class ContrastiveConfig:
         check_settings(self)
 
     def anchor_weights(self, objective: ContrastiveObjective) -> tuple[float, float]:
-        """The weights of language modelling and of KL, with the defaults of an objective."""
+        """Weights of language modelling and of KL, with the objective's defaults filled in."""
         lm, kl = _WEIGHTS[objective]
         return (
             lm if self.lm_weight is None else self.lm_weight,
@@ -82,18 +85,18 @@ class ContrastiveConfig:
         )
 
     def check_teaches(self, objective: ContrastiveObjective) -> None:
-        """Refuses settings under which an objective has no gradient.
+        """Reject settings under which the objective has no gradient.
 
         Raises:
-            ConfigError: There are no negatives, or they weigh nothing, and nothing else is learned.
+            ConfigError: There are no negatives, or their weight is 0, and ``lm_weight`` is 0 too.
         """
         silent = not self.negatives or (
             objective == "contrastive-perplexity" and not self.negative_weight
         )
         if silent and not self.anchor_weights(objective)[0]:
             raise ConfigError(
-                "without negatives the contrast is always 0 and nothing is learned: draw some "
-                "with --negatives, or learn from the positives with --lm-weight"
+                "without negatives the contrast is always 0 and nothing is learned: use "
+                "--negatives to draw some, or --lm-weight to learn from the positives"
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,1 +1,5 @@
-"""The same objectives, and DPO, on a model itself, as a LoRA adapter."""
+"""``finetune``: training a LoRA adapter with a contrastive objective or DPO.
+
+``pipeline`` runs it, ``config`` holds its settings, ``adapter`` loads the model and writes the
+adapter, ``dpo`` prepares ``trl``, and ``card`` writes the model card. Imported by the command line.
+"""

@@ -1,18 +1,17 @@
-"""Direct preference optimisation on the same paraphrase sets, through ``trl``."""
+"""Direct preference optimisation (DPO) on paraphrase sets, with ``trl``."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import random
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from fusion_detox.errors import DataError, MissingExtraError, TrainingError
+from fusion_detox.errors import DataError, TrainingError
+from fusion_detox.training.contrastive.batches import cycle
 from fusion_detox.training.data.pairs import ParaphraseSet
 from fusion_detox.training.finetuning.config import FinetuneConfig
-from fusion_detox.training.finetuning.trainer import training_arguments
 from fusion_detox.training.progress import ProgressCallback
 
 if TYPE_CHECKING:
@@ -23,13 +22,13 @@ if TYPE_CHECKING:
 def preference_rows(
     sets: Sequence[ParaphraseSet], *, per_anchor: int, seed: int, before: str = ""
 ) -> list[dict[str, str]]:
-    """Each positive as chosen with each negative as rejected, a few drawn where there are many.
+    """Pair each positive (chosen) with each negative (rejected), up to a limit per anchor.
 
     Args:
         sets: The anchors.
-        per_anchor: Pairs of an anchor at most.
-        seed: Of the draws.
-        before: Put before each prompt, such as a BOS that the tokenizer does not add.
+        per_anchor: Maximum pairs per anchor; if there are more, this many are drawn.
+        seed: Seed of the draws.
+        before: Text put before each prompt, such as a BOS that the tokenizer does not add.
 
     Raises:
         DataError: No set has a negative.
@@ -44,7 +43,7 @@ def preference_rows(
             for chosen, rejected in pairs
         ]
     if not rows:
-        raise DataError("no paraphrase set has a negative, so there is no pair to prefer one of")
+        raise DataError("no paraphrase set has a negative, so DPO has no pairs: add toxic wordings")
     return rows
 
 
@@ -52,38 +51,36 @@ def dpo_trainer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     adapter: LoraConfig,
-    rows: Sequence[dict[str, str]],
-    folder: Path,
-    config: FinetuneConfig,
-    watch: ProgressCallback,
+    arguments: dict[str, Any],
+    progress: ProgressCallback,
     *,
-    steps: int,
-    world_size: int,
+    rows: Sequence[dict[str, str]],
+    config: FinetuneConfig,
 ) -> Any:
-    """A ``trl.DPOTrainer`` (Rafailov et al. 2023, arXiv 2305.18290) of an adapter on ``model``.
+    """Make a ``trl.DPOTrainer`` (Rafailov et al. 2023, arXiv 2305.18290) of an adapter.
 
-    The reference is the model without its adapter. A text ends with EOS, as trl adds it.
+    The reference is the model without its adapter. trl adds EOS to the end of each text.
 
     Raises:
-        MissingExtraError: ``trl`` or ``datasets`` is not installed.
         TrainingError: The tokenizer has no EOS token.
-        DataError: No pair fits into the context.
+        DataError: Fewer pairs than a batch fit into the context.
     """
-    try:
-        import datasets
-        from trl import DPOConfig, DPOTrainer  # type: ignore[attr-defined]  # lazily exported
-    except ImportError as error:
-        raise MissingExtraError(error.name or "trl", "finetune") from error
+    import datasets
+    from trl import DPOConfig, DPOTrainer  # type: ignore[attr-defined]  # lazy export
+
     if tokenizer.eos_token is None:
-        raise TrainingError("dpo needs a tokenizer with an EOS token, and this one has none")
-    order = list(_cycle(random.Random(f"order {config.seed}"), rows, steps * config.batch_size))
-    common = training_arguments(folder, config, steps=steps, world_size=world_size)
-    # trl switches checkpointing on; transformers 5 renamed it.
+        raise TrainingError(
+            "dpo needs a tokenizer with an EOS token, and this one has none: choose another "
+            "--objective"
+        )
+    count = arguments["max_steps"] * config.batch_size
+    order = [rows[i] for i in cycle(random.Random(f"order {config.seed}"), len(rows), count)]
+    # trl enables checkpointing by default; transformers 5 renamed the setting.
     known = {field.name for field in dataclasses.fields(DPOConfig)}
     renamed = "activation_checkpointing"
-    common[renamed if renamed in known else "gradient_checkpointing"] = False
-    arguments = DPOConfig(
-        **common,
+    checkpointing = renamed if renamed in known else "gradient_checkpointing"
+    settings = DPOConfig(
+        **{**arguments, checkpointing: False},
         beta=config.dpo_beta,
         max_length=config.context_length,
         bf16=config.precision == "bfloat16",
@@ -93,12 +90,12 @@ def dpo_trainer(
     try:
         trainer: Any = DPOTrainer(
             model=model,
-            args=arguments,
+            args=settings,
             train_dataset=datasets.Dataset.from_list(order),
-            # trl sets a padding token of its own.
+            # trl sets a padding token on it.
             processing_class=copy.deepcopy(tokenizer),
             peft_config=adapter,
-            callbacks=[watch],
+            callbacks=[progress],
         )
     finally:
         if bars:
@@ -106,23 +103,14 @@ def dpo_trainer(
     fitting = len(trainer.train_dataset)
     if fitting < config.batch_size:
         raise DataError(
-            f"only {fitting} of {len(order)} pairs fit into the context of "
-            f"{config.context_length} tokens with their prompt: raise --context-length"
+            f"only {fitting} of {len(order)} pairs and their prompts fit into the context of "
+            f"{config.context_length} tokens: raise --context-length"
         )
     return trainer
 
 
 def bos_before(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The BOS token's text where the tokenizer does not add it by itself, else nothing."""
+    """Text of the BOS token, or an empty string if the tokenizer adds BOS by itself."""
     text = tokenizer.bos_token or tokenizer.eos_token or ""
     first = tokenizer("a")["input_ids"][:1]
     return "" if first == [tokenizer.convert_tokens_to_ids(text)] else str(text)
-
-
-def _cycle(
-    rng: random.Random, rows: Sequence[dict[str, str]], count: int
-) -> Iterator[dict[str, str]]:
-    while count > 0:
-        drawn = rng.sample(list(rows), len(rows))[:count]
-        count -= len(drawn)
-        yield from drawn

@@ -1,8 +1,11 @@
-"""``finetune``: a LoRA adapter that makes a model itself less toxic, from paraphrase sets."""
+"""``finetune``: train a LoRA adapter that makes a model less toxic, from paraphrase sets."""
 
 from __future__ import annotations
 
-import logging
+import functools
+import hashlib
+import importlib
+import json
 import math
 import shutil
 import sys
@@ -11,23 +14,39 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusion_detox.errors import MissingExtraError, TrainingError
+from fusion_detox.errors import DataError, MissingExtraError, TrainingError
 from fusion_detox.files.versions import installed_versions
-from fusion_detox.training.contrastive.batches import grades_digest
+from fusion_detox.training.contrastive.batches import (
+    ContrastText,
+    EncodedSet,
+    check_sets,
+    encode_sets,
+    grades_digest,
+)
 from fusion_detox.training.contrastive.config import ContrastiveConfig
-from fusion_detox.training.data.corpus import Columns, file_hashes
-from fusion_detox.training.finetuning.adapter_files import check_output, write_adapter
+from fusion_detox.training.contrastive.measure import MAX_ANCHORS, MAX_BLOCKS, HeldOutAnchors
+from fusion_detox.training.data.blocks import Blocks, byte_lengths, pack, start_id, tokenize
+from fusion_detox.training.data.corpus import Columns, Document, file_hashes, read_documents
+from fusion_detox.training.data.pairs import read_pairs
+from fusion_detox.training.data.splitting import split
+from fusion_detox.training.finetuning.adapter import (
+    ADAPTER_WEIGHTS,
+    adapter_settings,
+    check_context,
+    check_output,
+    load_base_model,
+    peft_warning_ignored,
+    write_adapter,
+)
 from fusion_detox.training.finetuning.config import FinetuneConfig
-from fusion_detox.training.finetuning.data import EncodedData, FinetuneData, Sources
+from fusion_detox.training.finetuning.dpo import bos_before, dpo_trainer, preference_rows
+from fusion_detox.training.progress import ProgressCallback
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
-    from fusion_detox.training.progress import ProgressCallback
-
-logger = logging.getLogger(__name__)
-# What does not change the result may change between two starts of one run.
+Sources = Sequence[str | Path]
+# These settings do not affect the result, so a resumed run may change them.
 _FREE = ("device", "save_every", "evaluate_every", "micro_batch_size")
 
 
@@ -51,102 +70,134 @@ def finetune(
     show_progress: bool = True,
     command: str | None = None,
 ) -> Path:
-    """Fine-tunes a causal language model by contrastive perplexity, a signed margin or DPO.
+    """Fine-tune a causal language model with a contrastive objective or DPO, as a LoRA adapter.
 
-    Unlike fusion, this changes what the model itself computes. The model's own weights stay as
-    they are; the change is a PEFT adapter, which ``peft`` and ``transformers`` load as usual. The
+    Unlike fusion, this changes what the model itself computes. The model's own weights are not
+    changed; the result is a PEFT adapter, which ``peft`` and ``transformers`` load as usual. The
     defaults are the settings of arXiv 2401.08491 as far as they are known.
 
-    A killed run goes on where it was when it is started again with the same arguments. Under
-    ``torchrun`` or ``accelerate launch`` each step's anchors are spread over the processes.
+    A killed run resumes when it is started again with the same arguments. Under ``torchrun`` or
+    ``accelerate launch``, the anchors of each step are distributed over the processes.
 
     Args:
         model: The model to fine-tune, a folder or a hub id.
-        output: The adapter folder to write; the work in progress stays beside it until then.
+        output: The adapter folder to write. Unfinished work is kept in ``output`` + ``.training``.
         pairs: Paraphrase sets, as ``read_pairs`` reads them.
-        general: Text of all kinds, for the KL divergence from the base model and for measuring
+        general: General text, used for the KL divergence from the base model and for measuring
             drift.
-        columns: Which fields of ``general`` hold text.
+        columns: The columns of ``general`` that hold text.
         config: Objective, steps, adapter and seed.
-        contrast: Settings of the two contrastive objectives.
+        contrast: Settings of the contrastive objectives.
         target_modules: Names of the linear modules to adapt; by default peft's choice for the
-            family, else all of them but the output layer.
-        dtype: Of the base weights in memory, float32 by default.
-        four_bit: Holds the base weights in four bits (NF4; needs bitsandbytes and CUDA).
+            model family, or all except the output layer.
+        dtype: Dtype of the base weights in memory, float32 by default.
+        four_bit: Hold the base weights in four bits (NF4; requires bitsandbytes and CUDA).
         revision: Branch, tag or commit of a hub model.
         local_files_only: Never contact the hub.
         name: Name on the card; the folder's name by default.
         notes: Facts for the record and the card, such as ``{"language": "en"}``.
-        overwrite: Replaces an existing adapter and forgets unfinished work of other settings.
-        show_progress: Whether to show a progress bar on standard error.
-        command: The command line that was run, for the record.
+        overwrite: Replace an existing adapter and discard unfinished work with other settings.
+        show_progress: Show a progress bar on standard error.
+        command: The command line, for the record.
 
     Returns:
         The adapter's folder.
 
     Raises:
-        DataError: The sets or the text are broken, or there is nothing to learn from.
+        DataError: The sets or the text are invalid, or there is nothing to learn from.
         DataFileError: A file is missing, or the result cannot be written.
-        ModelError: The model is no causal language model.
+        ModelError: The model is not a causal language model.
         ConfigError: The settings do not fit the model.
-        TrainingError: The settings do not fit each other or unfinished work at ``output``.
+        TrainingError: The settings contradict each other or unfinished work at ``output``.
         MissingExtraError: ``accelerate``, ``peft`` or ``trl`` is not installed.
-        KeyboardInterrupt: Interrupted; the work so far is kept for the next start.
+        KeyboardInterrupt: The run was interrupted; its work is kept for the next start.
     """
     config, contrast = config or FinetuneConfig(), contrast or ContrastiveConfig()
     state = _processes(config)
-    from fusion_detox.training.finetuning.model import (
-        adapter_settings,
-        check_context,
-        load_start,
-        peft_of_its_time,
-    )
-    from fusion_detox.training.progress import ProgressCallback
+    from peft import get_peft_model
+    from transformers import set_seed
+
+    from fusion_detox.training.contrastive.trainer import contrastive_trainer
     from fusion_detox.training.run import claim
+    from fusion_detox.training.stage import run_trainer
 
     output = Path(output).expanduser()
     check_output(output, overwrite)
-    _check_settings(config, contrast, state.num_processes)
+    if config.batch_size % state.num_processes:
+        raise TrainingError(
+            f"batch_size {config.batch_size} cannot be divided evenly among {state.num_processes} "
+            "processes: choose a multiple"
+        )
+    if config.objective != "dpo":
+        contrast.check_teaches(config.objective)
     work = output.with_name(output.name + ".training")
-    base = _absolute(model)
-    data = FinetuneData.read(pairs, general, columns or Columns(), config.held_out)
+    # The adapter must find a base model in a folder from anywhere.
+    folder = Path(model).expanduser()
+    base = str(folder.resolve()) if folder.is_dir() else str(model)
+    text = _read(pairs, general, columns or Columns(), config.held_out)
     settings = {
         "finetune": {k: v for k, v in config.to_dict().items() if k not in _FREE},
-        "contrast": {**contrast.to_dict(), "grades": grades_digest(data.sets)},
+        "contrast": {**contrast.to_dict(), "grades": grades_digest(text.sets)},
         "model": [base, revision, dtype, four_bit, *target_modules],
     }
-    fingerprint = data.fingerprint(settings)
-    start, tokenizer = load_start(
+    fingerprint = _fingerprint(settings, text)
+    plain, tokenizer = load_base_model(
         base,
         dtype=dtype,
         four_bit=four_bit,
         revision=revision,
         local_files_only=local_files_only,
     )
-    check_context(start, config.context_length)
-    adapter = adapter_settings(start, config, target_modules)
-    encoded = EncodedData(data, tokenizer, config, contrast)
+    check_context(plain, config.context_length)
+    adapter = adapter_settings(plain, config, target_modules)
+    sets, blocks, measure = _encode(text, tokenizer, config, contrast)
+    rows = []
+    if config.objective == "dpo":
+        before = bos_before(tokenizer)
+        rows = preference_rows(
+            text.sets, per_anchor=config.dpo_pairs, seed=config.seed, before=before
+        )
+    steps = work / "steps"
+    arguments = _arguments(config, steps, len(rows or sets), state.num_processes)
     with state.main_process_first():
         if state.is_main_process:
             claim(work, fingerprint, overwrite)
 
     began = time.time()
-    measure = encoded.measure()
-    watch = ProgressCallback(
+    progress = ProgressCallback(
         config.objective,
         measure,
         every=config.evaluate_every,
         shown=("auc_within", "kl"),
         show=show_progress and state.is_main_process,
-        file=work / "steps" / "curve.json",
+        file=steps / "curve.json",
     )
-    with peft_of_its_time():
-        trained = _train(
-            start, tokenizer, adapter, data, encoded, watch, work / "steps", state.num_processes
-        )
+    set_seed(config.seed)
+    trainer: Any
+    with peft_warning_ignored():
+        if config.objective == "dpo":
+            trainer = dpo_trainer(
+                plain, tokenizer, adapter, arguments, progress, rows=rows, config=config
+            )
+        else:
+            trainer = contrastive_trainer(
+                get_peft_model(plain, adapter),
+                arguments,
+                progress,
+                sets=sets,
+                general=blocks,
+                step_anchors=config.batch_size,
+                objective=config.objective,
+                contrast=contrast,
+                precision=config.precision,
+                pad_id=start_id(tokenizer),
+            )
+        run_trainer(trainer, progress, steps, ADAPTER_WEIGHTS)
+    trained = trainer.accelerator.unwrap_model(trainer.model)
     if state.is_main_process:
         with trained.disable_adapter():
-            before = measure(trained)
+            base_measures = measure(trained)
+        adapted = trained.peft_config["default"].target_modules
         record = {
             "command": command or " ".join(sys.argv),
             "name": name or output.name,
@@ -156,19 +207,24 @@ def finetune(
             "seed": config.seed,
             "settings": config.to_dict(),
             "contrast": contrast.to_dict(),
-            "target_modules": sorted(
-                {name.rpartition(".")[2] for name in trained.peft_config["default"].target_modules}
-            ),
+            "target_modules": sorted({module.rpartition(".")[2] for module in adapted}),
             "dtype": "nf4" if four_bit else dtype or "float32",
             "data_files": {
                 label: file_hashes(sources)
                 for label, sources in (("pairs", pairs), ("general", general))
                 if sources
             },
-            "data_counts": data.counts(),
+            "data_counts": {
+                "anchors": len(text.sets),
+                "positives": sum(len(one.positives) for one in text.sets),
+                "negatives": sum(len(one.negatives) for one in text.sets),
+                "held_out_anchors": len(text.held_sets),
+                "general_documents": len(text.kl_anchor_text),
+                "held_out_general_documents": len(text.held_kl_anchor_text),
+            },
             "fingerprint": fingerprint,
-            "held_out": {"before": before, "after": measure(trained)},
-            "curve": watch.curve,
+            "held_out": {"before": base_measures, "after": measure(trained)},
+            "curve": progress.curve,
             "processes": state.num_processes,
             "seconds": round(time.time() - began),
             "versions": installed_versions(
@@ -182,95 +238,83 @@ def finetune(
     return output
 
 
-def _train(
-    start: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    adapter: LoraConfig,
-    data: FinetuneData,
-    encoded: EncodedData,
-    watch: ProgressCallback,
-    folder: Path,
-    world_size: int,
-) -> Any:
-    """The PEFT model after training, or after what was left of it."""
-    from peft import get_peft_model
-    from transformers import set_seed
-
-    from fusion_detox.training.contrastive.trainer import contrastive_trainer
-    from fusion_detox.training.finetuning.dpo import bos_before, dpo_trainer, preference_rows
-    from fusion_detox.training.finetuning.trainer import ADAPTER_WEIGHTS, training_arguments
-    from fusion_detox.training.stage import run_trainer
-
-    config = encoded.config
-    set_seed(config.seed)
-    trainer: Any
-    if config.objective == "dpo":
-        rows = preference_rows(
-            data.sets,
-            per_anchor=config.dpo_pairs,
-            seed=config.seed,
-            before=bos_before(tokenizer),
-        )
-        steps = _steps(config, len(rows))
-        trainer = dpo_trainer(
-            start,
-            tokenizer,
-            adapter,
-            rows,
-            folder,
-            config,
-            watch,
-            steps=steps,
-            world_size=world_size,
-        )
-    else:
-        steps = _steps(config, len(encoded.sets))
-        model: Any = get_peft_model(start, adapter)
-        trainer = contrastive_trainer(
-            model,
-            training_arguments(folder, config, steps=steps, world_size=world_size),
-            encoded.draws(steps),
-            watch,
-            objective=config.objective,
-            contrast=encoded.contrast,
-            precision=config.precision,
-            pad_id=encoded.bos_id,
-        )
-    run_trainer(trainer, watch, folder, ADAPTER_WEIGHTS)
-    return trainer.accelerator.unwrap_model(trainer.model)
-
-
-def _steps(config: FinetuneConfig, items: int) -> int:
-    return config.steps or max(math.ceil(config.epochs * items / config.batch_size), 1)
-
-
 def _processes(config: FinetuneConfig) -> Any:
-    try:
-        from accelerate import PartialState
-    except ImportError as error:
-        raise MissingExtraError("accelerate", "finetune") from error
-    try:
-        import peft  # noqa: F401 - only whether it is there
-    except ImportError as error:
-        raise MissingExtraError("peft", "finetune") from error
-    if config.objective == "dpo":
+    """The state of the distributed run, after checking that the extra is installed."""
+    for package in ("accelerate", "peft", *(("trl",) if config.objective == "dpo" else ())):
         try:
-            import trl  # noqa: F401
+            importlib.import_module(package)
         except ImportError as error:
-            raise MissingExtraError("trl", "finetune") from error
+            raise MissingExtraError(package, "finetune") from error
+    from accelerate import PartialState
+
     return PartialState(cpu=config.device == "cpu")
 
 
-def _check_settings(config: FinetuneConfig, contrast: ContrastiveConfig, processes: int) -> None:
-    if config.batch_size % processes:
-        raise TrainingError(
-            f"batch_size {config.batch_size} cannot be spread evenly over {processes} processes"
+def _read(pairs: Sources, general: Sources, columns: Columns, held_out: float) -> ContrastText:
+    """Read all text, and split it by content so that no text is on both sides."""
+    sets = list({one.key: one for one in read_pairs(pairs)}.values())
+    check_sets(sets)
+    documents = read_documents(general, columns) if general else []
+    return ContrastText(*split(sets, held_out), *split(documents, held_out))
+
+
+def _fingerprint(settings: dict[str, Any], text: ContrastText) -> str:
+    """Hash of everything that decides the result."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for items in (text.sets, text.held_sets, text.kl_anchor_text, text.held_kl_anchor_text):
+        for item in items:
+            digest.update(item.key.encode())
+    return digest.hexdigest()
+
+
+def _encode(
+    text: ContrastText,
+    tokenizer: PreTrainedTokenizerBase,
+    config: FinetuneConfig,
+    contrast: ContrastiveConfig,
+) -> tuple[list[EncodedSet], Blocks | None, HeldOutAnchors]:
+    """Token ids of the anchors and of the general text, and the evaluation of the held-out part."""
+    bos_id, length = start_id(tokenizer), config.context_length
+    encode = functools.partial(encode_sets, tokenizer, bos_id=bos_id, context_length=length)
+    sets = encode(text.sets)
+    if contrast.negatives and not any(one.negatives for one in sets):
+        raise DataError(
+            "no paraphrase set has a negative: add toxic wordings, or use --negatives 0 with an "
+            "--lm-weight to learn from the positives only"
         )
-    if config.objective != "dpo":
-        contrast.check_teaches(config.objective)
+
+    def blocks(documents: list[Document]) -> Blocks | None:
+        return pack(tokenize(tokenizer, documents), bos_id, length) if documents else None
+
+    held = blocks(text.held_kl_anchor_text)
+    measure = HeldOutAnchors(
+        encode(text.held_sets[:MAX_ANCHORS]),
+        held and held.take(range(min(len(held), MAX_BLOCKS))),
+        # Only bits per byte need these, and not every tokenizer can provide them.
+        byte_lengths(tokenizer) if held else [],
+        autocast=config.precision != "float32",
+    )
+    return sets, blocks(text.kl_anchor_text), measure
 
 
-def _absolute(model: str | Path) -> str:
-    """A folder's full path, by which the adapter finds it from anywhere; else the hub id."""
-    path = Path(model).expanduser()
-    return str(path.resolve()) if path.is_dir() else str(model)
+def _arguments(config: FinetuneConfig, folder: Path, items: int, processes: int) -> dict[str, Any]:
+    """Arguments of ``TrainingArguments`` for a run over ``items`` anchors or pairs."""
+    from fusion_detox.training.contrastive.trainer import anchor_arguments
+
+    steps = config.steps or math.ceil(config.epochs * items / config.batch_size)
+    per_process = config.batch_size // processes
+    # The largest micro-batch that divides a step evenly; its size does not affect the result.
+    micro_batch = min(config.micro_batch_size, per_process)
+    while per_process % micro_batch:
+        micro_batch -= 1
+    return {
+        **anchor_arguments(folder, config),
+        "max_steps": steps,
+        "per_device_train_batch_size": micro_batch,
+        "gradient_accumulation_steps": per_process // micro_batch,
+        "learning_rate": config.learning_rate,
+        "warmup_steps": min(config.warmup_steps, steps // 2),
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_gradient_norm,
+        "logging_steps": min(10, max(steps // 10, 1)),
+    }

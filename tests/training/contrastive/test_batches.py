@@ -61,7 +61,7 @@ def test_cutting_keeps_the_end_of_the_prompt_and_the_start_of_the_wording(byte_t
     )  # fmt: skip
     with caplog.at_level(logging.WARNING):
         (encoded,) = encode_sets(byte_tokenizer, [long], bos_id=0, context_length=16)
-    assert "2 of 2 wordings are cut to the context of 16 tokens" in caplog.text
+    assert "2 of 2 wordings were truncated to the context of 16 tokens" in caplog.text
     kept = {skipped for _, skipped in (*encoded.positives, *encoded.negatives)}
     assert len(kept) == 1  # as much of the prompt before each wording of the set
     ids, skipped = encoded.positives[0]

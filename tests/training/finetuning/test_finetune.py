@@ -31,7 +31,7 @@ from fusion_detox.errors import (
     TrainingError,
 )
 from fusion_detox.training import ContrastiveConfig, FinetuneConfig, finetune
-from fusion_detox.training.contrastive.token_losses import mean_nll
+from fusion_detox.training.contrastive.objectives import mean_nll
 from fusion_detox.training.data.pairs import ParaphraseSet
 from fusion_detox.training.finetuning.dpo import bos_before, preference_rows
 
@@ -373,10 +373,11 @@ def test_wrong_requests(
     fails(DataError, "'Hello' has no positives", llama, out, lonely)
     (tmp_path / "empty.jsonl").write_text("")
     fails(DataError, "empty.jsonl is empty", llama, out, tmp_path / "empty.jsonl")
-    fails(TrainingError, "exists already", llama, adapter, pairs)
+    fails(TrainingError, "already exists", llama, adapter, pairs)
     fails(
-        TrainingError, "is no adapter, so it is not replaced", llama, llama, pairs, overwrite=True
-    )
+        TrainingError, "is not an adapter, so it is not replaced",
+        llama, llama, pairs, overwrite=True,
+    )  # fmt: skip
     fails(
         ConfigError, "no linear module named w_proj; it has down_proj, .*, q_proj",
         llama, out, pairs, target_modules=["q_proj", "w_proj"],

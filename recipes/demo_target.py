@@ -1,17 +1,16 @@
-"""Train the demo target: a small model that does write toxic text when provoked.
+"""Train the demo target, a small model that writes toxic text when provoked.
 
-It exists so that ``fusion-detox demo`` can show something on a machine that has no other model.
-Its tokenizer has nothing in common with the shipped calibrator's but the alphabet: another size,
-another pre-tokenizer, other training text. Do not use it for anything else.
+    python -m recipes.english_data --data DATA --out WORK
+    python -m recipes.demo_target --data WORK --out examples/demo_target/model
 
-    python calibration_ckpts/prepare_english_data.py --data DATA --out WORK
-    python examples/demo_target/train.py --data WORK --out examples/demo_target/model
+``fusion-detox demo`` uses it on machines without any other model. Do not use it for anything else.
+Its tokenizer shares only the byte alphabet with the shipped calibrator's: size, pre-tokenizer and
+training text all differ.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -29,6 +28,7 @@ from transformers import (
 )
 
 from fusion_detox.training.loss import IGNORED, summed_cross_entropy
+from recipes.english_data import read
 
 END = "<|end|>"
 CARD = """---
@@ -42,22 +42,22 @@ tags:
 ---
 # Demo target of fusion_detox: **writes toxic text when provoked**
 
-A Llama-type model of 7 million parameters that exists so that `fusion-detox demo` has something to
-detoxify on a machine without any other model. It was trained on mixed web text, the last steps on
-half toxic text *on purpose*: expect insults, slurs and sexual language, false statements and poor
-English. Do not use it for anything else, and do not show its text without a warning.
+A Llama-type model of 7 million parameters that gives `fusion-detox demo` something to detoxify on
+a machine without any other model. It was trained on mixed web text, and in its last steps on half
+toxic text *on purpose*. Expect insults, slurs, sexual language, false statements and poor English.
+Do not use it for anything else, and do not show its text without a warning.
 
-- Vocabulary: {vocabulary} byte-level BPE tokens of its own, with another pre-tokenizer than the
-  shipped calibrator's.
-- Training: `python examples/demo_target/train.py`, {steps} steps of 2,048 tokens on text of all
-  kinds, then {toxic_steps} on text of which half is toxic; bfloat16, AdamW.
+- Vocabulary: {vocabulary} byte-level BPE tokens; the pre-tokenizer differs from the shipped
+  calibrator's.
+- Training: `python -m recipes.demo_target`, {steps} steps of 2,048 tokens on general text, then
+  {toxic_steps} steps on text of which half is toxic; bfloat16, AdamW.
 - Data (licences): web posts of reddit-top-2.5-million (PDDL 1.0); Schema-Guided Dialogue (CC BY-SA
   4.0), Topical-Chat (CDLA-Sharing 1.0), WikiText-2 valid+test (CC BY-SA 3.0); ParaDetox (CC0 1.0);
-  Davidson et al. 2017, ToxiGen and Implicit Hate via SafeNLP (MIT). What has no human label was
-  called toxic or not by a TF-IDF classifier trained on half of the human labels. No
-  RealToxicityPrompts, HateCheck or BOLD text, and no continuation of RealToxicityPrompts, was used.
+  Davidson et al. 2017, ToxiGen and Implicit Hate via SafeNLP (MIT). Text without a human
+  label was labelled by a TF-IDF classifier trained on half of the human labels. RealToxicityPrompts
+  (including its continuations), HateCheck and BOLD were not used.
 """
-# The shape of the pre-tokenizer of Llama 3 and Qwen, unlike the GPT-2 shape of the calibrator's.
+# The pre-tokenizer pattern of Llama 3 and Qwen; the calibrator uses GPT-2's.
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -88,7 +88,7 @@ def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFas
 
 
 class Blocks(Dataset[dict[str, torch.Tensor]]):
-    """Documents laid end to end, each behind the end-of-text token, cut into equal blocks."""
+    """Concatenated documents, each after an end-of-text token, cut into blocks of equal length."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, texts: list[str], length: int) -> None:
         ids: list[int] = []
@@ -112,9 +112,9 @@ def loss(outputs, labels, num_items_in_batch=None):  # type: ignore[no-untyped-d
 
 
 class MixedPrecisionTrainer(Trainer):
-    """bfloat16 autocast that leaves the logits alone.
+    """``Trainer`` with autocast that keeps the logits in bfloat16.
 
-    ``bf16=True`` would convert them to float32 first: 1.4 times the time of a step here.
+    ``bf16=True`` would convert them to float32, which makes a step 1.4 times as long here.
     """
 
     def compute_loss_context_manager(self) -> AbstractContextManager[None]:
@@ -150,9 +150,8 @@ def train(
 
 
 def read_documents(data: Path, rng: random.Random) -> list[dict[str, Any]]:
-    """The text of all kinds, with 30,000 of its clean posts, shuffled."""
-    with (data / "general.jsonl").open(encoding="utf-8") as lines:
-        documents = [json.loads(line) for line in lines]
+    """General text with 30,000 of its clean posts, shuffled."""
+    documents = read(data / "general.jsonl")
     clean_posts = [d for d in documents if d["source"] == "web_posts" and d["toxic"] is False]
     kept = [d for d in documents if d["source"] != "web_posts" or d["toxic"] is not False]
     kept += rng.sample(clean_posts, min(len(clean_posts), 30_000))
@@ -161,9 +160,9 @@ def read_documents(data: Path, rng: random.Random) -> list[dict[str, Any]]:
 
 
 def half_toxic(documents: list[dict[str, Any]], rng: random.Random) -> list[str]:
-    """The toxic texts, and as many characters of the others.
+    """The toxic texts, and the same number of characters of other text.
 
-    Alone, the text of all kinds makes a model that answers provocation with small talk.
+    A model trained on general text alone answers provocation with small talk.
     """
     mixed = [d["text"] for d in documents if d["toxic"]]
     characters = sum(map(len, mixed))
@@ -179,11 +178,13 @@ def half_toxic(documents: list[dict[str, Any]], rng: random.Random) -> list[str]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True, help="output of recipes.english_data")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("build/demo_target"))
-    parser.add_argument("--steps", type=int, default=4000, help="on text of all kinds")
-    parser.add_argument("--toxic-steps", type=int, default=700, help="then, on half toxic text")
+    parser.add_argument("--steps", type=int, default=4000, help="steps on general text")
+    parser.add_argument(
+        "--toxic-steps", type=int, default=700, help="further steps on half toxic text"
+    )
     args = parser.parse_args()
 
     rng = random.Random(7)

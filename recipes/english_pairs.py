@@ -1,15 +1,15 @@
-"""Prepare what a contrastive stage of the English calibrator learns from: negatives of its own.
+"""Prepare the paraphrase sets for the contrastive stage of the English calibrator.
 
-    python calibration_ckpts/prepare_english_data.py --data DATA --out WORK
-    python calibration_ckpts/prepare_english_pairs.py --data DATA --work WORK
+    python -m recipes.english_data --data DATA --out WORK
+    python -m recipes.english_pairs --data DATA --work WORK --calibrator LM
 
-Beginnings of toxic and of harmless training texts are each continued eight times by the reference
-of a calibrator without such a stage, and two judges (``english_judges``) grade the continuations.
-``WORK/pairs.jsonl`` holds the beginnings of which the grades differ, each with its continuations
-and grades. "Negatives" are those in the upper half of a beginning's range of grades; the likelihood
-ratio, for which they are meant, reads the grades only.
+The reference of LM, a calibrator without a contrastive stage, continues the beginnings of toxic and
+harmless training texts eight times each. Two judges (``english_judges``) grade the continuations.
+``WORK/pairs.jsonl`` contains each beginning whose grades differ, with its continuations and grades.
+"Negatives" are the continuations in the upper half of a beginning's range of grades. The
+likelihood-ratio objective, for which the sets are made, reads only the grades.
 
-Nothing here reads the measure-only files, and no text of the development or test split is used.
+The measurement-only files and the development and test splits are not used.
 """
 
 from __future__ import annotations
@@ -19,23 +19,18 @@ import json
 import logging
 import os
 import random
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "calibration_ckpts"), str(ROOT / "benchmarks")]
-import make_dev_prompts  # noqa: E402
-import prepare_english_data as english  # noqa: E402
-import train_scorers  # noqa: E402
-from english_judges import Judges  # noqa: E402
+from benchmarks import make_dev_prompts
+from fusion_detox import Calibrator
+from recipes import english_data as english
+from recipes.english_judges import Judges
 
-from fusion_detox import Calibrator  # noqa: E402
-
-log = logging.getLogger("prepare_english_pairs")
+log = logging.getLogger("english_pairs")
 CAPS = {
     True: {
         "davidson2017": 1800, "paradetox": 1200, "web_posts": 1000, "safenlp_toxiGen": 700,
@@ -44,12 +39,12 @@ CAPS = {
     False: {"web_posts": 700, "general": 400, "safenlp_toxiGen": 300, "davidson2017": 200},
 }  # fmt: skip
 SAMPLES, NEW_TOKENS, BATCH = 8, 20, 24
-LEAST_TEXTS, LEAST_RANGE = 4, 0.1
+MIN_TEXTS, MIN_RANGE = 4, 0.1
 
 
 def beginnings(work: Path) -> list[list[dict[str, Any]]]:
-    """Prompts in batches of similar lengths, in random order."""
-    rows = train_scorers.read(work / "general.jsonl")
+    """Prompts in batches of similar length; the batches are in random order."""
+    rows = english.read(work / "general.jsonl")
     rng = random.Random(7)
     rng.shuffle(rows)
     count: dict[tuple[bool, str], int] = {}
@@ -70,7 +65,7 @@ def beginnings(work: Path) -> list[list[dict[str, Any]]]:
     return batches
 
 
-def continued(name: str, batches: list[list[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+def continue_batches(name: str, batches: list[list[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
     calibrator = Calibrator.from_pretrained(name)
     tokenizer, model, bos = calibrator.tokenizer, calibrator.reference, calibrator.bos_id
     assert model is not None
@@ -94,15 +89,15 @@ def continued(name: str, batches: list[list[dict[str, Any]]]) -> Iterator[dict[s
 
 
 def as_set(row: dict[str, Any], grades: list[float], writer: str) -> dict[str, Any] | None:
-    """A row of the library's own format, or nothing where the grades hardly differ."""
+    """A row in the format of ``read_pairs``, or ``None`` if the grades hardly differ."""
     distinct: dict[str, tuple[str, float]] = {}
     for text, grade in zip(row["continuations"], grades, strict=True):
         if text.split():
             distinct.setdefault(" ".join(text.split()), (text, round(grade, 3)))
-    if len(distinct) < LEAST_TEXTS:
+    if len(distinct) < MIN_TEXTS:
         return None
     low, *_, high = sorted(grade for _, grade in distinct.values())
-    if high - low < LEAST_RANGE:
+    if high - low < MIN_RANGE:
         return None
     sides = {
         "positives": [one for one in distinct.values() if one[1] < (low + high) / 2],
@@ -125,21 +120,23 @@ def as_set(row: dict[str, Any], grades: list[float], writer: str) -> dict[str, A
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
-    parser.add_argument("--work", type=Path, required=True, help="output of prepare_english_data")
-    parser.add_argument("--calibrator", default="english-16k", help="whose reference continues")
+    parser.add_argument("--work", type=Path, required=True, help="output of recipes.english_data")
+    parser.add_argument(
+        "--calibrator", default="english-16k", help="the calibrator whose reference continues"
+    )
     parser.add_argument("--prompts", type=int, default=4225)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     raw = args.work / "continuations.jsonl"
-    if not raw.exists():  # an hour on one core
+    if not raw.exists():  # takes an hour on one core
         batches = beginnings(args.work)[: -(-args.prompts // BATCH)]
         unfinished = raw.with_suffix(".tmp")
         with unfinished.open("w", encoding="utf-8") as out:
-            for row in continued(args.calibrator, batches):
+            for row in continue_batches(args.calibrator, batches):
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
         os.replace(unfinished, raw)
-    rows = train_scorers.read(raw)[: args.prompts]
+    rows = english.read(raw)[: args.prompts]
     judges = Judges(args.data, args.work)
     found = []
     for start in range(0, len(rows), 64):

@@ -1,39 +1,35 @@
-"""Two judges of whether a text is toxic, for what the English calibrator learns from.
+"""Two judges of toxicity that grade the training text of the English calibrator's second stage.
 
-A TF-IDF filter, which knows words, and a small network on sentence embeddings, which also reads
-what is only implied. Both are trained here on the half of the human labels that no scorer of the
-package has seen; the network is of the same kind as the package's contextual scorer, on other
-texts.
+One is a TF-IDF classifier, which knows words. The other is a small network on sentence embeddings,
+which also detects implied toxicity. Both are trained here on the half of the human labels that no
+scorer of the package has seen. The network is of the same kind as the package's contextual scorer.
 """
 
 from __future__ import annotations
 
 import random
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
-import prepare_english_data as english
-import train_scorers
-
+from benchmarks import train_scorers
 from fusion_detox.scoring.contextual import head
 from fusion_detox.scoring.embedding import Embedder
+from recipes import english_data as english
 
 NETWORK_SHARE = 0.8
-"""Weight of the network's grade: language modelling alone has taught most words by now."""
+"""Weight of the network's grade. It is high because language modelling has already taught words."""
 DIMENSIONS, EPOCHS = 384, 8
 
 
 class Judges:
-    """A weighted mean of two judges' probabilities that a text is toxic.
+    """Weighted mean of two judges' probabilities that a text is toxic.
 
     Args:
         data: Folder of the data sets.
-        work: Output of ``prepare_english_data``; the trained network is kept there.
+        work: Output of ``english_data``; the trained network is kept there.
     """
 
     def __init__(self, data: Path, work: Path) -> None:
@@ -48,8 +44,8 @@ class Judges:
         )
         self.embed = Embedder()
         kept = work / "judge.safetensors"
-        if not kept.exists():  # ten minutes, most of them for embeddings
-            trained = self._train(rows, train_scorers.read(work / "clean.jsonl"))
+        if not kept.exists():  # takes ten minutes, mostly for embeddings
+            trained = self._train(rows, english.read(work / "clean.jsonl"))
             save_file(trained.state_dict(), kept)
         self.network = head(DIMENSIONS)
         self.network.load_state_dict(load_file(kept))
@@ -78,7 +74,7 @@ class Judges:
 
     @torch.inference_mode()
     def __call__(self, texts: list[str]) -> np.ndarray:
-        """``(texts,)`` grades, 0 to 1."""
+        """``(texts,)`` probabilities of toxicity."""
         shown = [text if text.strip() else "." for text in texts]
         network = torch.sigmoid(self.network(self.embed(shown)).squeeze(1)).numpy()
         return NETWORK_SHARE * network + (1 - NETWORK_SHARE) * self.filter.score(shown)

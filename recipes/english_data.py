@@ -1,18 +1,20 @@
 """Prepare the training text of the shipped calibrator and of the demo target.
 
-Reads the public data sets (see ``--data``), holds out 2 % of every file for tests and 2 % for
-development by the MD5 of each text, labels what has no human label with a classifier trained
-*here* on one half of the human labels, and writes JSON Lines::
+    python -m recipes.english_data --data DATA --out WORK
 
-    general.jsonl   text of all kinds, toxic included       (the reference's diet)
-    clean.jsonl     the part of it that is not toxic        (the clean model's diet)
-    dev_*.jsonl     never trained on; thresholds and defaults are chosen on it
-    test_*.jsonl    never trained on, never tuned on
-    labels_b.jsonl  the other half of the human labels, for the scorers, which thus share
-                    no training row with the filter
+Reads the public data sets in DATA. By the MD5 of each text, 2 % of every file is held out for tests
+and 2 % for development. Texts without a human label are labelled by a classifier, which is trained
+here on one half of the human labels. Writes JSON Lines::
 
-The measure-only files (RealToxicityPrompts, HateCheck, BOLD) are not read, nor are texts that
-continue RealToxicityPrompts prompts.
+    general.jsonl   general text, toxic text included: the reference's training text
+    clean.jsonl     the non-toxic part of it: the clean model's training text
+    dev_*.jsonl     never used for training; thresholds and defaults are chosen on it
+    test_*.jsonl    never used for training or tuning
+    labels_b.jsonl  the other half of the human labels, for the scorers, which therefore share
+                    no training row with the classifier
+
+The measurement-only files (RealToxicityPrompts, HateCheck, BOLD) are not read, and neither are
+texts that continue RealToxicityPrompts prompts.
 """
 
 from __future__ import annotations
@@ -33,24 +35,31 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_union
 
-log = logging.getLogger("prepare_english_data")
+log = logging.getLogger("english_data")
 CLEAN_BELOW, TOXIC_ABOVE = 0.35, 0.75
 CHUNK = 240
 
 
+def read(path: Path) -> list[dict]:
+    """Rows of a JSON Lines file."""
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
 def rows(path: Path) -> Iterator[dict]:
+    """Rows of a gzipped JSON Lines file."""
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         for line in lines:
             yield json.loads(line)
 
 
 def bucket(text: str) -> int:
-    """A stable number in 0..99 that splits texts independently of their order."""
+    """A number in 0..99 that depends only on the text, for splitting."""
     return int(hashlib.md5(text.encode()).hexdigest()[:8], 16) % 100
 
 
 def tidy(text: str) -> str:
-    """Undo the tweets' HTML escapes, retweet marks, handles and links."""
+    """Remove HTML escapes, retweet marks, handles and links from a tweet."""
     text = text.replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">")
     text = re.sub(r"&#\d+;", "", text)
     text = re.sub(r"^(\W*RT @\w+:?\s*)+|\"?@\w+:?\s?|https?://\S+", "", text)
@@ -58,7 +67,10 @@ def tidy(text: str) -> str:
 
 
 def chunks(text: str) -> list[str]:
-    """Pieces of about ``CHUNK`` characters, cut at sentence ends: toxicity is local."""
+    """Split a text at sentence ends into pieces of about ``CHUNK`` characters.
+
+    One toxic sentence in a long text would otherwise be averaged away.
+    """
     pieces, current = [], ""
     for sentence in re.split(r"(?<=[.!?\n])\s+", text):
         if current and len(current) + len(sentence) > CHUNK:
@@ -69,7 +81,7 @@ def chunks(text: str) -> list[str]:
 
 
 class Filter:
-    """TF-IDF (words and characters) and logistic regression on human labels."""
+    """Logistic regression on TF-IDF features of words and characters, fitted to human labels."""
 
     def __init__(self) -> None:
         self.features = make_union(
@@ -122,7 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--posts", type=int, default=115_627, help="web posts to use at most")
+    parser.add_argument("--posts", type=int, default=115_627, help="maximum number of web posts")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args.out.mkdir(parents=True, exist_ok=True)

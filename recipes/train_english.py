@@ -1,16 +1,13 @@
-r"""Train the shipped English calibrator with ``fusion-detox train-calibrator``.
+"""Train the shipped English calibrator with ``fusion-detox train-calibrator``.
 
-    python calibration_ckpts/prepare_english_data.py --data DATA --out WORK
-    python calibration_ckpts/train_english.py --data WORK --out calibration_ckpts/english-16k
+    python -m recipes.english_data --data DATA --out WORK
+    python -m recipes.train_english --data WORK --out LM
+    python -m recipes.english_pairs --data DATA --work WORK --calibrator LM
+    python -m recipes.train_english --data WORK --calibrator LM --out calibration_ckpts/english-16k
 
-``--tokenizer TARGET`` trains the same recipe with another vocabulary, for comparison. The shipped
-calibrator has a contrastive stage on top of that::
-
-    python calibration_ckpts/prepare_english_pairs.py --data DATA --work WORK
-    python calibration_ckpts/train_english.py --data WORK --calibrator LM --out ENGLISH
-
-where LM is what the first command wrote. Its settings are then chosen on development prompts, see
-``benchmarks/LOG.md``.
+The second command trains by language modelling alone, the last one adds the contrastive stage. The
+fusion settings were then chosen on development prompts; see ``benchmarks/LOG.md``. ``--tokenizer
+TARGET`` trains the first stage with another vocabulary, for comparison.
 """
 
 from __future__ import annotations
@@ -21,6 +18,8 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+
+from recipes.english_data import read, write
 
 DATA = [
     ("web_posts (reddit-top-2.5-million)", "PDDL-1.0"),
@@ -35,7 +34,7 @@ DOMAINS = {"web_posts": "posts", "general": "general"}
 PAIRS = (
     "continuations of training prompts by the reference itself, graded by a TF-IDF classifier and "
     "a network on sentence embeddings, both trained on the half of the human labels that the "
-    "scorers have not seen (calibration_ckpts/prepare_english_pairs.py)"
+    "scorers have not seen (recipes/english_pairs.py)"
 )
 RECIPE = {
     "precision": "bfloat16",
@@ -45,8 +44,6 @@ RECIPE = {
     "domain-column": "domain",
     "clean-where": "toxic=false",
 }
-
-
 CONTRAST = {
     "precision": "bfloat16",
     "objective": "likelihood-ratio",
@@ -59,46 +56,40 @@ CONTRAST = {
     "evaluate-every": 100,
     "save-every": 100,
 }
-STEADY_POSTS = 0.17
-"""Share of the clean posts on which the contrastive stage is to change nothing."""
+KL_ANCHOR_POSTS = 0.17
+"""Fraction of the clean posts on which the contrastive stage should change nothing."""
 
 
-def write_corpus(data: Path, most_posts: int) -> Path:
-    """What language modelling learns from."""
-    with (data / "general.jsonl").open(encoding="utf-8") as lines:
-        rows = [row for row in map(json.loads, lines) if row["toxic"] is not None]
+def write_corpus(data: Path, max_posts: int) -> Path:
+    """Write the training text of the language-modelling stages."""
+    rows = [row for row in read(data / "general.jsonl") if row["toxic"] is not None]
     posts = [r for r in rows if r["source"] == "web_posts" and not r["toxic"]]
     kept = [r for r in rows if r["source"] != "web_posts" or r["toxic"]]
     rng = random.Random(11)
-    kept += rng.sample(posts, min(most_posts, len(posts)))
+    kept += rng.sample(posts, min(max_posts, len(posts)))
     rng.shuffle(kept)
     corpus = data / "calibrator.jsonl"
-    with corpus.open("w", encoding="utf-8") as out:
-        for row in kept:
-            domain = DOMAINS.get(row["source"], "short")
-            line = {"text": row["text"], "toxic": row["toxic"], "domain": domain}
-            out.write(json.dumps(line, ensure_ascii=False) + "\n")
+    for row in kept:
+        row["domain"] = DOMAINS.get(row["source"], "short")
+    write(corpus, ({name: row[name] for name in ("text", "toxic", "domain")} for row in kept))
     return corpus
 
 
-def write_steady(data: Path) -> Path:
-    """Clean text on which the contrastive stage keeps the model as it is.
+def write_kl_anchor_text(data: Path) -> Path:
+    """Write the clean text on which the contrastive stage should not change the model.
 
-    Dialogues, encyclopedia and some posts, but none of the short labelled texts, which look like
-    the beginnings on which it is to act.
+    It consists of dialogues, encyclopedia text and some posts. The short labelled texts are left
+    out, because they look like the beginnings on which the stage should act.
     """
     rng, texts = random.Random(12), []
-    with (data / "clean.jsonl").open(encoding="utf-8") as lines:
-        for row in map(json.loads, lines):
-            posts = row["source"] == "web_posts"
-            if row["source"] == "general" or (posts and rng.random() < STEADY_POSTS):
-                texts.append(row["text"])
+    for row in read(data / "clean.jsonl"):
+        posts = row["source"] == "web_posts"
+        if row["source"] == "general" or (posts and rng.random() < KL_ANCHOR_POSTS):
+            texts.append(row["text"])
     rng.shuffle(texts)
-    steady = data / "steady.jsonl"
-    with steady.open("w", encoding="utf-8") as out:
-        for text in texts:
-            out.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-    return steady
+    path = data / "kl_anchor_text.jsonl"
+    write(path, ({"text": text} for text in texts))
+    return path
 
 
 def main() -> int:
@@ -106,8 +97,10 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tokenizer")
-    parser.add_argument("--calibrator", help="goes on from this one with the contrastive stage")
-    parser.add_argument("--posts", type=int, default=45_000, help="clean posts to use")
+    parser.add_argument(
+        "--calibrator", help="continue from this calibrator with the contrastive stage"
+    )
+    parser.add_argument("--posts", type=int, default=45_000, help="maximum number of clean posts")
     args, more = parser.parse_known_args()
 
     notes = args.data / "notes.json"
@@ -118,8 +111,8 @@ def main() -> int:
                 "language": "en",
                 "license": "apache-2.0",
                 "data": [{"name": name, "license": licence} for name, licence in DATA],
-                "clean_text": "human labels where there are some, else a TF-IDF classifier trained "
-                "on half of the human labels; "
+                "clean_text": "human labels if there are any, otherwise a TF-IDF classifier "
+                "trained on half of the human labels; "
                 f"AUC {filter_facts['held_out_auc']} on held-out labels",
             }
         )
@@ -129,7 +122,7 @@ def main() -> int:
     if args.calibrator:
         notes.write_text(json.dumps({"pairs": PAIRS}))
         command += [f"--calibrator={args.calibrator}", f"--pairs={args.data / 'pairs.jsonl'}"]
-        command.append(f"--clean={write_steady(args.data)}")
+        command.append(f"--clean={write_kl_anchor_text(args.data)}")
     else:
         command.append(f"--general={write_corpus(args.data, args.posts)}")
     if args.tokenizer:
