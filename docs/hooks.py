@@ -64,8 +64,8 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Rewrite links: to pages of the site where there is one, else to GitHub."""
+def on_page_markdown(markdown: str, *, page: Page, files: Files, **_: Any) -> str:
+    """Rewrite links, to a page of the site if there is one, else to GitHub."""
     path = page.file.src_uri
     sources = {target: source for source, target in ROOT_PAGES.items()}
     here = posixpath.dirname(sources.get(path, f"docs/{path}"))
