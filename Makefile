@@ -76,7 +76,7 @@ define environment
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
     echo "fusion_detox needs Python 3.10 or later, but '$(PYTHON)' is" \
         "$$($(PYTHON) --version 2>/dev/null || echo missing)." >&2; \
-    echo "Install it, or name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; exit 1; }
+    echo "Install a newer Python, or name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; exit 1; }
 @$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
     echo "'$(PYTHON)' cannot create virtual environments. On Debian and Ubuntu:" \
         "run apt install python3-venv." >&2; exit 1; }
