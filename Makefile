@@ -1,13 +1,15 @@
-# Two commands do all the set-up, each with an environment of its own:
+# Two commands do all the set-up. Each creates its own environment:
 #
-#   make demo    a base model and the fused one side by side
-#   make test    all quality gates
+#   make demo    the demo model with and without fusion, side by side
+#   make test    all quality checks
 #
-# and a third one, with the oldest versions that are supported (docs/versions.md):
+# These are for contributors:
 #
-#   make oldest  the tests of decoding
+#   make docs    the documentation site, in site/
+#   make oldest  the tests of decoding with the oldest supported versions (docs/versions.md)
+#   make clean   remove the environments and everything that was built
 #
-# PYTHON     the interpreter that makes the environments, 3.10 or later
+# PYTHON     the interpreter that creates the environments, 3.10 or later
 # WORKERS    processes that run the tests
 # PIP_FLAGS  passed to pip; on Linux without a GPU, this saves gigabytes of CUDA libraries:
 #            make demo PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
@@ -19,60 +21,68 @@ PIP_FLAGS ?=
 VENV := .venv
 DEMO := .venv-demo
 OLDEST := .venv-oldest
+# Windows has another layout of environments, and needs a shell that reads the recipes below.
+BIN := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
+SHELL := bash
 SHIPPED := $(wildcard calibration_ckpts/*/calibrator.json examples/demo_target/model/config.json)
 SOURCES := $(shell find fusion_detox -name '*.py')
-# Of everything between a model and its text; evaluation and training have extras of their own.
+# Everything between a model and its text. Evaluation and training need extras.
 DECODING := tests/alignment tests/calibrator tests/conformance tests/decoding tests/generation tests/isolation \
     tests/vocabulary tests/test_families.py tests/test_fusion.py tests/test_layers.py tests/test_lightness.py \
     tests/test_processor.py tests/test_versions.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types pytest oldest clean
+.PHONY: help demo test lint types pytest docs oldest clean
 
 help:
 	@awk '!/^#/ { exit } { sub(/^# ?/, ""); print }' Makefile
 
 demo: $(DEMO)/.installed
-	$(DEMO)/bin/fusion-detox demo
+	$(DEMO)/$(BIN)/fusion-detox demo
 
-# One after the other, also under make -j: the first failure is the last thing on the screen.
+# One after the other, even with make -j, so that the first failure ends the output.
 test: $(VENV)/.installed
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory types
 	@$(MAKE) --no-print-directory pytest
+	@$(MAKE) --no-print-directory docs
 
 lint: $(VENV)/.installed
-	$(VENV)/bin/python -m ruff check .
-	$(VENV)/bin/python -m ruff format --check .
+	$(VENV)/$(BIN)/python -m ruff check .
+	$(VENV)/$(BIN)/python -m ruff format --check .
 
 types: $(VENV)/.installed
-	$(VENV)/bin/python -m mypy --strict
+	$(VENV)/$(BIN)/python -m mypy --strict
 
-# One thread a process: the tiny models of the tests gain nothing from more.
+# One thread per process: more do not speed up the tiny models of the tests.
 pytest: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(VENV)/$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-# torch 2.4 and 2.5 warn of their own unpickling.
+# Any warning of mkdocs fails the build. Its theme's note on a future mkdocs 2 is switched off.
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)/$(BIN)/python -m mkdocs build --strict --quiet
+
+# torch 2.4 and 2.5 warn about their own unpickling.
 oldest: $(OLDEST)/.installed
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile \
+	OMP_NUM_THREADS=1 $(OLDEST)/$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile \
     -W 'ignore:You are using:FutureWarning' $(DECODING)
 
 clean:
-	rm -rf $(VENV) $(DEMO) $(OLDEST) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DEMO) $(OLDEST) build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-# $(call environment,FOLDER,WHAT TO INSTALL,CONSTRAINTS). An environment whose stamp is missing was
-# never finished, and is made anew.
+# $(call environment,FOLDER,WHAT TO INSTALL,CONSTRAINTS). An environment without its stamp was never
+# finished and is created again.
 define environment
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
     echo "fusion_detox needs Python 3.10 or later, but '$(PYTHON)' is" \
         "$$($(PYTHON) --version 2>/dev/null || echo missing)." >&2; \
-    echo "Install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; exit 1; }
+    echo "Install a newer Python, or name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; exit 1; }
 @$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
-    echo "'$(PYTHON)' cannot make virtual environments; on Debian and Ubuntu:" \
-        "apt install python3-venv" >&2; exit 1; }
-@test -e $(1)/.installed || { echo "Making $(1) (a few minutes, once) ..." >&2; \
+    echo "'$(PYTHON)' cannot create virtual environments. On Debian and Ubuntu:" \
+        "run apt install python3-venv." >&2; exit 1; }
+@test -e $(1)/.installed || { echo "Creating $(1) (a few minutes, once) ..." >&2; \
     $(PYTHON) -m venv --clear $(1); }
-@$(1)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) \
+@$(1)/$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) \
     -c $(3) $(2)
 @touch $(1)/.installed
 endef
@@ -81,7 +91,7 @@ $(DEMO)/.installed: pyproject.toml constraints.txt hatch_build.py $(SHIPPED) $(S
 	$(call environment,$(DEMO),.,constraints.txt)
 
 $(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py
-	$(call environment,$(VENV),-e ".[all$(comma)dev]",constraints.txt)
+	$(call environment,$(VENV),-e ".[all$(comma)dev$(comma)docs]",constraints.txt)
 
 $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt hatch_build.py
 	$(call environment,$(OLDEST),-e . hypothesis pytest pytest-xdist,constraints-oldest.txt)

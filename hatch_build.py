@@ -1,7 +1,7 @@
-"""Build hook: the shipped calibrators and the demo target travel in the wheel.
+"""Build hook that puts the shipped calibrators and the demo target into the wheel.
 
-A table of ``force-include`` in ``pyproject.toml`` takes no patterns; this finds every calibrator
-by its ``calibrator.json``, so that the scripts beside them stay out.
+``force-include`` in ``pyproject.toml`` accepts no patterns. This hook finds each calibrator by its
+``calibrator.json`` and leaves out the other files in that folder.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
 class ShippedModels(BuildHookInterface):
-    """Adds the model folders of a checkout below ``fusion_detox/_shipped``."""
+    """Adds the checkout's model folders to the wheel as ``fusion_detox/_shipped``."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Called by hatchling before it builds."""
-        if version == "editable":  # the package finds them in the checkout
+        """Add the files. hatchling calls this before each build."""
+        if version == "editable":  # the package finds the files in the checkout
             return
         root = Path(self.root)
         shipped = {
@@ -28,7 +28,9 @@ class ShippedModels(BuildHookInterface):
         if (target / "config.json").is_file():
             shipped[target] = "demo_target"
         if len(shipped) < 2:
-            self.app.display_warning("This wheel lacks the shipped calibrator or the demo target.")
+            self.app.display_warning(
+                "The shipped calibrator or the demo target is missing from this wheel."
+            )
         for folder, name in shipped.items():
             for path in sorted(folder.rglob("*")):
                 if path.is_file() and not any(

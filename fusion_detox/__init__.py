@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from fusion_detox.processor import FusionLogitsProcessor
     from fusion_detox.training import TrainingConfig, train_calibrator
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Alignment",

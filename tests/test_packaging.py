@@ -1,4 +1,4 @@
-"""What is built and what its metadata says."""
+"""What the wheel and the source distribution contain, and what their metadata says."""
 
 import importlib.util
 import re
@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from importlib.metadata import version
+from importlib.metadata import metadata, version
 from pathlib import Path
 
 import pytest
@@ -61,6 +61,8 @@ def test_sdist_builds_and_tests_itself(tmp_path):
         names = {name.partition("/")[2] for name in sdist.getnames()}
     needed = ["Makefile", "constraints.txt", "hatch_build.py", "pyproject.toml", ".ci/run"]
     needed += ["LICENSE", "tests/test_packaging.py", "fusion_detox/py.typed"]
+    needed += [".github/workflows/ci.yml", ".pre-commit-config.yaml", "SECURITY.md"]
+    needed += ["mkdocs.yml", "docs/hooks.py", "docs/quickstart.md"]
     needed += [str(path.relative_to(ROOT) / "calibrator.json") for path in CALIBRATORS]
     assert not sorted(set(needed) - names)
 
@@ -70,7 +72,16 @@ def test_one_version_everywhere():
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert f"\nversion: {fusion_detox.__version__}\n" in citation
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    assert f"## [{fusion_detox.__version__}]" in changelog
+    assert re.search(
+        rf"^## \[{re.escape(fusion_detox.__version__)}\] - \d{{4}}-\d\d-\d\d$", changelog, re.M
+    )
+
+
+def test_the_metadata_links_to_the_project():
+    links = dict(entry.split(", ", 1) for entry in metadata("fusion-detox").get_all("Project-URL"))
+    assert set(links) == {"Homepage", "Documentation", "Issues", "Changelog"}
+    mkdocs = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert f"\nsite_url: {links['Documentation']}\n" in mkdocs
 
 
 def test_constraints_are_exact():

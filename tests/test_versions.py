@@ -1,4 +1,4 @@
-"""What is said of versions agrees: pyproject, both files of constraints, docs; and what differs."""
+"""pyproject, both constraint files, CI and docs agree on versions; what differs on old versions."""
 
 import re
 from pathlib import Path
@@ -80,6 +80,30 @@ def test_pythons():
     (target,) = re.findall(r'^target-version = "py3(\d+)"$', text, re.M)
     assert listed[0] == least == target
     assert table()["python"][0] == f"3.{listed[0]} to 3.{listed[-1]}"
+
+
+def test_ci_runs_these_pythons_on_three_systems():
+    listed = re.findall(r"Programming Language :: Python :: (3\.\d+)", read("pyproject.toml"))
+    workflow = read(".github/workflows/ci.yml")
+    (pythons,) = re.findall(r"^ +python: \[(.+)\]$", workflow, re.M)
+    (systems,) = re.findall(r"^ +os: \[(.+)\]$", workflow, re.M)
+    assert re.findall(r'"(.+?)"', pythons) == listed
+    assert systems == "ubuntu-latest, macos-latest, windows-latest"
+    assert "make test" in workflow
+
+
+def test_actions_are_pinned_by_tag():
+    for name in ("ci", "release"):
+        used = re.findall(r"uses: (\S+)", read(f".github/workflows/{name}.yml"))
+        assert used
+        assert not [action for action in used if not re.fullmatch(r"[\w./-]+@v[\d.]+", action)]
+
+
+def test_pre_commit_runs_the_ruff_of_the_tests():
+    (revision,) = re.findall(
+        r"ruff-pre-commit\n +rev: v(.+)$", read(".pre-commit-config.yaml"), re.M
+    )
+    assert Version(revision) == pins("constraints.txt")["ruff"]
 
 
 @pytest.fixture

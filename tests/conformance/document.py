@@ -14,25 +14,30 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 DOCUMENT = HERE.parents[1] / "docs" / "decoding-modes.md"
-STATES = {"exact": "exact", "note": "works, see the note", "refused": "refused, with the reason"}
+STATES = ("exact", "note", "refused")
 START = """\
 # Decoding modes
 
 <!-- Written by tests/conformance/document.py from tests/conformance/modes.py; do not edit. -->
 
-What `generate()` of `transformers` can do, and what becomes of fusion in it. **exact**: the
-conformance suite compares every token, with fixed seeds, with a definition in plain Python: no
-cache, no batching, the whole text tokenised again for the calibrator at every step, and a loop that
-spells the search out (for drafts under sampling and for watermarks: `generate`'s own loop over that
-definition). In greedy search, sampling and beam search all scores are compared too, to 1e-4. Most
-modes run on three targets: one with the calibrator's own vocabulary, one with another byte-level
-vocabulary, and one with a SentencePiece vocabulary.
+How fusion behaves in each decoding mode of `generate()` in `transformers`:
+
+- **exact**: every token equals that of a definition in plain Python, with fixed seeds. The
+  definition has no cache and no batching. It tokenises the whole text again for the calibrator at
+  every step, and spells the search out in a loop. (For sampled drafts and for watermarks, the loop
+  is that of `generate` itself.) In greedy search, sampling and beam search, all scores are compared
+  too, to 1e-4.
+- **note**: it works, with the restriction in the note.
+- **refused**: it does not work, and the note says why.
+
+Most modes run on three targets: one with the calibrator's own vocabulary, one with another
+byte-level vocabulary, and one with a SentencePiece vocabulary.
 
 """
 
 
 def suite():
-    """The suite's test functions, and the file of each."""
+    """Return the suite's test functions, with the file of each."""
     found = {}
     for path in sorted(HERE.glob("test_*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
@@ -42,11 +47,11 @@ def suite():
 
 
 def document(modes):
-    """The file's text."""
+    """Return the text of the file."""
     known = suite()
     counts = {state: sum(mode.state == state for mode in modes) for state in STATES}
-    tally = ", ".join(f"{count} {STATES[state]}" for state, count in counts.items())
-    lines = [START + f"{len(modes)} modes: {tally}."]
+    tally = "{exact} are exact, {note} have a note, and {refused} are refused.".format(**counts)
+    lines = [f"{START}Of {len(modes)} modes, {tally}"]
     for group, members in groupby(modes, key=lambda mode: mode.group):
         lines += ["", f"## {group}", "", "| mode | state | note | test |", "|---|---|---|---|"]
         for mode in members:

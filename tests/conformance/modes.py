@@ -1,8 +1,8 @@
-"""Every way of decoding that the suite knows, what becomes of fusion in it, and its test.
+"""Every decoding mode in the suite, how fusion behaves in it, and its test.
 
 ``document.py`` writes the table in docs/decoding-modes.md from this list, and each test takes its
-cases from here, so that what the table says is what is tested. Nothing is imported: the options
-of a mode are a function of the case that a test runs (see ``Case`` in conftest.py).
+cases from it. The table therefore says what is tested. Nothing is imported: the options of a mode
+are a function of the case that a test runs (see ``Case`` in conftest.py).
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ State = Literal["exact", "note", "refused"]
 
 
 class Mode(NamedTuple):
-    """A way of decoding.
+    """A decoding mode.
 
     Attributes:
         group: Heading in the table.
-        name: As a user would call it.
-        state: ``exact``: every token and score is that of the definition; ``note``: it works, and
-            the note says what to know; ``refused``: an error or a warning says why not.
+        name: The user's name for it.
+        state: ``exact``: every token and score equals the definition's. ``note``: it works, with
+            the restriction in the note. ``refused``: it does not work, and the note says why.
         test: The test function that shows it.
-        options: Of ``generate``, for tests that only differ in them.
-        note: What to know.
+        options: Options of ``generate``, for tests that differ only in them.
+        note: What a user needs to know.
     """
 
     group: str
@@ -35,7 +35,7 @@ class Mode(NamedTuple):
 
 
 def search(group: str, name: str, note: str = "", **options: Any) -> Mode:
-    """A mode with fixed options that is compared with the definition of the search itself."""
+    """A mode with fixed options, compared with the definition of the search itself."""
     return Mode(group, name, "exact", "test_equals_the_definition", lambda case: options, note)
 
 
@@ -54,7 +54,7 @@ OTHER = "Other strategies"
 
 
 def ending(case: Any, **options: Any) -> dict[str, Any]:
-    """With texts that end early, so that finished and open beams compete."""
+    """Make some texts end early, so that finished and open beams compete."""
     often = [case.plain[0][2], case.plain[1][1], case.plain[1][4]]
     return {"eos_token_id": [case.eos, *often], "max_new_tokens": 6, **options}
 
@@ -147,8 +147,8 @@ MODES = [
         "exact",
         "test_equals_the_definition",
         lambda case: {"guidance_scale": 1.7},
-        "Fusion sees the guided scores. Not with beams, where transformers itself does not reorder "
-        "the guidance's cache.",
+        "Fusion receives the guided scores. It does not work with beams, because transformers does "
+        "not reorder the guidance's cache.",
     ),
     with_case(
         BEFORE,
@@ -173,25 +173,25 @@ MODES = [
         "exact",
         "test_assisted_sampling",
         lambda case: {"assistant_model": case.assistant},
-        "Drafts are fused too, which keeps them close to what is accepted.",
+        "Drafts are fused too, so more of them are accepted.",
     ),
     Mode(
         SPECULATIVE,
         "assistant with another tokenizer, greedy",
         "note",
         "test_assistant_of_another_vocabulary",
-        note="Drafts are not fused, what is accepted is. Give the processor `assistant_tokenizer=` "
-        "as well: without it drafts in a smaller vocabulary pass with a warning, and those in a "
-        "much larger one raise.",
+        note="Drafts are not fused; accepted tokens are. Pass `assistant_tokenizer=` to the "
+        "processor. Without it, drafts from a smaller vocabulary cause a warning, and drafts from "
+        "a much larger one an error.",
     ),
     Mode(
         SPECULATIVE,
         "assistant with another tokenizer, sampling",
         "note",
         "test_assistant_of_another_vocabulary_sampling",
-        note="As above. transformers cuts the assistant's head down to the tokens that both have, "
-        "and remembers that it did by the tokenizers: with a second assistant for the same pair "
-        "of tokenizers it fails, fused or not.",
+        note="As above. transformers reduces the assistant's head to the tokens that both models "
+        "have and remembers this for the pair of tokenizers. A second assistant with the same "
+        "tokenizers therefore fails, with or without fusion.",
     ),
     Mode(
         SPECULATIVE,
@@ -205,9 +205,9 @@ MODES = [
         "assistant_ensemble_weight",
         "note",
         "test_ensemble_weight",
-        note="transformers mixes the assistant's distribution into what is accepted. With the same "
-        "tokenizer that distribution is fused too; with another one it is not, and so a part of "
-        "the text is not: leave the option out there.",
+        note="transformers mixes the assistant's distribution into the target's. With the same "
+        "tokenizer, the assistant's distribution is fused too. With another tokenizer it is not: "
+        "do not use the option then.",
     ),
     Mode(
         SPECULATIVE,
@@ -235,23 +235,23 @@ MODES = [
         "padding with an ordinary token",
         "exact",
         "test_padding_with_an_ordinary_token",
-        note="Give the processor `pad_token_id=`.",
+        note="Pass `pad_token_id=` to the processor.",
     ),
     Mode(
         INPUTS,
         "batch padded on the right",
         "refused",
         "test_right_padding_is_warned_of",
-        note="transformers warns that its results are wrong. The calibrator takes padding behind a "
-        'text for its end. Set `tokenizer.padding_side = "left"`.',
+        note="transformers warns that its results are wrong. The calibrator reads padding after a "
+        'text as the end of the text. Set `tokenizer.padding_side = "left"`.',
     ),
     Mode(
         INPUTS,
         "chat template with special tokens",
         "exact",
         "test_chat_template",
-        note="Control tokens read as line breaks; those that begin or end a text (bos, eos, pad, "
-        "cls, sep) let it begin anew.",
+        note="The calibrator reads control tokens as line breaks. After a token that begins or "
+        "ends a text (bos, eos, pad, cls, sep), it starts a new text.",
     ),
     Mode(
         INPUTS,
@@ -264,30 +264,31 @@ MODES = [
         "inputs_embeds alone",
         "note",
         "test_embeddings_alone_warn",
-        note="The prompt's text cannot be read from embeddings: a warning says so, and the "
-        "calibrator sees what is generated. `processor.following(text)` hands the text over.",
+        note="The prompt's text cannot be read from embeddings. A warning says so, and the "
+        "calibrator reads only the generated text. Pass the prompt with "
+        "`processor.following(text)`.",
     ),
     Mode(
         INPUTS,
-        "going on from past_key_values, all ids given",
+        "continuing from past_key_values, all ids given",
         "exact",
         "test_going_on_from_a_cache",
     ),
     Mode(
         INPUTS,
-        "going on from past_key_values, new ids alone",
+        "continuing from past_key_values, only new ids given",
         "note",
         "test_going_on_with_new_ids_alone",
-        note="A processor is shown the new ids only and cannot know of more. "
-        "`processor.following(text)` hands the earlier text over; giving all ids needs nothing.",
+        note="A processor receives only the new ids. Pass the earlier text with "
+        "`processor.following(text)`, or give `generate` all ids.",
     ),
     Mode(
         INPUTS,
         "token healing",
         "note",
         "test_token_healing",
-        note="The prompt's last token is chosen anew by a search of its own, which `generate` runs "
-        "without custom processors.",
+        note="`generate` replaces the prompt's last token in a separate search, and runs that "
+        "search without custom processors.",
     ),
     Mode(RUNTIME, "cache_implementation dynamic", "exact", "test_runtime", lambda case: {}),
     Mode(
@@ -303,7 +304,7 @@ MODES = [
         "exact",
         "test_runtime",
         lambda case: {"cache_implementation": "offloaded"},
-        "Tested where there is an accelerator, which it needs.",
+        "It needs an accelerator, and is tested only if there is one.",
     ),
     Mode(RUNTIME, "no cache", "exact", "test_runtime", lambda case: {"use_cache": False}),
     Mode(
@@ -318,13 +319,13 @@ MODES = [
         "compiled forward",
         "exact",
         "test_compiled_forward",
-        note="The processor itself runs outside of the compiled part, as all do.",
+        note="Like all processors, this one runs outside the compiled part.",
     ),
     Mode(RUNTIME, "TextStreamer", "exact", "test_streaming"),
     Mode(RUNTIME, "TextIteratorStreamer in a thread", "exact", "test_streaming_in_a_thread"),
     Mode(RUNTIME, "stop strings", "exact", "test_stop_strings"),
-    Mode(RUNTIME, "stopping criteria of one's own", "exact", "test_stopping_criteria"),
-    Mode(RUNTIME, "several ends of text", "exact", "test_several_ends_of_text"),
+    Mode(RUNTIME, "custom stopping criteria", "exact", "test_stopping_criteria"),
+    Mode(RUNTIME, "several end-of-text tokens", "exact", "test_several_ends_of_text"),
     Mode(
         RUNTIME,
         "watermarks",
@@ -340,37 +341,37 @@ MODES = [
         "exact",
         "test_continuous_batching_equals_greedy",
         note="With `attach(manager, processor)` of `fusion_detox.integrations.continuous_batching` "
-        "(transformers 5); asynchronous batching and CUDA graphs must be off.",
+        "(transformers 5). Switch asynchronous batching and CUDA graphs off.",
     ),
     Mode(
         SERVING,
         "model.generate_batch",
         "note",
         "test_generate_batch_of_the_model_takes_no_processor",
-        note="The method has no logits_processor and ignores one without a word: use "
-        "`generate_batch` of `fusion_detox.integrations.continuous_batching`.",
+        note="The method silently ignores `logits_processor`. Use `generate_batch` of "
+        "`fusion_detox.integrations.continuous_batching` instead.",
     ),
     Mode(
         SERVING,
         'generate(cache_implementation="paged")',
-        "note",
+        "refused",
         "test_paged_generation_drops_the_processor",
-        note="transformers silently drops every logits processor there: use "
-        "`generate_batch` of `fusion_detox.integrations.continuous_batching`.",
+        note="transformers drops every custom logits processor. Use "
+        "`fusion_detox.integrations.continuous_batching` instead.",
     ),
     Mode(
         OTHER,
         "contrastive search, DoLa, diverse and constrained beams",
         "refused",
         "test_strategies_of_the_hub",
-        note="transformers 5 moved them to the Hub and raises unless it may run code from there, "
-        "which is not tested here.",
+        note="transformers 5 moved them to the Hub. It raises an error unless it may run code from "
+        "there, which is not tested here.",
     ),
 ]
 
 
 def modes_of(test: str) -> list[Mode]:
-    """The modes that a test function shows."""
+    """Return the modes that a test function covers."""
     found = [mode for mode in MODES if mode.test == test]
     assert found, f"no mode in modes.py names {test}"
     return found

@@ -1,4 +1,4 @@
-"""docs/decoding-modes.md says what the suite tests."""
+"""docs/decoding-modes.md agrees with the suite."""
 
 from collections import Counter
 
@@ -14,5 +14,5 @@ def test_document_is_up_to_date():
 def test_every_mode_has_a_test_and_a_name_of_its_own():
     assert not {mode.test for mode in MODES} - set(suite())
     assert not [name for name, count in Counter(m.name for m in MODES).items() if count > 1]
-    # Whoever reads "note" or "refused" is told what, and what to do.
+    # A note says what "note" or "refused" means for the user.
     assert not [mode.name for mode in MODES if mode.state != "exact" and not mode.note]
