@@ -94,13 +94,13 @@ def command_page(name: str, command: Any) -> str:
     context = command.context_class(command, info_name=f"fusion-detox {name}")
     lines = [f"# {name}", "", inspect.cleandoc(command.help or ""), ""]
     lines += ["```text", command.get_usage(context).removeprefix("Usage: "), "```", ""]
-    panels: dict[str, list[Any]] = {}
+    panels: dict[str, list[Any]] = {"Arguments": [], "Options": []}
     for parameter in command.get_params(context):
         default = "Arguments" if parameter.param_type_name == "argument" else "Options"
         panel = getattr(parameter, "rich_help_panel", None) or default
         panels.setdefault(panel, []).append(parameter)
     for panel, parameters in panels.items():
-        lines += [f"## {panel}", ""]
+        lines += [f"## {panel}", ""] if parameters else []
         for parameter in parameters:
             if record := parameter.get_help_record(context):
                 usage, text = record
