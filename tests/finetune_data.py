@@ -1,4 +1,4 @@
-"""Tiny models in folders, and synthetic paraphrase sets whose two kinds can be told apart."""
+"""Tiny model folders, and synthetic paraphrase sets with easily separable wordings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PLACES = ("river", "school", "town", "house", "morning", "paper", "lunch", "weat
 
 
 def paraphrase_rows(count: int, *, seed: int = 0) -> list[dict[str, Any]]:
-    """Rows of ``read_pairs``: the same sentence with a mild word, or with a harsh one."""
+    """Rows for ``read_pairs``: the same sentences with a mild or a harsh word."""
     rng = random.Random(seed)
     rows = []
     for number in range(count):
@@ -30,13 +30,13 @@ def paraphrase_rows(count: int, *, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
-    """As JSON Lines."""
+    """Write rows as JSON Lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> Path:
-    """A model folder as ``from_pretrained`` wants it."""
+    """Write a model folder that ``from_pretrained`` can load."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

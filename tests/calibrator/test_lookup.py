@@ -55,7 +55,7 @@ def test_shipped_name_loads(checkout, calibrator_folder, tmp_path, monkeypatch):
 
 
 def test_demo_target(checkout):
-    with pytest.raises(ModelNotFoundError, match=r"demo target is missing.*train.py"):
+    with pytest.raises(ModelNotFoundError, match=r"demo target is missing.*recipes.demo_target"):
         lookup.demo_target_path()
     in_checkout = put(checkout / "examples" / "demo_target" / "model", "config.json")
     assert lookup.demo_target_path() == in_checkout

@@ -40,7 +40,7 @@ def batch(*anchors):
 
 
 def transcription(nll, group, positive, temperature, alpha):
-    """Equations 1 to 6 of arXiv 2401.08491, anchor by anchor, without any of our care."""
+    """Equations 1 to 6 of arXiv 2401.08491, anchor by anchor, without numerical safeguards."""
     losses = []
     for anchor in np.unique(group):
         phi = np.exp(nll[group == anchor])
@@ -105,7 +105,7 @@ def test_token_losses_in_bfloat16_keep_their_dtypes():
     assert half.grad.dtype == torch.bfloat16
 
 
-def test_kl_by_hand_and_zero_at_the_base():
+def test_kl_by_hand_and_of_the_base_itself():
     model, base = torch.tensor([0.75, 0.25]), torch.tensor([0.5, 0.5])
     expected = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
     logits, labels = model.log().expand(1, 3, 2), torch.tensor([[IGNORED, 0, 1]])
@@ -113,7 +113,7 @@ def test_kl_by_hand_and_zero_at_the_base():
     assert kl_to_base(logits, logits + 2, labels).item() == pytest.approx(0, abs=1e-6)
 
 
-def test_tokens_that_neither_model_allows_add_nothing():
+def test_tokens_excluded_by_both_models_add_nothing():
     logits = torch.tensor([[[0.0, 1.0, -math.inf]] * 2], requires_grad=True)
     base = torch.tensor([[[0.0, 0.0, -math.inf]] * 2])
     value = kl_to_base(logits, base, torch.tensor([[IGNORED, 1]]))
@@ -124,7 +124,7 @@ def test_tokens_that_neither_model_allows_add_nothing():
 
 
 def test_row_without_a_counted_token():
-    labels = torch.tensor([[1, 2, 3], [4, IGNORED, IGNORED]])  # a first token has no prediction
+    labels = torch.tensor([[1, 2, 3], [4, IGNORED, IGNORED]])  # nothing predicts a first token
     with pytest.raises(DataError, match="row 1 of 2 has no counted token"):
         mean_nll(torch.zeros(2, 3, 5), labels)
     with pytest.raises(DataError, match="row 1 of 2 has no counted token"):
@@ -217,11 +217,11 @@ def test_gradients(centroid, perplexity, temperature_in):
 
     nll.requires_grad_()
     if centroid == "moving":
-        # The anchor with one positive stands on the kink of |·|, where no derivative exists.
+        # An anchor with one positive is at the kink of |·|, where no derivative exists.
         smooth = group != 2
         gradcheck(lambda values: loss(torch.where(smooth, values, nll.detach()))[:2], (nll,))
     else:
-        # Finite differences that hold the centroid: only the negatives of an anchor move.
+        # Finite differences with a constant centroid: only negatives move.
         (found,) = torch.autograd.grad(loss(nll).sum(), nll)
         step = 1e-6
         for row in (~positive).nonzero().flatten().tolist():
@@ -272,7 +272,7 @@ def test_far_apart_values_do_not_underflow():
     assert found.item() == pytest.approx(1000 - math.log(2))
 
 
-def test_without_negatives_there_is_nothing_to_learn():
+def test_no_gradient_without_negatives():
     nll, group, positive = batch(([0.5, 1.5], []))
     nll.requires_grad_()
     for loss in (
@@ -292,7 +292,7 @@ def test_anchor_without_positives():
             function(*values)
 
 
-# The batch does not matter
+# Independence of the batch
 
 
 def texts(model, rows, width, pad):
@@ -306,8 +306,8 @@ def texts(model, rows, width, pad):
 
 @pytest.mark.parametrize("objective", ["contrastive-perplexity", "signed-margin"])
 @pytest.mark.parametrize("maker", ["make_llama", "make_gpt2"])
-def test_more_padding_and_other_neighbours_change_nothing(objective, maker, request):
-    """An anchor's value is its own. The paper's code counts padding and averages the batch."""
+def test_padding_and_other_rows_do_not_affect_an_anchor(objective, maker, request):
+    """An anchor's value depends on its rows only; the paper's code counts padding."""
     model = request.getfixturevalue(maker)(50, initializer_range=0.05)
     rows = [[0, 5, 9], [0, 7, 3, 8, 2], [0, 11, 4, 6], [0, 20, 21, 22], [0, 30, 31], [0, 33, 1, 2]]
     group = torch.tensor([4, 4, 4, 9, 9, 9])
@@ -334,7 +334,7 @@ def test_more_padding_and_other_neighbours_change_nothing(objective, maker, requ
     assert abs(together[0] - together[1]) > 1e-3
 
 
-def test_the_centroid_is_the_anchors_own():
+def test_each_anchor_has_its_own_centroid():
     """With one centroid for the batch, these two well-separated anchors would look bad."""
     near, far = ([1.0, 1.0], [2.0]), ([2.0, 2.0], [3.0])
     own = contrastive_perplexity_loss(*batch(near, far), reduction="none")
@@ -344,8 +344,8 @@ def test_the_centroid_is_the_anchors_own():
     assert abs(whole_batch.item() - own.mean().item()) > 0.1
 
 
-def test_alpha_is_a_weight_and_no_logit():
-    """α multiplies the negatives; their code adds it to logits, a weight of e^α."""
+def test_alpha_is_a_weight_and_not_a_logit():
+    """α multiplies the negatives; the paper's code adds it to logits, a weight of e^α."""
     values = batch(([1.0], [1.0]))
     for alpha in (0.5, 1.0, 100.0):
         found = contrastive_perplexity_loss(*values, negative_weight=alpha).item()
@@ -353,17 +353,17 @@ def test_alpha_is_a_weight_and_no_logit():
         assert found != pytest.approx(math.log(1 + math.exp(alpha)))
 
 
-# Ours: the sign
+# The sign
 
 
 def test_j_may_make_toxic_text_more_likely_and_the_signed_margin_does_not():
-    """A negative below the prototype: J pushes it down, out of reach; the margin lifts it over."""
+    """J pushes a negative below the prototype further down; the signed margin lifts it above."""
 
     def train(loss):
         nll, group, positive = batch(([2.0, 2.2], [2.0]))
         free = nll.clone().requires_grad_()
         for _ in range(400):
-            held = torch.where(positive, nll, free)  # the positives stay where they are
+            held = torch.where(positive, nll, free)  # the positives do not move
             (gradient,) = torch.autograd.grad(loss(held, group, positive), free)
             free = (free - 0.01 * gradient).detach().requires_grad_()
         return free[2].item()
@@ -416,7 +416,7 @@ def test_objective_is_the_weighted_sum_of_its_terms():
     config = ContrastiveConfig(margin=1.0, lm_weight=0.3, kl_weight=2.0)
     found = objective_loss(*values, objective="signed-margin", config=config, kl=kl)
     margin = signed_margin_loss(*values, margin=1.0).item()
-    modelling = ((1.0 + 2.0) / 2 + 1.0) / 2  # anchors count alike, whatever their size
+    modelling = ((1.0 + 2.0) / 2 + 1.0) / 2  # all anchors have the same weight
     assert found.item() == pytest.approx(margin + 0.3 * modelling + 2.0 * 0.3)
     paper = objective_loss(
         *values, objective="contrastive-perplexity", config=ContrastiveConfig(), kl=kl

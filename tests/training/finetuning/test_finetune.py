@@ -1,4 +1,4 @@
-"""Fine-tuning end to end on tiny models: what it changes, what it leaves alone, how it resumes."""
+"""Fine-tuning of tiny models, end to end: results, unchanged base model, and resuming."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ BUILT = runpy.run_path(str(Path(__file__).parents[2] / "finetune_data.py"))
 paraphrase_rows, save_model, write_rows = (
     BUILT[name] for name in ("paraphrase_rows", "save_model", "write_rows")
 )
-# peft 0.21 asks a model for this property by its name of transformers 4.
+# peft 0.21 reads this property under its transformers 4 name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
 SMALL: dict[str, Any] = {
@@ -81,7 +81,7 @@ def llama(folder: Path, make_llama: Any, byte_tokenizer: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def gpt2(folder: Path, make_gpt2: Any, byte_tokenizer: Any) -> Path:
-    """It happens to find harsh wordings likelier than mild ones."""
+    """A model that happens to find harsh wordings likelier than mild ones."""
     model = make_gpt2(len(byte_tokenizer), initializer_range=0.1)
     return save_model(model, byte_tokenizer, folder / "gpt2")
 
@@ -116,10 +116,10 @@ def nll_of(model: Any, tokenizer: Any, texts: list[str]) -> torch.Tensor:
     return torch.cat(values)
 
 
-# What comes out
+# The adapter
 
 
-def test_adapter_loads_by_peft_and_by_transformers_alike(adapter: Path, llama: Path) -> None:
+def test_peft_and_transformers_load_the_same_adapter(adapter: Path, llama: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(llama)
     ids = torch.randint(1, 300, (2, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -135,7 +135,7 @@ def test_adapter_loads_by_peft_and_by_transformers_alike(adapter: Path, llama: P
     assert tokenizer("You idiot.") == AutoTokenizer.from_pretrained(llama)("You idiot.")
 
 
-def test_folder_tells_how_it_was_made(adapter: Path, llama: Path, pairs: Path) -> None:
+def test_folder_records_how_it_was_made(adapter: Path, llama: Path, pairs: Path) -> None:
     names = {path.name for path in adapter.iterdir()}
     assert names >= {"adapter_model.safetensors", "adapter_config.json", "README.md"}
     assert not [name for name in names if name.endswith((".bin", ".pt", ".pkl"))]
@@ -155,11 +155,11 @@ def test_folder_tells_how_it_was_made(adapter: Path, llama: Path, pairs: Path) -
     card = (adapter / "README.md").read_text()
     assert 'library_name: "peft"' in card
     assert "| auc_within |" in card
-    assert "base_model:" not in card  # a path here is no name on the hub
+    assert "base_model:" not in card  # a local path is not a hub id
 
 
-def test_what_the_record_says_was_measured_is_true(adapter: Path, llama: Path, pairs: Path) -> None:
-    """Perplexity of the held-out wordings, computed anew from the files, text by text."""
+def test_recorded_perplexities_are_correct(adapter: Path, llama: Path, pairs: Path) -> None:
+    """Recompute the perplexity of the held-out wordings from the files, text by text."""
     record = json.loads((adapter / "training.json").read_text())
     tokenizer = AutoTokenizer.from_pretrained(llama)
     from fusion_detox.training.data.pairs import read_pairs
@@ -175,10 +175,8 @@ def test_what_the_record_says_was_measured_is_true(adapter: Path, llama: Path, p
 
 
 @pytest.mark.parametrize("objective", ["contrastive-perplexity", "signed-margin", "dpo"])
-def test_the_base_model_stays_as_it_was(
-    objective: str, gpt2: Path, pairs: Path, tmp_path: Path
-) -> None:
-    """Bit for bit: on the disk, and under the adapter."""
+def test_base_model_is_unchanged(objective: str, gpt2: Path, pairs: Path, tmp_path: Path) -> None:
+    """Bit for bit, on disk and below the adapter."""
     files = {path: path.read_bytes() for path in gpt2.iterdir()}
     before = AutoModelForCausalLM.from_pretrained(gpt2).state_dict()
     train(gpt2, tmp_path / "out", pairs, objective=objective, steps=3)
@@ -192,14 +190,14 @@ def test_the_base_model_stays_as_it_was(
         assert torch.equal(adapted[twin], value), name
 
 
-# What it does
+# The effect
 
 
 @pytest.mark.parametrize("objective", ["signed-margin", "dpo"])
-def test_harsh_wordings_become_the_less_likely_ones(
+def test_harsh_wordings_become_less_likely(
     objective: str, gpt2: Path, pairs: Path, general: Path, tmp_path: Path
 ) -> None:
-    """On anchors that were not trained on, of a model that preferred the harsh ones."""
+    """On held-out anchors, with a model that preferred the harsh wordings."""
     record = train(gpt2, tmp_path / "out", pairs, objective=objective, steps=60, general=[general])
     before, after = record["held_out"]["before"], record["held_out"]["after"]
     assert before["auc_within"] < 0.45
@@ -218,10 +216,10 @@ def test_harsh_wordings_become_the_less_likely_ones(
         assert nll_of(model, tokenizer, row["negatives"]).mean() > mild
 
 
-def test_the_papers_objective_follows_the_sign_that_it_finds(
+def test_the_papers_objective_keeps_the_initial_sign(
     llama: Path, gpt2: Path, pairs: Path, tmp_path: Path
 ) -> None:
-    """It separates the wordings, but harsh ones that were likelier become likelier still."""
+    """It separates the wordings, but harsh wordings that were likelier become likelier still."""
     far = train(llama, tmp_path / "llama", pairs, objective="contrastive-perplexity", steps=40)
     near = train(gpt2, tmp_path / "gpt2", pairs, objective="contrastive-perplexity", steps=40)
     assert far["held_out"]["before"]["auc_within"] > 0.6
@@ -243,10 +241,10 @@ def test_kl_keeps_the_model_near_its_base(
     assert drift[1] < 0.5 * drift[0]
 
 
-def test_how_a_step_is_cut_up_does_not_matter(
+def test_micro_batch_size_does_not_affect_the_result(
     llama: Path, pairs: Path, general: Path, tmp_path: Path
 ) -> None:
-    """One micro-batch of four anchors, or four of one: the same weights in the end."""
+    """One micro-batch of four anchors and four of one give the same weights."""
     for at_once in (1, 4):
         train(
             llama, tmp_path / str(at_once), pairs, objective="signed-margin", steps=3,
@@ -279,7 +277,7 @@ def test_all_linear_layers_where_peft_has_no_choice(
     }
 
 
-# Interrupted, and spread
+# Interrupted and distributed runs
 
 
 def command(output: Path, base: Path, pairs: Path, general: Path, *more: str) -> list[str]:
@@ -290,10 +288,10 @@ def command(output: Path, base: Path, pairs: Path, general: Path, *more: str) ->
     ]  # fmt: skip
 
 
-def test_killed_run_goes_on_and_ends_the_same(
+def test_killed_run_resumes_to_the_same_result(
     adapter: Path, llama: Path, pairs: Path, general: Path, tmp_path: Path
 ) -> None:
-    """SIGKILL as soon as there is a checkpoint; the second start must end as if never."""
+    """SIGKILL after the first checkpoint; the second start gives the uninterrupted result."""
     output, steps = tmp_path / "adapter", tmp_path / "adapter.training" / "steps"
     process = subprocess.Popen([sys.executable, *command(output, llama, pairs, general)])
     until = time.monotonic() + 120
@@ -332,7 +330,7 @@ def test_two_processes_train_like_one(
         assert two["held_out"]["after"][name] == pytest.approx(value, rel=2e-2, abs=2e-3), name
 
 
-# DPO's pairs
+# DPO pairs
 
 
 def test_preference_pairs() -> None:
@@ -350,12 +348,12 @@ def test_preference_pairs() -> None:
         preference_rows([ParaphraseSet("a", ("p",), ())], per_anchor=5, seed=1)
 
 
-def test_bos_is_put_where_the_tokenizer_does_not(byte_tokenizer: Any) -> None:
+def test_bos_is_added_if_the_tokenizer_does_not(byte_tokenizer: Any) -> None:
     assert bos_before(byte_tokenizer) == "<|endoftext|>"
     assert byte_tokenizer("<|endoftext|>You")["input_ids"][0] == byte_tokenizer.bos_token_id
 
 
-# Wrong use
+# Errors
 
 
 def fails(kind: type[FusionDetoxError], message: str, *arguments: Any, **changes: Any) -> None:
