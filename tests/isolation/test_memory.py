@@ -32,7 +32,7 @@ def test_memory_stays_flat_over_a_days_calls_in_miniature(
 ):
     """Ever new texts; every memo is smaller here, so that all of them are full after a while."""
     monkeypatch.setattr("fusion_detox.decoding.text_context._ENTRIES", 64)
-    monkeypatch.setattr("fusion_detox.vocabulary.healing._MOST_TABLES", 64)
+    monkeypatch.setattr("fusion_detox.vocabulary.healing._MAX_TABLES", 64)
     monkeypatch.setattr("fusion_detox.decoding.session._MEMO_ENTRIES", 16)
     monkeypatch.setattr("fusion_detox.decoding.divergence._ENTRIES", 64)
     tokenizer = request.getfixturevalue("other_tokenizer")
@@ -92,7 +92,7 @@ def test_every_memo_has_a_bound_in_bytes(pristine, request):
     blocks = {id(e.block): e.block.values.nbytes for e in memo._entries.values()}
     assert memo.bytes == sum(blocks.values())
     assert len(processor._context._memo) <= 4096
-    assert len(processor.vocabulary._tables._tables) <= 2048
+    assert processor.vocabulary._tables._memo.cache_info().currsize <= 2048
     before, freed = live_tensors(), memo.bytes
     assert freed > 250 * 5 * size * 4
     del memo, blocks
