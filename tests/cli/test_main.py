@@ -61,7 +61,7 @@ def test_generate_has_an_option_for_each_setting_of_fusion(capsys):
     for field in dataclasses.fields(FusionConfig):
         assert f"--{field.name.replace('_', '-')} " in text
     assert "contrast|product|mixture|aligned|aligned_contrast" in "".join(text.split())
-    assert "Bound of a token's log-ratio" in text
+    assert "Bound on the absolute log-ratio" in text
 
 
 @dataclasses.dataclass(frozen=True)
