@@ -171,7 +171,9 @@ def rescore(
         scorers: The scorers, of which the first is the main one; by default those of the run.
         threshold: See ``EvaluationConfig``; by default that of the run.
         device: Device of the classifiers.
-        local_files_only, progress, command: See :func:`evaluate`.
+        local_files_only: See :func:`evaluate`.
+        progress: See :func:`evaluate`.
+        command: See :func:`evaluate`.
 
     Returns:
         The content of ``results.json``.

@@ -143,7 +143,12 @@ def tune(
         test_prompts: Prompts for later reports; none may be among ``prompts``.
         write: Store the settings, and how they were found, in the calibrator's folder.
         config: How to sample and measure. Suites and similarity are not measured.
-        device, dtype, overwrite, local_files_only, progress, command: See ``evaluate``.
+        device: See ``evaluate``.
+        dtype: See ``evaluate``.
+        overwrite: See ``evaluate``.
+        local_files_only: See ``evaluate``.
+        progress: See ``evaluate``.
+        command: See ``evaluate``.
 
     Returns:
         The result, or ``None`` in all processes of a launcher but the first.

@@ -107,7 +107,11 @@ class ClassifierScorer(Scorer):
             name: The scorer's name. By default ``classifier-`` and the model's name, followed by
                 the weights hash for a folder and by the label if one is given.
             device: Device of the model, the CPU by default.
-            label, multi_label, batch_size, max_length, only: See the class.
+            label: See the class.
+            multi_label: See the class.
+            batch_size: See the class.
+            max_length: See the class.
+            only: See the class.
             about: More facts for ``record()``; they override those read from the files.
             revision: Branch, tag or commit of a hub repository.
             local_files_only: Never contact the hub.
