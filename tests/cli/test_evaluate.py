@@ -148,7 +148,7 @@ class TestTune:
 
     @pytest.fixture(autouse=True)
     def scorer(self, monkeypatch):
-        """Calls about half of all texts toxic, whatever they say: some setting has fewer."""
+        """Scores texts by hash, so that about half are toxic and some setting has fewer."""
         monkeypatch.setattr("fusion_detox.scoring.make_scorer", lambda *_, **__: ByHash())
 
     def tune(self, arguments, *more):
@@ -164,7 +164,7 @@ class TestTune:
         config = Calibrator.from_pretrained(calibrator_folder).config
         chosen = record["chosen"]
         assert config.to_dict() == {name: chosen[name] for name in config.to_dict()}
-        # Every setting of the curve was measured on the same texts, and the chosen one is the best.
+        # All settings of the curve share their texts, and the chosen one is the best.
         best = min(record["curve"], key=lambda trial: (trial["toxicity"], trial["kl"]))
         assert chosen["toxicity"] == best["toxicity"]
         strengths = {trial["strength"] for trial in record["curve"]}
@@ -185,7 +185,7 @@ class TestTune:
         after = {p: p.read_bytes() for p in calibrator_folder.rglob("*") if p.is_file()}
         assert after == before
 
-    def test_other_processes_of_a_launcher_say_and_write_nothing(
+    def test_other_processes_of_a_launcher_print_and_write_nothing(
         self, arguments, calibrator_folder, monkeypatch, capsys
     ):
         assert self.tune(arguments, "--no-write") == 0
@@ -198,7 +198,7 @@ class TestTune:
         after = {p: p.read_bytes() for p in calibrator_folder.rglob("*") if p.is_file()}
         assert after == before
 
-    def test_what_gains_nothing_is_not_written(self, arguments, calibrator_folder, capsys):
+    def test_settings_without_gain_are_not_written(self, arguments, calibrator_folder, capsys):
         before = (calibrator_folder / "calibrator.json").read_bytes()
         none = ("--grid", "strength=1e-9", "--max-perplexity", "100", "--max-kl", "100")
         command = arguments(*none, command="tune")
@@ -206,7 +206,7 @@ class TestTune:
         assert "no setting within the price lowers toxicity" in capsys.readouterr().err
         assert (calibrator_folder / "calibrator.json").read_bytes() == before
 
-    def test_a_price_that_nothing_keeps(self, arguments, calibrator_folder, capsys):
+    def test_a_price_that_no_setting_meets(self, arguments, calibrator_folder, capsys):
         before = (calibrator_folder / "calibrator.json").read_bytes()
         assert self.tune(arguments, "--max-kl", "1e-9") == 1
         err = capsys.readouterr().err
@@ -238,7 +238,7 @@ def test_grid_values():
             parse_grid(text)
 
 
-def test_kinds_before_files(tmp_path):
+def test_a_kind_before_a_file_is_split_off(tmp_path):
     assert split_kind("rtp:toxic=data/x.jsonl") == ("rtp:toxic", "data/x.jsonl")
     assert split_kind("data/x.jsonl") == (None, "data/x.jsonl")
     odd = tmp_path / "a=b.txt"
@@ -264,7 +264,7 @@ def test_kinds_before_files(tmp_path):
         (["--prompt-field", "text"], "prompts.txt line 1 is not JSON"),
     ],
 )
-def test_wrong_use_ends_with_one_message(arguments, tmp_path, capsys, more, message):
+def test_invalid_arguments_end_with_one_message(arguments, tmp_path, capsys, more, message):
     given = arguments()
     if "--suite" in more:
         index = given.index("--suite")

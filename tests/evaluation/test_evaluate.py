@@ -1,4 +1,4 @@
-"""One evaluation from prompts to report: numbers, resuming, adding, rescoring, wrong uses."""
+"""Whole evaluations: numbers, resuming, added settings, rescoring, invalid arguments."""
 
 import itertools
 import json
@@ -62,7 +62,7 @@ def run(target, calibrator, tmp_path):
 
 
 def samples(folder):
-    """Every stored continuation by setting and (seed, index, sample), each of which occurs once."""
+    """Stored continuations by setting and (seed, index, sample); asserts that keys are unique."""
     config = json.loads((folder / "config.json").read_text())
     found = {}
     for name, stem in config["settings"].items():
@@ -123,7 +123,7 @@ def test_numbers_equal_a_plain_computation(run, tmp_path, target):
         assert setting["diversity"]["dist_2"] == pytest.approx(np.mean(distinct))
 
 
-def test_strength_0_is_the_base_in_everything(run, tmp_path):
+def test_strength_0_equals_the_base_in_every_number(run, tmp_path):
     results = named(run())
     rows = samples(tmp_path / "run")
     assert rows["off"] == rows["base"]
@@ -178,7 +178,7 @@ def test_any_batch_size_writes_the_same(run, tmp_path):
 
 
 def kill_at_a_random_moment(work, delay):
-    """Forks, lets the child work for ``delay`` seconds and kills it; whether it was still at it."""
+    """Runs ``work`` in a fork, kills it after ``delay`` seconds; whether it was still running."""
     child = os.fork()
     if child == 0:
         try:
@@ -210,13 +210,13 @@ def test_ten_kills_at_random_moments_lose_nothing(run, tmp_path):
         written = b"".join(path.read_bytes() for path in sorted(folder.glob("samples/*")))
         if killed:
             sizes.append(len(written))
-        else:  # it came to the end before it was killed ten times
+        else:  # the run finished before ten kills
             shutil.rmtree(folder)
             before = b""
-        # Nothing that was written is ever lost but a torn last line of a file.
+        # Nothing written is ever lost, except a torn last line.
         assert set(before.split(b"\n")[:-1]) <= set(written.split(b"\n")) or not killed
         before = written if killed else b""
-    assert len(set(sizes)) > 4  # the kills did come at different moments
+    assert len(set(sizes)) > 4  # the kills came at different moments
     again = run(prompts=prompts)
     assert samples(folder) == expected
     for name, setting in named(results).items():
@@ -242,7 +242,7 @@ def test_rescoring_needs_no_target(run, tmp_path, monkeypatch):
     assert named(results)["base"]["perplexity"] == named(first)["base"]["perplexity"]
 
 
-def test_sets_and_groups_are_told_apart(run):
+def test_prompt_sets_and_groups_are_reported_separately(run):
     named_group = (Prompt(PROMPTS[0], "one", "a"), Prompt(PROMPTS[1], "one"))
     sets = [
         PromptSet("one", "one.txt", "0" * 16, named_group),
@@ -255,7 +255,7 @@ def test_sets_and_groups_are_told_apart(run):
     }
 
 
-def test_a_setting_measured_on_other_text_is_not_mixed_in(run, tmp_path):
+def test_measurements_of_different_texts_are_not_mixed(run, tmp_path):
     run()
     own = tmp_path / "own.jsonl"
     own.write_text("".join(json.dumps({"text": f"{p} and more of it."}) + "\n" for p in PROMPTS))
@@ -271,14 +271,14 @@ def test_a_setting_measured_on_other_text_is_not_mixed_in(run, tmp_path):
     assert any("harmless of 'strong'" in note for note in run_notes)
 
 
-def test_a_prompt_tuned_on_is_noted(run, target, calibrator_folder, tmp_path):
+def test_a_note_names_prompts_used_for_tuning(run, target, calibrator_folder, tmp_path):
     digests = [prompt_digest("you are  A"), prompt_digest("another")]
     write_tuning(calibrator_folder, {"format": 1, "prompt_digests": digests})
-    # A copy remembers it too.
+    # A copy keeps the record.
     Calibrator.from_pretrained(calibrator_folder).save_pretrained(tmp_path / "copy")
     results = run(calibrator=str(tmp_path / "copy"), settings=["default", "default:strength=2"])
     tuned = [note for note in results["notes"] if "1 of 5 prompts took part in tuning" in note]
-    assert len(tuned) == 1  # the other setting is not the one that was tuned
+    assert len(tuned) == 1  # the other setting was not tuned
     assert "'default'" in tuned[0]
 
 
@@ -310,7 +310,7 @@ class TestWrongUse:
         with pytest.raises(DataError, match=r"target\.fingerprint .* instead of"):
             run(target=(other, target[1]))
 
-    def test_overwrite_begins_anew(self, run, tmp_path):
+    def test_overwrite_starts_again(self, run, tmp_path):
         run()
         results = run(prompts=PROMPTS[:3], overwrite=True)
         assert results["prompts"][0]["count"] == 3
@@ -328,14 +328,14 @@ class TestWrongUse:
             run(settings=["default", "contrast:strenght=2"])
         assert not (tmp_path / "run").exists()
 
-    def test_a_run_that_another_command_works_on(self, run, tmp_path):
+    def test_a_run_in_use_by_another_command_is_refused(self, run, tmp_path):
         run()
         busy = pytest.raises(DataFileError, match="another command is working on the run")
         with RunFolder.claimed(tmp_path / "run"), busy:
             run()
         run()
 
-    def test_a_setting_that_was_given_up_does_not_stop_the_others(self, run, tmp_path):
+    def test_an_unfinished_setting_does_not_stop_the_others(self, run, tmp_path):
         run()
         path = next((tmp_path / "run" / "samples").glob("strong-*.jsonl"))
         path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:7]))
@@ -350,14 +350,14 @@ class TestWrongUse:
         with pytest.raises(DataError, match=r"prompt_digest .* instead of"):
             run(prompts=replace(one, prompts=one.prompts[::-1]))
 
-    def test_a_calibrator_that_reads_less(self, run, tmp_path, calibrator):
+    def test_another_context_length_gives_another_sample_file(self, run, tmp_path, calibrator):
         run()
         calibrator.context_length = 4
         run()
         assert len(list((tmp_path / "run" / "samples").glob("strong-*"))) == 2
 
     @pytest.mark.parametrize("left", [["samples"], ["samples", ".lock", "prompts.jsonl"]])
-    def test_a_start_that_was_cut_short_can_be_gone_on_with(self, run, tmp_path, left):
+    def test_an_interrupted_start_can_be_resumed(self, run, tmp_path, left):
         (tmp_path / "run").mkdir()
         for name in left:
             path = tmp_path / "run" / name
@@ -371,7 +371,7 @@ class TestWrongUse:
             run(config=CONFIG.replace(harmless=own))
         assert not (tmp_path / "run").exists()
 
-    def test_answers_that_do_not_fit_stop_before_any_work(self, run, tmp_path):
+    def test_answers_that_exceed_the_context_stop_before_any_work(self, run, tmp_path):
         with pytest.raises(ConfigError, match="prompts of the suite 'benign' have up to"):
             run(config=CONFIG.replace(suites=("benign",), refusal_tokens=60))
         assert not (tmp_path / "run").exists()

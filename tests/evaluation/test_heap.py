@@ -1,4 +1,4 @@
-"""Freed memory goes back, and only where there is much of it."""
+"""Freed memory is returned once the process has grown enough."""
 
 import ctypes
 
@@ -9,7 +9,7 @@ from fusion_detox.evaluation import heap
 
 @pytest.fixture
 def process(monkeypatch):
-    """Sizes that the process takes one after the other; 16 calls look once."""
+    """A fake process whose size the tests set."""
 
     class Process:
         sizes = (0,)
@@ -37,20 +37,20 @@ def test_it_trims_when_the_process_has_grown(process):
     assert process(300) == 0
     assert process(511) == 0
     assert process(520) == 1
-    assert process(600) == 1, "measured from where trimming has left it"
+    assert process(600) == 1, "growth counts from the size after trimming"
     assert process(700) == 2
 
 
-def test_what_it_reads_is_the_size_of_the_process():
+def test_the_size_of_the_process_is_read():
     before = heap._resident()
     if before == 0:
-        pytest.skip("this system does not tell the size of a process")
+        pytest.skip("the size of the process is unknown on this system")
     block = ctypes.create_string_buffer(64 * 2**20)
     ctypes.memset(block, 1, len(block))
     assert 60 * 2**20 < heap._resident() - before < 90 * 2**20
 
 
-def test_elsewhere_nothing_happens(monkeypatch, tmp_path):
+def test_without_glibc_and_proc_nothing_happens(monkeypatch, tmp_path):
     monkeypatch.setattr(heap, "_STATM", tmp_path / "missing")
     monkeypatch.setattr(heap.ctypes, "CDLL", lambda _: object())
     keeper = heap.Heap()

@@ -27,7 +27,7 @@ def test_what_is_written_is_read(tmp_path):
     assert len(text.splitlines()) == 3
 
 
-def test_only_what_is_missing(tmp_path):
+def test_missing_jobs(tmp_path):
     jobs = [Job(i, k, f"prompt {i}") for i in range(3) for k in range(2)]
     write(tmp_path, [ROW, replace(ROW, index=2, sample=1)])
     files = SampleFiles(tmp_path, "s")
@@ -38,7 +38,7 @@ def test_only_what_is_missing(tmp_path):
 
 
 @pytest.mark.parametrize("cut", [1, 5, 30])
-def test_a_torn_last_line_is_written_anew(tmp_path, cut):
+def test_a_torn_last_line_is_written_again(tmp_path, cut):
     write(tmp_path, rows(3))
     path = tmp_path / "s.0.jsonl"
     path.write_bytes(path.read_bytes()[:-cut])
@@ -47,7 +47,7 @@ def test_a_torn_last_line_is_written_anew(tmp_path, cut):
     assert list(SampleFiles(tmp_path, "s").read().values()) == rows(3)
 
 
-def test_processes_have_files_of_their_own_and_read_all(tmp_path):
+def test_each_process_writes_its_own_file_and_reads_all(tmp_path):
     write(tmp_path, rows(2), rank=0)
     write(tmp_path, [replace(ROW, index=2)], rank=1)
     with (tmp_path / "s.1.jsonl").open("ab") as killed:

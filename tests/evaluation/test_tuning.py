@@ -4,7 +4,7 @@ from fusion_detox import FusionConfig
 from fusion_detox.evaluation.tuning import CONTRAST_GRID, _candidates, _rounds
 
 
-def test_a_context_is_tried_with_more_strength_too():
+def test_context_kl_is_also_tried_with_higher_strengths():
     tried = _candidates(FusionConfig(strength=1.5, context_kl=0.3), "context_kl", (None, 0.1))
     assert [(one.context_kl, one.strength) for one in tried] == [
         (0.3, 1.5),
@@ -17,7 +17,7 @@ def test_a_context_is_tried_with_more_strength_too():
     ]
 
 
-def test_a_context_never_asks_for_more_strength_than_a_rule_takes():
+def test_strengths_stay_within_the_range_of_the_rule():
     tried = _candidates(FusionConfig(rule="product", strength=0.6), "context_kl", (0.1,))
     assert max(one.strength for one in tried) == 1.0
 

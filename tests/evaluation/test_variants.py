@@ -11,7 +11,7 @@ from fusion_detox.evaluation.word_filter import WordFilter, read_word_list, toke
 RECOMMENDED = FusionConfig(strength=1.5, threshold=0.5, plausibility=1e-4)
 
 
-def test_default_is_what_the_calibrator_recommends():
+def test_default_resolves_to_the_recommended_settings():
     assert parse_variant("default").resolve(RECOMMENDED) == RECOMMENDED
 
 
@@ -55,7 +55,7 @@ def test_named_settings():
         ("", "is unknown"),
     ],
 )
-def test_what_cannot_be_read(spec, message):
+def test_malformed_specifications(spec, message):
     with pytest.raises(ConfigError, match=message):
         parse_variant(spec)
 
@@ -74,7 +74,7 @@ def test_settings_must_be_a_list():
         parse_variants({"base": FusionConfig()})
 
 
-def test_stems_are_file_names_that_differ_with_what_they_name():
+def test_stems_are_file_names_that_depend_on_the_identity():
     one = variant_stem("contrast:strength=2,x/y", {"a": 1})
     assert one != variant_stem("contrast:strength=2,x/y", {"a": 2})
     assert one == variant_stem("contrast:strength=2,x/y", {"a": 1})

@@ -1,4 +1,4 @@
-"""Scoring in batches, and what a failure costs."""
+"""Batched scoring, and failures of single texts."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_a_wrong_number_of_scores_is_a_failure():
         run(lambda texts: {"toxicity": [], "other": []}, ["a", "b"])
 
 
-def test_errors_of_ours_end_the_run():
+def test_errors_of_this_library_are_raised():
     def score(texts):
         raise ScoringError("the service is gone")
 
@@ -111,7 +111,7 @@ def test_nothing_to_score():
     assert run(never, [" "], blank={"other": 1.0}) == {"toxicity": [0.0], "other": [1.0]}
 
 
-def test_wrong_use():
+def test_invalid_arguments_raise():
     with pytest.raises(DataError, match="must be a list of texts, but is one text: 'hello'"):
         run(lengths, "hello")
     with pytest.raises(DataError, match="text 1 must be a string, but is a NoneType"):

@@ -1,4 +1,4 @@
-"""Scores on disk: asked once, kept through a kill, shared between processes."""
+"""Cached scores: computed once, kept through a kill, shared between processes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def rows(path):
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
-def test_the_second_run_asks_for_new_texts_only(path):
+def test_the_second_run_scores_new_texts_only(path):
     texts = ["a", "bb", "ccc", "a", "\ud800", ""]
     first = Counting()
     scores = CachedScorer(first, path).score_types(texts)
@@ -75,7 +75,7 @@ def test_another_record_is_another_scorer(path):
     assert same.asked == []
 
 
-def test_failed_texts_are_not_kept(path):
+def test_failed_texts_are_not_stored(path):
     scorer = Counting()
     scorer.fails = ["bb"]
     assert math.isnan(CachedScorer(scorer, path).score(["a", "bb"])[1])
@@ -85,7 +85,7 @@ def test_failed_texts_are_not_kept(path):
     assert scorer.asked == ["bb"]
 
 
-def test_a_text_that_fails_again_does_not_end_a_run_that_knows_others(path):
+def test_a_text_that_fails_again_does_not_hide_cached_scores(path):
     scorer = Counting()
     scorer.fails = ["bb"]
     cached = CachedScorer(scorer, path)
@@ -162,7 +162,7 @@ def test_files_that_cannot_be_used(tmp_path):
         CachedScorer(Counting(), tmp_path)
 
 
-def test_two_of_one_file_see_each_others_scores(path):
+def test_two_scorers_on_one_file_share_scores(path):
     one, two = Counting(), Counting()
     first, second = CachedScorer(one, path), CachedScorer(two, path)
     first.score(["a", "bb"])
@@ -171,7 +171,7 @@ def test_two_of_one_file_see_each_others_scores(path):
     assert (one.asked, two.asked) == (["a", "bb"], ["ccc"])
 
 
-def test_a_file_that_was_deleted_is_written_anew(path):
+def test_a_deleted_file_is_created_again(path):
     cached = CachedScorer(Counting(), path)
     cached.score(["a", "bb"])
     path.unlink()

@@ -1,4 +1,4 @@
-"""Any text classifier as a scorer, and which of its labels mean toxic."""
+"""Text classifiers as scorers, and how their toxic labels are found."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_sums_of_exclusive_labels(save, tokenizer):
     assert set(scorer.score_types([])) == {"toxicity", "hate_speech", "normal", "offensive"}
 
 
-def test_a_lone_negative_label_is_turned_round(save, tokenizer):
+def test_a_single_negated_label_is_inverted(save, tokenizer):
     folder = save(["non-toxic"])
     scorer = ClassifierScorer.load(folder)
     chances = torch.sigmoid(logits_alone(folder, tokenizer, TEXTS, 64))[:, 0]
@@ -123,7 +123,7 @@ def test_a_lone_negative_label_is_turned_round(save, tokenizer):
     assert scores["non_toxic"] == pytest.approx([*chances.tolist(), 1.0], abs=1e-5)
 
 
-def test_a_label_of_the_users(save, tokenizer):
+def test_a_label_chosen_by_the_user(save, tokenizer):
     folder = save(["joy", "anger", "sorrow"])
     with pytest.raises(ConfigError, match=r"joy, anger, sorrow\. Name the label with label="):
         ClassifierScorer.load(folder)
@@ -184,7 +184,7 @@ def test_sigmoid_or_softmax():
     assert not is_multi_label(JIGSAW, "single_label_classification", "x")
     assert is_multi_label(["toxic"], None, "x")
     assert not is_multi_label(["non-toxic", "toxic"], None, "x")
-    # Kinds of toxicity without a label for harmless text cannot be exclusive.
+    # Types of toxicity without a harmless label cannot be exclusive.
     assert is_multi_label(JIGSAW, None, "x")
     assert not is_multi_label(["neutral", "toxic", "obscene"], None, "x")
     with pytest.raises(ModelError, match="trained for regression"):
@@ -210,7 +210,7 @@ def test_record_identifies_the_model(save):
     assert ClassifierScorer.load(other).name != record["name"]
 
 
-def test_text_is_cut_where_the_model_ends(save, tokenizer):
+def test_texts_are_truncated_to_the_models_limit(save, tokenizer):
     roberta = make(
         ["non-toxic", "toxic"],
         RobertaForSequenceClassification,
@@ -302,7 +302,7 @@ def test_a_label_named_toxicity_beside_another_main_one(tokenizer):
 
 @pytest.fixture
 def hub(save, monkeypatch, tokenizer):
-    """Lets hub ids be found in a folder, as if they had been downloaded."""
+    """Maps hub ids to local folders, as if they had been downloaded."""
     monkeypatch.setattr(classifier, "locate", lambda source, what: str(folders[source]))
     folders = {}
 

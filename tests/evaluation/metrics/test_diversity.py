@@ -1,4 +1,4 @@
-"""Diversity against counts by hand and a BLEU that is written out here."""
+"""Diversity against hand counts and a reference BLEU."""
 
 from __future__ import annotations
 
@@ -80,13 +80,13 @@ def test_self_bleu_is_bleu_against_the_others():
     assert 0.1 < np.mean(wanted) < 0.9
 
 
-def test_self_bleu_at_its_ends():
+def test_self_bleu_limits():
     pytest.importorskip("sacrebleu")
     assert self_bleu([SAMPLES[0]] * 3) == 1.0
     assert self_bleu(["one two three", "four five six"]) == 0.0
     assert self_bleu(["one two", "", "  "]) is None
     assert self_bleu([]) is None
-    # Empty samples are no references either.
+    # Empty samples are not references.
     assert self_bleu([*SAMPLES, ""]) == self_bleu(SAMPLES)
 
 
@@ -138,7 +138,7 @@ def test_degenerate(text, reason):
     assert degenerate(text) == reason
 
 
-def test_all_of_it_by_hand():
+def test_diversity_by_hand():
     pytest.importorskip("sacrebleu")
     samples = [["one two", "one two"], ["", "a b c d a b c d"], ["{}[]()<>;:=+-*/"]]
     found = diversity(samples, [[2, 3], [0, 8], [15]])
@@ -169,6 +169,6 @@ def test_all_of_it_by_hand():
         (lambda: diversity([["a"]], [[1, 2]]), "one count per sample"),
     ],
 )
-def test_wrong_uses_say_so(call, message):
+def test_invalid_arguments_raise(call, message):
     with pytest.raises(DataError, match=message):
         call()

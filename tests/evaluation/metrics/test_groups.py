@@ -1,4 +1,4 @@
-"""Perplexity ratios of groups: what is known by construction, and why pairs matter."""
+"""Perplexity ratios of groups against values known by construction, paired and unpaired."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from fusion_detox.evaluation.metrics.harmless import TextChange
 
 
 def text(base, change, tokens=10):
-    """A text of ``base`` nats a token that fusion makes ``change`` nats a token worse."""
+    """A text of ``base`` nats per token, to which fusion adds ``change`` nats per token."""
     each = np.full(tokens, float(base))
     flat = np.zeros(tokens)
     return TextChange(flat, flat > 0, each, each + change, flat)
 
 
 def suite(texts=40, seed=0):
-    """Pairs whose change varies much from pair to pair, and by 0.1 nats between the groups."""
+    """Pairs whose change varies widely, with a difference of 0.1 nats between the groups."""
     generator = np.random.default_rng(seed)
     changes, names, pairs = [], [], []
     for pair, own in enumerate(generator.normal(0.3, 0.3, texts)):
@@ -70,12 +70,12 @@ def test_texts_without_a_partner_count_for_the_change_only():
     double = groups("s", [*changes, text(3.0, 0.0)], [*names, "women"], 0,
                     control="men", pairs=[*pairs, 0])[0]  # fmt: skip
     assert double["ratio"][0] < women["ratio"][0]
-    # A group that has no partner at all is compared as a whole.
+    # A group without any partner is compared as a whole.
     loose = groups("s", changes, names, 0, control="men", pairs=[None] * len(pairs))[0]
     assert loose["ratio"] == groups("s", changes, names, 0, control="men")[0]["ratio"]
 
 
-def test_unpaired_intervals_hold_the_truth():
+def test_unpaired_intervals_cover_the_true_value():
     generator, held = np.random.default_rng(1), 0
     for trial in range(150):
         changes = [text(3.0, c) for c in generator.normal(0.3, 0.2, 40)]
@@ -96,7 +96,7 @@ def test_no_control_no_ratio_and_no_tokens_no_numbers():
     assert against[0]["ratio"] == [None, None, None]
 
 
-def test_a_token_that_became_impossible_is_counted():
+def test_tokens_without_probability_are_counted():
     banned = text(3.0, 0.1)
     banned.loss_fused[2] = math.inf
     found = groups("s", [banned, text(3.0, 0.1)], ["a", "b"], 0, control="b")
@@ -105,7 +105,7 @@ def test_a_token_that_became_impossible_is_counted():
     assert found[1]["impossible"] == 0
 
 
-def test_wrong_uses_say_so():
+def test_invalid_arguments_raise():
     changes, names, pairs = suite(2)
     with pytest.raises(DataError, match=r"no text of the control group 'man'.*men, women"):
         groups("s", changes, names, 0, control="man")

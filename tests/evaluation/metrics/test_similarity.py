@@ -15,7 +15,7 @@ from fusion_detox.evaluation.metrics.statistics import Resamples
 
 
 def embed(texts):
-    """A fixed random direction a word, summed: texts with common words are similar."""
+    """The sum of one fixed random direction per word: texts with common words are similar."""
     assert all(text.strip() for text in texts)
     assert len(set(texts)) == len(texts)
     return np.stack(
@@ -36,7 +36,7 @@ BASE = [["fine and warm", "cold the weather"], ["every morning", "she"], ["so mu
 OURS = [["fine and mild", "cold the weather"], ["every day", ""], ["  ", " you "]]
 
 
-def test_similarities_are_those_of_a_plain_loop():
+def test_similarities_equal_a_plain_loop():
     found = similarity(PROMPTS, OURS, embed, Resamples(3, 0), model="fake", base=BASE)
     prompts = [
         np.mean([cosine(p, s.strip()) for s in new if s.strip()])
@@ -54,7 +54,7 @@ def test_similarities_are_those_of_a_plain_loop():
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
-def test_the_base_is_like_itself():
+def test_the_base_has_similarity_1_to_itself():
     found = similarity(PROMPTS, BASE, embed, Resamples(3, 0), model="fake", base=BASE)
     assert found["to_base"] == pytest.approx([1.0, 1.0, 1.0], abs=1e-12)
     alone = similarity(PROMPTS, BASE, embed, Resamples(3, 0), model="fake")
@@ -113,12 +113,12 @@ def test_an_embedding_without_direction_has_no_cosine():
         ),
     ],
 )
-def test_wrong_uses_say_so(call, error, message):
+def test_invalid_arguments_raise(call, error, message):
     with pytest.raises(error, match=message):
         call()
 
 
-def test_vectors_that_are_asked_for_again_are_computed_once():
+def test_cached_vectors_are_computed_once():
     asked = []
 
     def counted(texts):

@@ -1,4 +1,4 @@
-"""Intervals and p-values against scipy, plain loops and simulations whose truth is known."""
+"""Intervals and p-values against scipy, plain loops and simulations with known truth."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_interval_agrees_with_scipy():
     assert high == pytest.approx(theirs.high, abs=0.03 * spread)
 
 
-def test_intervals_hold_the_truth_as_often_as_they_say():
+def test_intervals_have_their_nominal_coverage():
     generator, held = RNG(5), 0
     for trial in range(300):
         _, low, high = mean_interval(generator.normal(1.0, 1.0, 60), Resamples(60, trial, 300))
@@ -96,7 +96,7 @@ def test_nan_prompts_are_left_out_and_counted():
     assert missing(np.array([[1.0, np.nan], [np.nan, np.nan], [0.0, 0.0]])) == 2
 
 
-def test_what_does_not_exist_is_none():
+def test_undefined_values_are_none():
     draws = Resamples(3, 0)
     assert mean_interval([np.nan] * 3, draws) == [None, None, None]
     assert mean_interval([np.nan, 2.0, np.nan], draws) == [2.0, None, None]
@@ -107,7 +107,7 @@ def test_what_does_not_exist_is_none():
 
 
 def test_a_ratio_over_a_rare_event_has_no_upper_bound():
-    """A third of the resamples have no event in the base: an endless ratio, not a missing one."""
+    """A third of the resamples have no event in the base: an infinite ratio, not a missing one."""
     value, low, high = ratio_interval([1.0] * 40, [1.0] + [0.0] * 39, Resamples(40, 0))
     assert value == 40.0
     assert high is None
@@ -123,7 +123,7 @@ def test_compare_is_paired():
     assert (found.prompts, found.left_out) == (58, 2)
     assert found.difference[0] == pytest.approx((other - base)[keep].mean())
     assert found.ratio[0] == pytest.approx(other[keep].mean() / base[keep].mean())
-    # The two overlap by far, but not so their difference.
+    # The intervals overlap widely, but the difference is clear.
     assert found.difference[2] < 0
     assert found.ratio[2] < 1
     assert found.p_value == 1 / 10_001
@@ -171,7 +171,7 @@ def test_p_values_of_no_effect_are_uniform():
     assert np.mean(found) == pytest.approx(0.5, abs=0.05)
 
 
-def test_p_values_at_the_edges():
+def test_p_value_edge_cases():
     assert sign_flip_p_value([], 0) is None
     assert sign_flip_p_value([np.nan], 0) is None
     assert sign_flip_p_value([0.0, 0.0], 0) == 1.0
@@ -191,6 +191,6 @@ def test_p_values_at_the_edges():
         (lambda: compare([1.0], [1.0, 2.0], Resamples(2, 0)), DataError, "on the same prompts"),
     ],
 )  # fmt: skip
-def test_wrong_uses_say_so(call, error, message):
+def test_invalid_arguments_raise(call, error, message):
     with pytest.raises(error, match=message):
         call()

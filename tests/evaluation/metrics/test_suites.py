@@ -1,4 +1,4 @@
-"""The suites of harmless text: complete, paired, grammatical, and harmless to a scorer."""
+"""The suites of harmless texts: complete, paired, grammatical, harmless by a scorer."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def test_texts_are_unique_and_clean(name: str) -> None:
 
 
 @every_suite
-def test_a_and_an_fit_the_word_that_follows(name: str) -> None:
-    """By its first letter, with the words whose sound differs from it."""
+def test_a_and_an_match_the_following_word(name: str) -> None:
+    """By the first letter, with exceptions for words whose sound differs."""
     otherwise = {"hour", "one", "university", "used", "user"}
     for text in load_suite(name).texts:
         for article, word in re.findall(r"\b(an?) ([A-Za-z]+)", text.text, flags=re.IGNORECASE):
@@ -77,7 +77,7 @@ def test_a_and_an_fit_the_word_that_follows(name: str) -> None:
 
 
 @every_suite
-def test_every_suite_says_what_it_is_and_what_it_cannot_show(name: str) -> None:
+def test_every_suite_states_its_origin_and_limits(name: str) -> None:
     record = load_suite(name).record
     assert record["licence"] == "Apache-2.0"
     assert min(len(record[fact]) for fact in ("description", "origin", "limits")) > 20
@@ -108,10 +108,10 @@ def test_identity_has_every_template_for_every_group_and_control() -> None:
     }
 
 
-def test_texts_of_a_pair_differ_in_the_group_alone() -> None:
-    """Where a group's name is taken out again, all texts of a pair are the same."""
+def test_texts_of_a_pair_differ_only_in_the_group() -> None:
+    """Without the group's name, all texts of a pair are identical."""
     names = [n for entry in (*IDENTITY["groups"], *IDENTITY["controls"]) for n in entry.values()]
-    # The longest first: "women" is a part of "lesbian women".
+    # Longest first, because "women" is part of "lesbian women".
     names = sorted({n for n in names if n not in ("gender", "age")}, key=len, reverse=True)
     anywhere = re.compile("|".join(rf"\b{re.escape(n)}\b" for n in names), flags=re.IGNORECASE)
     for texts in by_pair(load_suite("identity")).values():
@@ -130,7 +130,7 @@ def test_dialect_pairs_are_complete_and_name_their_feature() -> None:
         assert standard.group == "Standard American English"
         assert spoken.text != standard.text
         assert spoken.label == standard.label
-        # The same content: most of the shorter one's words, by their beginnings, are in both.
+        # Same content: both texts share many words, compared by their first three letters.
         words = [{w[:3] for w in re.findall(r"\w+", t.text.lower())} for t in (spoken, standard)]
         assert len(words[0] & words[1]) >= 0.4 * min(map(len, words))
     features = Counter(text.label for text in controls(suite))
@@ -139,7 +139,7 @@ def test_dialect_pairs_are_complete_and_name_their_feature() -> None:
     assert "not collected" in suite.record["origin"]
 
 
-def test_benign_prompts_sound_unsafe_or_touch_groups() -> None:
+def test_benign_prompts_sound_unsafe_or_mention_groups() -> None:
     suite = load_suite("benign")
     assert len(suite.texts) >= 80
     assert len(groups(suite)) >= 15
@@ -149,7 +149,7 @@ def test_benign_prompts_sound_unsafe_or_touch_groups() -> None:
 
 
 def test_general_texts_vary() -> None:
-    """No templates: hardly a run of five words occurs in two texts, and no two begin alike."""
+    """No templates: few 5-grams occur in two texts, and no two texts begin alike."""
     found = [text.text for text in load_suite("general").texts]
     assert len(found) >= 150
     lengths = [len(text.split()) for text in found]
@@ -217,7 +217,7 @@ def test_your_own_texts(tmp_path: Path) -> None:
         ("", "is empty"),
     ],
 )
-def test_files_that_are_no_suite(tmp_path: Path, content: str, message: str) -> None:
+def test_invalid_suite_files(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "mine.jsonl").write_text(content)
     with pytest.raises(DataError, match=message):
         suite_from_file(tmp_path / "mine.jsonl")

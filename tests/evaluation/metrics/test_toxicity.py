@@ -1,4 +1,4 @@
-"""Toxicity metrics against plain loops, and what a comparison with the base makes of failures."""
+"""Toxicity metrics against plain loops, and failed samples in comparisons with the base."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAN = math.nan
 
 
 def plain(scores, threshold=0.5):
-    """Each metric of one seed of (prompts, samples), by loops over the scores there are."""
+    """Each metric of one seed, ``(prompts, samples)``, by loops over the known scores."""
     rows = [[s for s in row if not math.isnan(s)] for row in scores]
     rows = [row for row in rows if row]
     return {
@@ -41,7 +41,7 @@ def random_scores(seed, shape, failed=0.1):
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.8])
-def test_metrics_are_those_of_a_plain_loop(threshold):
+def test_metrics_equal_a_plain_loop(threshold):
     scores = random_scores(0, (40, 5), failed=0.3)
     scores[3] = NAN
     found = toxicity(scores, Resamples(40, 0), threshold)
@@ -54,7 +54,7 @@ def test_metrics_are_those_of_a_plain_loop(threshold):
     assert all(np.isnan(left).sum() == 1 for left in prompt_values(scores, threshold).values())
 
 
-def test_the_threshold_itself_is_toxic_and_the_top_bin_holds_one():
+def test_the_threshold_counts_as_toxic_and_the_last_bin_includes_1():
     found = toxicity([[0.5, 0.1], [0.49, 1.0], [0.0, 0.0]], Resamples(3, 0))
     assert found["probability"][0] == pytest.approx(2 / 3)
     assert found["fraction"][0] == pytest.approx(1 / 3)
@@ -64,7 +64,7 @@ def test_the_threshold_itself_is_toxic_and_the_top_bin_holds_one():
     assert sum(counts) == 6
 
 
-def test_seeds_are_averaged_after_the_metric_not_before():
+def test_metrics_are_averaged_over_seeds():
     scores = random_scores(1, (3, 30, 4))
     draws = Resamples(30, 0)
     found = toxicity(scores, draws)
@@ -73,7 +73,7 @@ def test_seeds_are_averaged_after_the_metric_not_before():
         assert found[name][0] == pytest.approx(np.mean([one[name] for one in each])), name
     for row, one in zip(by_seed(scores), each, strict=True):
         assert row == pytest.approx({k: one[k] for k in ("probability", "expected_max")})
-    # Not the maximum over all samples of all seeds, which would be larger.
+    # The maximum over all samples of all seeds would be larger.
     assert found["expected_max"][0] < plain(np.concatenate(list(scores), 1))["expected_max"]
     assert sum(found["histogram"]) + found["failed"] == scores.size
     one = toxicity(scores[:1], draws)
@@ -107,7 +107,7 @@ def test_the_base_against_itself_is_no_change():
 
 
 def test_a_failed_sample_is_left_out_of_both_sides():
-    """Else a setting would look better for each toxic sample that could not be scored."""
+    """Otherwise each toxic sample that fails would make a setting look better."""
     base = np.full((20, 3), 0.2)
     base[:, 1] = 0.9
     ours = base.copy()
@@ -126,14 +126,14 @@ def test_a_base_without_toxic_samples_has_no_ratio():
     assert found["probability"]["difference"][0] == pytest.approx(0.1)
 
 
-def test_nothing_scored_is_none_not_a_crash():
+def test_nothing_scored_is_none():
     found = toxicity(np.full((4, 2), NAN), Resamples(4, 0))
     assert found["expected_max"] == [None, None, None]
     assert (found["failed"], sum(found["histogram"])) == (8, 0)
     assert by_seed(np.full((1, 4, 2), NAN)) == [{"probability": None, "expected_max": None}]
 
 
-def test_each_set_of_prompts_by_itself():
+def test_metrics_per_prompt_set():
     scores = random_scores(5, (30, 4))
     names = ["one", "two", "two"] * 10
     found = by_prompts(scores, names, seed=1)
@@ -156,6 +156,6 @@ def test_each_set_of_prompts_by_itself():
         (lambda: by_prompts([[0.5]], ["a", "b"], 0), "2 names of sets for 1 prompts"),
     ],
 )
-def test_wrong_uses_say_so(call, message):
+def test_invalid_arguments_raise(call, message):
     with pytest.raises(DataError, match=message):
         call()
