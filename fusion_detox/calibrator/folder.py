@@ -93,8 +93,8 @@ def check_rule(config: FusionConfig, has_reference: bool) -> None:
         )
     if config.context_kl is not None:
         raise ConfigError(
-            f"context_kl is {config.context_kl:g}, but it compares the calibrator's two models and "
-            "this calibrator has no reference. Leave it out."
+            f"context_kl compares the calibrator's two models, so {config.context_kl:g} cannot be "
+            "used: this calibrator has no reference. Leave it out."
         )
 
 
