@@ -148,11 +148,11 @@ class Calibrator:
         )
         settings, record = read_settings(folder), read_record(folder)
         tokenizer = read_tokenizer(folder)
+        models = {
+            part: read_model(folder / part, device=on_device, dtype=weight_dtype)
+            for part in settings.distributions
+        }
         try:
-            models = {
-                part: read_model(folder / part, device=on_device, dtype=weight_dtype)
-                for part in settings.distributions
-            }
             calibrator = cls(
                 models["clean"],
                 models.get("reference"),
@@ -162,11 +162,7 @@ class Calibrator:
                 record=record,
                 name=str(name_or_path),
             )
-        except (ConfigError, ModelError, VocabularyError) as error:
-            raise CalibratorError(f"{folder}: {error}") from error
-        except CalibratorError as error:
-            if str(folder) in str(error):
-                raise
+        except (CalibratorError, ConfigError, ModelError, VocabularyError) as error:
             raise CalibratorError(f"{folder}: {error}") from error
         _check_vocabulary(folder, settings, calibrator)
         calibrator.folder = folder

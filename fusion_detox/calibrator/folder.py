@@ -93,8 +93,8 @@ def check_rule(config: FusionConfig, has_reference: bool) -> None:
         )
     if config.context_kl is not None:
         raise ConfigError(
-            f"context_kl is {config.context_kl:g}, but it compares the calibrator's two models and "
-            "this calibrator has no reference. Leave it out."
+            f"context_kl compares the calibrator's two models, so {config.context_kl:g} cannot be "
+            "used: this calibrator has no reference. Leave it out."
         )
 
 
@@ -181,8 +181,8 @@ def read_model(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Pre
 
     Raises:
         CalibratorError: Files or tensors are missing, damaged or unknown, a tensor does not have
-            the shape that the configuration implies, or a value is not finite.
-        ModelError: It is not a causal language model.
+            the shape that the configuration implies, a value is not finite, or it is not a causal
+            language model.
     """
     config_file = folder / "config.json"
     read_json(config_file)
@@ -202,8 +202,8 @@ def read_model(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Pre
                 # _check_loading_info reports the mismatch, with both shapes.
                 ignore_mismatched_sizes=True,
             )
-        except ModelError:
-            raise
+        except ModelError as error:
+            raise CalibratorError(str(error)) from error
         except LOADING_ERRORS as error:
             raise CalibratorError(
                 f"{config_file}: no model can be built from it: {first_line(error)}. If it was "
@@ -319,7 +319,7 @@ def _check_loading_info(folder: Path, model: PreTrainedModel, info: dict[str, An
             f"{describe(info['unexpected_keys'])} of the weights. {_REMEDY}"
         )
     if info.get("error_msgs"):
-        raise ModelError(f"{folder}: {info['error_msgs'][0]}. {_REMEDY}")
+        raise CalibratorError(f"{folder}: {info['error_msgs'][0]}. {_REMEDY}")
 
 
 # --- writing

@@ -32,12 +32,7 @@ def find_calibrator(
 ) -> Path:
     """The folder of a calibrator; downloads it if the name is a hub id.
 
-    Args:
-        name_or_path: A folder, the name of a shipped calibrator, or a hub id, tried in this order.
-        revision: Branch, tag or commit of a hub repository.
-        token: For private hub repositories; by default the one of ``hf auth login``.
-        cache_dir: Where downloads are stored; by default the hub's cache.
-        local_files_only: Take a hub repository from the cache only.
+    The arguments are those of ``Calibrator.from_pretrained``.
 
     Raises:
         CalibratorNotFoundError: No calibrator has that name, or the hub cannot be reached.

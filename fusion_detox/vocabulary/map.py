@@ -87,12 +87,6 @@ class VocabularyMap:
         from_cache: Whether the static part came from the disk cache.
     """
 
-    kind: Literal["identity", "projection"]
-    coverage: float
-    build_seconds: float
-    mapped: Tensor
-    from_cache: bool
-
     def __init__(
         self, calibrator: CalibratorLike, target: TokenTable, static: dict[str, Tensor] | None
     ) -> None:
@@ -103,14 +97,13 @@ class VocabularyMap:
         self._on_device: dict[torch.device, tuple[dict[str, _Matrix], Tensor]] = {}
         self.from_cache = False
         self.coverage = self.build_seconds = 0.0
+        self.kind: Literal["identity", "projection"] = "projection" if static else "identity"
         if static is None:
-            self.kind = "identity"
             width = len(self._token_bytes)
             self.mapped = torch.tensor(
                 [text is not None and i < width for i, text in enumerate(target.token_bytes)]
             )
         else:
-            self.kind = "projection"
             self.mapped = static["prefix_ptr"].diff() > 0
             self._tables = HealingTables(
                 self._token_bytes,
