@@ -19,7 +19,7 @@ import pytest
 from fusion_detox.errors import ConfigError, DataError, DataFileError, MissingExtraError
 from fusion_detox.evaluation.prompts.prompt_sets import Prompt, PromptSet, read_prompt_set
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
 Write = Callable[[str, str | bytes], str]
 
 

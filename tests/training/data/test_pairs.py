@@ -10,7 +10,7 @@ import pytest
 from fusion_detox.errors import DataError, DataFileError
 from fusion_detox.training.data.pairs import ParaphraseSet, read_pairs
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"
 shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the folder of public data is not here")
 GOOD = {
     "anchor": "He left.",
