@@ -1,4 +1,4 @@
-"""``evaluate``, ``rescore``, ``compare`` and ``tune`` as commands."""
+"""The commands ``evaluate``, ``rescore``, ``compare`` and ``tune``."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ SMALL = [
     *("--samples", "2", "--max-new-tokens", "5", "--scorer", "lexical", "--resamples", "100"),
     *("--harmless-texts", "3", "--harmless-tokens", "10", "--device", "cpu"),
 ]
-NO_SUITES = ["--suite", "none", "--no-similarity"]  # tune has none anyway
+NO_SUITES = ["--suite", "none", "--no-similarity"]  # tune has no suites anyway
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +82,7 @@ def test_rescore_and_compare(arguments, tmp_path, capsys):
     assert "contrast:strength=2" in page.read_text("utf-8")
 
 
-def test_two_processes_write_what_one_writes(arguments, tmp_path):
+def test_two_processes_write_the_same_as_one(arguments, tmp_path):
     assert main(arguments("--setting", "default", out="one")) == 0
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29541"]
     subprocess.run(
@@ -148,7 +148,7 @@ class TestTune:
 
     @pytest.fixture(autouse=True)
     def scorer(self, monkeypatch):
-        """Calls about half of all texts toxic, whatever they say: some setting has fewer."""
+        """Rates about half of all texts toxic at random, so some setting has fewer toxic texts."""
         monkeypatch.setattr("fusion_detox.scoring.make_scorer", lambda *_, **__: ByHash())
 
     def tune(self, arguments, *more):
@@ -164,7 +164,7 @@ class TestTune:
         config = Calibrator.from_pretrained(calibrator_folder).config
         chosen = record["chosen"]
         assert config.to_dict() == {name: chosen[name] for name in config.to_dict()}
-        # Every setting of the curve was measured on the same texts, and the chosen one is the best.
+        # Every setting of the curve was measured on the same texts, and the best one was chosen.
         best = min(record["curve"], key=lambda trial: (trial["toxicity"], trial["kl"]))
         assert chosen["toxicity"] == best["toxicity"]
         strengths = {trial["strength"] for trial in record["curve"]}
@@ -179,13 +179,13 @@ class TestTune:
         assert main(again) == 0
         assert "5 of 5 prompts took part in tuning" in capsys.readouterr().err
 
-    def test_no_write_leaves_the_calibrator_alone(self, arguments, calibrator_folder):
+    def test_no_write_leaves_the_calibrator_unchanged(self, arguments, calibrator_folder):
         before = {p: p.read_bytes() for p in calibrator_folder.rglob("*") if p.is_file()}
         assert self.tune(arguments, "--no-write") == 0
         after = {p: p.read_bytes() for p in calibrator_folder.rglob("*") if p.is_file()}
         assert after == before
 
-    def test_other_processes_of_a_launcher_say_and_write_nothing(
+    def test_only_the_first_process_prints_and_writes(
         self, arguments, calibrator_folder, monkeypatch, capsys
     ):
         assert self.tune(arguments, "--no-write") == 0
@@ -198,7 +198,7 @@ class TestTune:
         after = {p: p.read_bytes() for p in calibrator_folder.rglob("*") if p.is_file()}
         assert after == before
 
-    def test_what_gains_nothing_is_not_written(self, arguments, calibrator_folder, capsys):
+    def test_settings_that_gain_nothing_are_not_written(self, arguments, calibrator_folder, capsys):
         before = (calibrator_folder / "calibrator.json").read_bytes()
         none = ("--grid", "strength=1e-9", "--max-perplexity", "100", "--max-kl", "100")
         command = arguments(*none, command="tune")
@@ -206,7 +206,7 @@ class TestTune:
         assert "no setting within the price lowers toxicity" in capsys.readouterr().err
         assert (calibrator_folder / "calibrator.json").read_bytes() == before
 
-    def test_a_price_that_nothing_keeps(self, arguments, calibrator_folder, capsys):
+    def test_a_price_that_no_setting_meets(self, arguments, calibrator_folder, capsys):
         before = (calibrator_folder / "calibrator.json").read_bytes()
         assert self.tune(arguments, "--max-kl", "1e-9") == 1
         err = capsys.readouterr().err
@@ -221,7 +221,7 @@ class TestTune:
         assert "1 of 5 development prompts are test prompts of test" in capsys.readouterr().err
         assert not (tmp_path / "run").exists()
 
-    def test_a_shipped_calibrator_is_not_written_to(self, arguments, capsys):
+    def test_a_shipped_calibrator_is_not_changed(self, arguments, capsys):
         assert self.tune(arguments, "--calibrator", "english-16k") == 1
         assert "is not a calibrator's folder" in capsys.readouterr().err
 
@@ -238,7 +238,7 @@ def test_grid_values():
             parse_grid(text)
 
 
-def test_kinds_before_files(tmp_path):
+def test_prompt_formats_before_file_names(tmp_path):
     assert split_kind("rtp:toxic=data/x.jsonl") == ("rtp:toxic", "data/x.jsonl")
     assert split_kind("data/x.jsonl") == (None, "data/x.jsonl")
     odd = tmp_path / "a=b.txt"
@@ -264,7 +264,7 @@ def test_kinds_before_files(tmp_path):
         (["--prompt-field", "text"], "prompts.txt line 1 is not JSON"),
     ],
 )
-def test_wrong_use_ends_with_one_message(arguments, tmp_path, capsys, more, message):
+def test_wrong_use_prints_one_message(arguments, tmp_path, capsys, more, message):
     given = arguments()
     if "--suite" in more:
         index = given.index("--suite")

@@ -1,4 +1,4 @@
-"""``fusion-detox finetune`` as a user meets it: output, messages, exit codes, Ctrl-C."""
+"""``fusion-detox finetune`` from a user's view: output, messages, exit codes and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OPTIONS = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, make_llama: Any, byte_tokenizer: Any) -> Path:
-    """``model`` and ``pairs.jsonl``."""
+    """Write the folder ``model`` and the file ``pairs.jsonl``."""
     path = tmp_path_factory.mktemp("cli")
     model = make_llama(len(byte_tokenizer), initializer_range=0.1)
     BUILT["save_model"](model, byte_tokenizer, path / "model")
@@ -42,7 +42,7 @@ def arguments(folder: Path, output: Path, *more: str) -> list[str]:
     return ["finetune", str(folder / "model"), str(output), pairs, *OPTIONS, *more]
 
 
-def test_result_on_stdout_and_the_rest_on_stderr(
+def test_the_result_goes_to_stdout_and_the_rest_to_stderr(
     folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "adapter"
@@ -59,7 +59,7 @@ def test_result_on_stdout_and_the_rest_on_stderr(
         learning_rate=5e-3, save_every=2,
     )  # fmt: skip
     assert record["settings"] == wanted.to_dict()
-    # A second time, the folder is there.
+    # The second time, the folder already exists.
     assert main(arguments(folder, output, *options)) == 1
     out, err = capfd.readouterr()
     assert not out
@@ -116,13 +116,13 @@ def test_wrong_options(
     assert not list(tmp_path.iterdir())
 
 
-def test_pairs_are_needed(folder: Path, tmp_path: Path) -> None:
+def test_pairs_are_required(folder: Path, tmp_path: Path) -> None:
     found = CliRunner().invoke(app, ["finetune", str(folder / "model"), str(tmp_path / "a")])
     assert found.exit_code == 2
     assert "give at least one file of paraphrase sets" in found.stderr
 
 
-def test_ctrl_c_keeps_the_work(folder: Path, tmp_path: Path) -> None:
+def test_ctrl_c_keeps_completed_work(folder: Path, tmp_path: Path) -> None:
     slow = arguments(folder, tmp_path / "a", "--steps=4000")
     process = subprocess.Popen(
         [sys.executable, "-m", "fusion_detox", *slow], stderr=subprocess.PIPE, text=True

@@ -37,7 +37,7 @@ byte-level vocabulary, and one with a SentencePiece vocabulary.
 
 
 def suite():
-    """Return the suite's test functions, with the file of each."""
+    """Return the file of each of the suite's test functions."""
     found = {}
     for path in sorted(HERE.glob("test_*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
@@ -47,7 +47,7 @@ def suite():
 
 
 def document(modes):
-    """Return the text of the file."""
+    """Return the document's text."""
     known = suite()
     counts = {state: sum(mode.state == state for mode in modes) for state in STATES}
     tally = "{exact} are exact, {note} have a note, and {refused} are refused.".format(**counts)

@@ -146,7 +146,7 @@ def test_killed_run_resumes_and_ends_the_same(trained: Path, corpus: Path, tmp_p
     assert_same_weights(output, trained, 1e-6)
 
 
-def test_ctrl_c_keeps_the_work(corpus: Path, tmp_path: Path) -> None:
+def test_ctrl_c_keeps_completed_work(corpus: Path, tmp_path: Path) -> None:
     output = tmp_path / "toy"
     slow = command(output, corpus, "--base-steps=4000")
     process = subprocess.Popen([sys.executable, *slow], stderr=subprocess.PIPE, text=True)
