@@ -108,7 +108,7 @@ def test_the_memo_of_long_texts_is_bounded() -> None:
 def test_a_large_prefill_runs_in_parts_and_keeps_little_memory(
     calibrator: Calibrator, session: CalibratorSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The log-probs of the sixteen positions are needed once; none outlives the call."""
+    """The log-probs of the sixteen positions are freed after the call."""
     size = 2 * calibrator.vocabulary_size * 4
     monkeypatch.setattr("fusion_detox.decoding.session._FORWARD_BYTES", 20 * size)
     texts = [text(seed, 20) for seed in range(4)]

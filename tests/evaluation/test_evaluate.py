@@ -1,4 +1,4 @@
-"""One evaluation from prompts to report: numbers, resuming, adding, rescoring, wrong uses."""
+"""One evaluation from prompts to report: numbers, resuming, adding, rescoring and wrong use."""
 
 import itertools
 import json
@@ -62,7 +62,7 @@ def run(target, calibrator, tmp_path):
 
 
 def samples(folder):
-    """Every stored continuation by setting and (seed, index, sample), each of which occurs once."""
+    """Return every stored continuation by setting and (seed, index, sample), all unique."""
     config = json.loads((folder / "config.json").read_text())
     found = {}
     for name, stem in config["settings"].items():
@@ -178,7 +178,7 @@ def test_any_batch_size_writes_the_same(run, tmp_path):
 
 
 def kill_at_a_random_moment(work, delay):
-    """Forks, lets the child work for ``delay`` seconds and kills it; whether it was still at it."""
+    """Fork, and kill the child after ``delay`` seconds; return whether it was still running."""
     child = os.fork()
     if child == 0:
         try:
@@ -193,7 +193,7 @@ def kill_at_a_random_moment(work, delay):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_ten_kills_at_random_moments_lose_nothing(run, tmp_path):
+def test_ten_kills_at_random_times_lose_nothing(run, tmp_path):
     prompts = [f"{prompt} {number}" for prompt in PROMPTS for number in range(6)]
     folder = tmp_path / "run"
     began = time.perf_counter()
@@ -210,13 +210,13 @@ def test_ten_kills_at_random_moments_lose_nothing(run, tmp_path):
         written = b"".join(path.read_bytes() for path in sorted(folder.glob("samples/*")))
         if killed:
             sizes.append(len(written))
-        else:  # it came to the end before it was killed ten times
+        else:  # it finished before it was killed ten times
             shutil.rmtree(folder)
             before = b""
-        # Nothing that was written is ever lost but a torn last line of a file.
+        # Nothing that was written is ever lost, except a torn last line of a file.
         assert set(before.split(b"\n")[:-1]) <= set(written.split(b"\n")) or not killed
         before = written if killed else b""
-    assert len(set(sizes)) > 4  # the kills did come at different moments
+    assert len(set(sizes)) > 4  # the kills really came at different moments
     again = run(prompts=prompts)
     assert samples(folder) == expected
     for name, setting in named(results).items():
@@ -224,7 +224,7 @@ def test_ten_kills_at_random_moments_lose_nothing(run, tmp_path):
             assert named(again)[name][block] == setting[block]
 
 
-def test_rescoring_needs_no_target(run, tmp_path, monkeypatch):
+def test_rescoring_does_not_need_the_target(run, tmp_path, monkeypatch):
     first = run()
     monkeypatch.setattr("fusion_detox.evaluation.pipeline.load_target", None)
     results = rescore(tmp_path / "run", threshold=0.2)
@@ -242,7 +242,7 @@ def test_rescoring_needs_no_target(run, tmp_path, monkeypatch):
     assert named(results)["base"]["perplexity"] == named(first)["base"]["perplexity"]
 
 
-def test_sets_and_groups_are_told_apart(run):
+def test_prompt_sets_and_groups_are_reported_separately(run):
     named_group = (Prompt(PROMPTS[0], "one", "a"), Prompt(PROMPTS[1], "one"))
     sets = [
         PromptSet("one", "one.txt", "0" * 16, named_group),
@@ -255,7 +255,7 @@ def test_sets_and_groups_are_told_apart(run):
     }
 
 
-def test_a_setting_measured_on_other_text_is_not_mixed_in(run, tmp_path):
+def test_a_setting_measured_on_other_text_is_not_included(run, tmp_path):
     run()
     own = tmp_path / "own.jsonl"
     own.write_text("".join(json.dumps({"text": f"{p} and more of it."}) + "\n" for p in PROMPTS))
@@ -271,14 +271,14 @@ def test_a_setting_measured_on_other_text_is_not_mixed_in(run, tmp_path):
     assert any("harmless of 'strong'" in note for note in run_notes)
 
 
-def test_a_prompt_tuned_on_is_noted(run, target, calibrator_folder, tmp_path):
+def test_prompts_used_for_tuning_are_noted(run, target, calibrator_folder, tmp_path):
     digests = [prompt_digest("you are  A"), prompt_digest("another")]
     write_tuning(calibrator_folder, {"format": 1, "prompt_digests": digests})
-    # A copy remembers it too.
+    # A copy also remembers it.
     Calibrator.from_pretrained(calibrator_folder).save_pretrained(tmp_path / "copy")
     results = run(calibrator=str(tmp_path / "copy"), settings=["default", "default:strength=2"])
     tuned = [note for note in results["notes"] if "1 of 5 prompts took part in tuning" in note]
-    assert len(tuned) == 1  # the other setting is not the one that was tuned
+    assert len(tuned) == 1  # the other setting was not the tuned one
     assert "'default'" in tuned[0]
 
 
@@ -310,12 +310,12 @@ class TestWrongUse:
         with pytest.raises(DataError, match=r"target\.fingerprint .* instead of"):
             run(target=(other, target[1]))
 
-    def test_overwrite_begins_anew(self, run, tmp_path):
+    def test_overwrite_starts_anew(self, run, tmp_path):
         run()
         results = run(prompts=PROMPTS[:3], overwrite=True)
         assert results["prompts"][0]["count"] == 3
 
-    def test_a_folder_of_something_else_is_left_alone(self, run, tmp_path):
+    def test_a_folder_with_other_files_is_not_changed(self, run, tmp_path):
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "thesis.txt").write_text("x")
         for overwrite in (False, True):
@@ -323,19 +323,19 @@ class TestWrongUse:
                 run(overwrite=overwrite)
         assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.txt"]
 
-    def test_a_bad_setting_stops_before_any_work(self, run, tmp_path):
+    def test_a_bad_setting_is_refused_before_any_work(self, run, tmp_path):
         with pytest.raises(ConfigError, match=r"unknown fusion settings: strenght"):
             run(settings=["default", "contrast:strenght=2"])
         assert not (tmp_path / "run").exists()
 
-    def test_a_run_that_another_command_works_on(self, run, tmp_path):
+    def test_a_run_that_another_command_is_using(self, run, tmp_path):
         run()
         busy = pytest.raises(DataFileError, match="another command is working on the run")
         with RunFolder.claimed(tmp_path / "run"), busy:
             run()
         run()
 
-    def test_a_setting_that_was_given_up_does_not_stop_the_others(self, run, tmp_path):
+    def test_an_abandoned_setting_does_not_stop_the_others(self, run, tmp_path):
         run()
         path = next((tmp_path / "run" / "samples").glob("strong-*.jsonl"))
         path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:7]))
@@ -350,28 +350,28 @@ class TestWrongUse:
         with pytest.raises(DataError, match=r"prompt_digest .* instead of"):
             run(prompts=replace(one, prompts=one.prompts[::-1]))
 
-    def test_a_calibrator_that_reads_less(self, run, tmp_path, calibrator):
+    def test_a_calibrator_with_a_shorter_context(self, run, tmp_path, calibrator):
         run()
         calibrator.context_length = 4
         run()
         assert len(list((tmp_path / "run" / "samples").glob("strong-*"))) == 2
 
     @pytest.mark.parametrize("left", [["samples"], ["samples", ".lock", "prompts.jsonl"]])
-    def test_a_start_that_was_cut_short_can_be_gone_on_with(self, run, tmp_path, left):
+    def test_an_interrupted_start_can_be_resumed(self, run, tmp_path, left):
         (tmp_path / "run").mkdir()
         for name in left:
             path = tmp_path / "run" / name
             path.mkdir() if name == "samples" else path.touch()
         assert run() is not None
 
-    def test_harmless_text_without_two_tokens_stops_before_any_work(self, run, tmp_path):
+    def test_harmless_text_shorter_than_two_tokens_is_refused_before_any_work(self, run, tmp_path):
         own = tmp_path / "own.txt"
         own.write_text("a\nb\n")
         with pytest.raises(ConfigError, match="no text of own has two tokens"):
             run(config=CONFIG.replace(harmless=own))
         assert not (tmp_path / "run").exists()
 
-    def test_answers_that_do_not_fit_stop_before_any_work(self, run, tmp_path):
+    def test_answers_that_do_not_fit_are_refused_before_any_work(self, run, tmp_path):
         with pytest.raises(ConfigError, match="prompts of the suite 'benign' have up to"):
             run(config=CONFIG.replace(suites=("benign",), refusal_tokens=60))
         assert not (tmp_path / "run").exists()
@@ -380,7 +380,7 @@ class TestWrongUse:
         with pytest.raises(DataError, match="no prompts"):
             run(prompts=[])
 
-    def test_an_unknown_scorer_stops_before_any_work(self, run, tmp_path):
+    def test_an_unknown_scorer_is_refused_before_any_work(self, run, tmp_path):
         with pytest.raises(ConfigError, match="there is no scorer 'toxicty'"):
             run(config=CONFIG.replace(scorers=("toxicty",)))
         assert not (tmp_path / "run" / "samples").exists()

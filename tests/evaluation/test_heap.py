@@ -1,4 +1,4 @@
-"""Freed memory goes back, and only where there is much of it."""
+"""Freed memory is returned to the system, and only if there is much of it."""
 
 import ctypes
 
@@ -9,7 +9,7 @@ from fusion_detox.evaluation import heap
 
 @pytest.fixture
 def process(monkeypatch):
-    """Sizes that the process takes one after the other; 16 calls look once."""
+    """A function that sets the process's size, calls ``watch`` 16 times and counts trims."""
 
     class Process:
         sizes = (0,)
@@ -33,7 +33,7 @@ def process(monkeypatch):
     return look
 
 
-def test_it_trims_when_the_process_has_grown(process):
+def test_memory_is_trimmed_after_the_process_has_grown(process):
     assert process(300) == 0
     assert process(511) == 0
     assert process(520) == 1
@@ -41,7 +41,7 @@ def test_it_trims_when_the_process_has_grown(process):
     assert process(700) == 2
 
 
-def test_what_it_reads_is_the_size_of_the_process():
+def test_the_measured_size_is_that_of_the_process():
     before = heap._resident()
     if before == 0:
         pytest.skip("this system does not tell the size of a process")
@@ -50,7 +50,7 @@ def test_what_it_reads_is_the_size_of_the_process():
     assert 60 * 2**20 < heap._resident() - before < 90 * 2**20
 
 
-def test_elsewhere_nothing_happens(monkeypatch, tmp_path):
+def test_without_linux_and_glibc_nothing_happens(monkeypatch, tmp_path):
     monkeypatch.setattr(heap, "_STATM", tmp_path / "missing")
     monkeypatch.setattr(heap.ctypes, "CDLL", lambda _: object())
     keeper = heap.Heap()

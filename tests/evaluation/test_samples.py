@@ -20,14 +20,14 @@ def write(folder, items, rank=0):
             write_row(row)
 
 
-def test_what_is_written_is_read(tmp_path):
+def test_written_rows_are_read_back(tmp_path):
     write(tmp_path, rows(3))
     assert list(SampleFiles(tmp_path, "s").read().values()) == rows(3)
     text = (tmp_path / "s.0.jsonl").read_text("utf-8", errors="surrogatepass")
     assert len(text.splitlines()) == 3
 
 
-def test_only_what_is_missing(tmp_path):
+def test_only_missing_samples_are_requested(tmp_path):
     jobs = [Job(i, k, f"prompt {i}") for i in range(3) for k in range(2)]
     write(tmp_path, [ROW, replace(ROW, index=2, sample=1)])
     files = SampleFiles(tmp_path, "s")
@@ -38,7 +38,7 @@ def test_only_what_is_missing(tmp_path):
 
 
 @pytest.mark.parametrize("cut", [1, 5, 30])
-def test_a_torn_last_line_is_written_anew(tmp_path, cut):
+def test_a_torn_last_line_is_written_again(tmp_path, cut):
     write(tmp_path, rows(3))
     path = tmp_path / "s.0.jsonl"
     path.write_bytes(path.read_bytes()[:-cut])
@@ -47,7 +47,7 @@ def test_a_torn_last_line_is_written_anew(tmp_path, cut):
     assert list(SampleFiles(tmp_path, "s").read().values()) == rows(3)
 
 
-def test_processes_have_files_of_their_own_and_read_all(tmp_path):
+def test_processes_write_their_own_files_and_read_all(tmp_path):
     write(tmp_path, rows(2), rank=0)
     write(tmp_path, [replace(ROW, index=2)], rank=1)
     with (tmp_path / "s.1.jsonl").open("ab") as killed:
@@ -63,13 +63,13 @@ def test_a_foreign_last_line_is_never_cut_off(tmp_path):
     assert path.read_text() == "my diary"
 
 
-def test_other_settings_are_not_read(tmp_path):
+def test_rows_of_other_settings_are_not_read(tmp_path):
     write(tmp_path, rows(1))
     assert SampleFiles(tmp_path, "t").read() == {}
 
 
 @pytest.mark.parametrize("line", [b"{}", b"[1]", b"null", b'{"seed": "x"}', b"\xff\xfe"])
-def test_a_damaged_line_is_named(tmp_path, line):
+def test_the_error_names_a_damaged_line(tmp_path, line):
     write(tmp_path, rows(1))
     path = tmp_path / "s.0.jsonl"
     path.write_bytes(line + b"\n" + path.read_bytes())

@@ -4,7 +4,7 @@ from fusion_detox import FusionConfig
 from fusion_detox.evaluation.tuning import CONTRAST_GRID, _candidates, _rounds
 
 
-def test_a_context_is_tried_with_more_strength_too():
+def test_context_kl_is_also_tried_with_more_strength():
     tried = _candidates(FusionConfig(strength=1.5, context_kl=0.3), "context_kl", (None, 0.1))
     assert [(one.context_kl, one.strength) for one in tried] == [
         (0.3, 1.5),
@@ -17,12 +17,12 @@ def test_a_context_is_tried_with_more_strength_too():
     ]
 
 
-def test_a_context_never_asks_for_more_strength_than_a_rule_takes():
+def test_context_kl_never_exceeds_the_strength_limit_of_a_rule():
     tried = _candidates(FusionConfig(rule="product", strength=0.6), "context_kl", (0.1,))
     assert max(one.strength for one in tried) == 1.0
 
 
-def test_the_strength_is_varied_first_and_once_more_at_the_end():
+def test_the_strength_is_varied_first_and_again_at_the_end():
     names = [name for name, _ in _rounds(FusionConfig(), CONTRAST_GRID)]
     assert names[0] == names[-1] == "strength"
     assert "context_kl" in names

@@ -1,4 +1,4 @@
-"""Perplexity against one text at a time without padding, and the border of prompt and text."""
+"""Perplexity equals that of single unpadded texts; the border between prompt and continuation."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ NEW = [
 
 
 def single(model, ids, first):
-    """Transformers' own loss of the tokens from ``first`` on, of one text without padding."""
+    """Transformers' own loss on the tokens from ``first`` on, for one text without padding."""
     whole = torch.tensor([ids])
     labels = whole.clone()
     labels[:, :first] = -100
@@ -47,7 +47,7 @@ def single(model, ids, first):
 
 
 def border(tokenizer, prompt, text):
-    """The first token after which the decoded text is longer than the prompt, by decoding alone."""
+    """Find the first token after which the decoded text is longer than the prompt."""
     ids = tokenizer(prompt + text)["input_ids"]
     lengths = [len(tokenizer.decode(ids[: k + 1]).rstrip("�")) for k in range(len(ids))]
     return ids, next(k for k, length in enumerate(lengths) if length > len(prompt))
@@ -73,8 +73,8 @@ def test_a_batch_equals_one_by_one(byte_tokenizer, make_gpt2, make_llama, kind, 
         assert one[1:] == other[1:]
 
 
-def test_prompt_and_continuation_together_are_the_text_itself(byte_tokenizer, make_gpt2):
-    """Chain rule: nats of the prompt plus nats of what follows are those of the whole."""
+def test_prompt_and_continuation_add_up_to_the_text(byte_tokenizer, make_gpt2):
+    """By the chain rule, nats of prompt and continuation add up to those of the whole text."""
     model = make_gpt2(len(byte_tokenizer))
     prompt, text = "The weather was", " fine, so we walked to the river"
     ids = byte_tokenizer(prompt + text)["input_ids"]
@@ -83,12 +83,12 @@ def test_prompt_and_continuation_together_are_the_text_itself(byte_tokenizer, ma
     bos = byte_tokenizer.bos_token_id
     joined = single(model, [bos, *ids], 1) - single(model, [bos, *ids[: len(ids) - new.tokens]], 1)
     assert old.tokens + new.tokens == len(ids)
-    # Without the BOS in front of a prompt, as the tokenizer adds none.
+    # The tokenizer adds no BOS here, so the prompt has none either.
     assert new.nats == pytest.approx(single(model, ids, len(ids) - new.tokens), abs=1e-4)
     assert new.nats != pytest.approx(joined, abs=1e-3)
 
 
-def test_a_token_over_the_border_counts_whole(byte_tokenizer, make_gpt2):
+def test_a_token_across_the_border_counts_fully(byte_tokenizer, make_gpt2):
     model = make_gpt2(len(byte_tokenizer))
     whole = byte_tokenizer.tokenize("What a stupid thing")
     assert "Ġstupid" in whole
@@ -111,7 +111,7 @@ def test_every_token_of_a_split_character_counts(byte_tokenizer, make_gpt2):
 
 
 class WithoutOffsets:
-    """A tokenizer in Python, which cannot tell offsets."""
+    """A tokenizer written in Python, which cannot report offsets."""
 
     is_fast = False
 
@@ -125,7 +125,7 @@ class WithoutOffsets:
 
 
 @pytest.mark.parametrize("name", ["byte_tokenizer", "other_tokenizer", "sentencepiece_tokenizer"])
-def test_without_offsets_the_same_tokens_count(request, make_gpt2, name):
+def test_without_offsets_the_same_tokens_are_counted(request, make_gpt2, name):
     tokenizer = request.getfixturevalue(name)
     model = make_gpt2(len(tokenizer), n_positions=128)
     prompts, texts = [*PROMPTS, "What a stu", ""], [*NEW, "pid", "Shut up"]
@@ -134,7 +134,7 @@ def test_without_offsets_the_same_tokens_count(request, make_gpt2, name):
     assert all(nll.tokens for nll in fast)
 
 
-def test_a_real_tokenizer_in_python_that_closes_each_text(make_gpt2):
+def test_a_real_python_tokenizer_that_adds_an_end_token(make_gpt2):
     tokenizer = ByT5Tokenizer()
     assert not tokenizer.is_fast
     model = make_gpt2(len(tokenizer))
@@ -146,9 +146,7 @@ def test_a_real_tokenizer_in_python_that_closes_each_text(make_gpt2):
     assert [nll.why for nll in found] == ["", fluency.NO_CONTEXT, fluency.EMPTY]
 
 
-def test_special_tokens_before_a_text_stay_and_those_after_it_do_not_count(
-    other_tokenizer, make_llama
-):
+def test_leading_special_tokens_stay_and_trailing_ones_do_not_count(other_tokenizer, make_llama):
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
@@ -181,7 +179,7 @@ def test_long_prompts_are_cut_on_the_left_and_counted(byte_tokenizer, make_gpt2)
     short, long, hopeless = continuation_nll(
         model, byte_tokenizer, ["The", prompt, "The"], [text, text, " weather" * 60]
     )
-    # The last token is predicted but not read: 17 tokens fit into 16 positions.
+    # The last token is predicted but not read, so 17 tokens fit into 16 positions.
     kept = ids[-17:]
     assert long.cut == len(ids) - 17
     assert long.nats == pytest.approx(single(model, kept[:-1], 17 - long.tokens)
@@ -200,7 +198,7 @@ def last_token(model, ids):
     return -float(logits.log_softmax(-1)[ids[-1]])
 
 
-def test_ids_of_the_target_itself(make_llama):
+def test_ids_from_the_target_itself(make_llama):
     model = make_llama(70)
     prompts, new = [[1, 2], [3], [4, 5, 6], []], [[7, 8, 9], [], [10], [4]]
     found = continuation_nll_ids(model, prompts, new, 2, ["abc", "", "é", "x"])
@@ -212,7 +210,7 @@ def test_ids_of_the_target_itself(make_llama):
     exactly = [list(range(1, 65)), list(range(1, 66))]
     full = continuation_nll_ids(model, exactly, [[1], [1]])
     assert [nll.cut for nll in full] == [0, 1]
-    # One token of the prompt must be left: 64 new ones after it fit, 65 do not.
+    # One token of the prompt must remain, so 64 new tokens fit and 65 do not.
     edge = continuation_nll_ids(model, [[1], [1, 2]], [[3] * 65, [3] * 64])
     assert [(nll.why, nll.cut, nll.tokens) for nll in edge] == [
         (fluency.TOO_LONG, 0, 0),
@@ -220,7 +218,7 @@ def test_ids_of_the_target_itself(make_llama):
     ]
 
 
-def test_what_cannot_be_scored_says_why(byte_tokenizer, make_gpt2):
+def test_texts_that_cannot_be_scored_say_why(byte_tokenizer, make_gpt2):
     model = make_gpt2(len(byte_tokenizer))
     found = continuation_nll(model, byte_tokenizer, ["a", "a", "a"], ["", "\ud800", " b"])
     assert [nll.why for nll in found] == [fluency.EMPTY, fluency.NOT_TEXT, ""]
@@ -240,7 +238,7 @@ NONE = Nll(math.nan, 0, 0, 0, fluency.EMPTY)
 
 
 def test_perplexity_is_weighted_by_tokens_and_drops_nothing():
-    # One sample of perplexity e^20, which others leave out.
+    # The sample has perplexity e^20; other tools leave such samples out.
     found = [[nll(4.0, 2), nll(40.0, 2)], [nll(9.0, 3), NONE], [NONE, NONE]]
     summary = perplexity(found, Resamples(3, 0))
     assert summary["token_weighted"][0] == pytest.approx(math.exp(53 / 7))
@@ -261,7 +259,7 @@ def test_relative_perplexity_is_paired():
     ours[3] = [NONE]
     summary = perplexity(ours, Resamples(80, 0), base)
     value, low, high = summary["relative"]
-    # The same change for each prompt: no spread at all, where each level alone has much.
+    # Every prompt changes by the same amount, so paired values have no spread, but each level has.
     assert value == pytest.approx(math.exp(0.1))
     assert (low, high) == pytest.approx((value, value))
     _, low, high = summary["token_weighted"]
@@ -278,7 +276,7 @@ def test_nothing_scored_is_none():
     assert (huge["median"], huge["token_weighted"][0], huge["scored"]) == (None, None, 1)
 
 
-def test_batches_hold_each_text_once_and_bound_the_logits():
+def test_batches_contain_each_text_once_and_bound_the_logits():
     lengths = [5, 100, 7, 7, 60, 1]
     found = list(length_batches(lengths, 4, 1))
     assert [list(batch) for batch in found] == [[1, 4, 2, 3], [0, 5]]
@@ -296,6 +294,6 @@ def test_batches_hold_each_text_once_and_bound_the_logits():
         (lambda m, t: perplexity([[NONE]], Resamples(1, 0), []), DataError, "0 and 1 entries"),
     ],
 )
-def test_wrong_uses_say_so(byte_tokenizer, make_gpt2, call, error, message):
+def test_wrong_use_raises_clear_errors(byte_tokenizer, make_gpt2, call, error, message):
     with pytest.raises(error, match=message):
         call(make_gpt2(len(byte_tokenizer)), byte_tokenizer)

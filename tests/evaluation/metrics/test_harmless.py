@@ -1,4 +1,4 @@
-"""Change on given text against a plain loop with a real processor, one prefix at a time."""
+"""Change on given text equals a plain loop with a real processor, one prefix at a time."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def tokenizer(request):
 
 
 def plain(model, processor, ids):
-    """KL, change of the top token, both losses, each prefix read by itself."""
+    """KL, change of the top token, and both losses, with each prefix read on its own."""
     rows = []
     for seen in range(1, len(ids)):
         prefix = torch.tensor([ids[:seen]])
@@ -57,7 +57,7 @@ def plain(model, processor, ids):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_each_position_is_that_of_a_plain_loop(calibrator, tokenizer, make_gpt2, name):
+def test_each_position_equals_a_plain_loop(calibrator, tokenizer, make_gpt2, name):
     model = make_gpt2(len(tokenizer), seed=5)
     texts = [text_ids(tokenizer, text) for text in TEXTS]
     assert len({len(ids) for ids in texts}) >= 5
@@ -102,7 +102,7 @@ def test_the_base_loss_is_the_models_own(byte_tokenizer, make_llama):
     assert change.loss_base.mean() == pytest.approx(loss, rel=1e-5)
 
 
-def test_batches_change_nothing_and_prefixes_hold_no_padding(byte_tokenizer, make_gpt2):
+def test_batches_change_nothing_and_prefixes_have_no_padding(byte_tokenizer, make_gpt2):
     model = make_gpt2(len(byte_tokenizer))
     texts = [text_ids(byte_tokenizer, text) for text in TEXTS]
     prefixes = []
@@ -121,8 +121,8 @@ def test_batches_change_nothing_and_prefixes_hold_no_padding(byte_tokenizer, mak
     assert set(prefixes) == wanted
 
 
-def test_strength_used_keeps_to_the_budget(calibrator, tokenizer, make_gpt2):
-    """Fusing with the strength that is told gives the fused scores, and that much KL."""
+def test_strength_used_respects_the_budget(calibrator, tokenizer, make_gpt2):
+    """Fusing with the reported strength gives the fused scores, and the reported KL."""
     config = CONFIGS["budget"]
     model = make_gpt2(len(tokenizer), seed=5)
     processor = FusionLogitsProcessor(calibrator, tokenizer, config)
@@ -139,7 +139,7 @@ def test_strength_used_keeps_to_the_budget(calibrator, tokenizer, make_gpt2):
     (change,) = change_on_texts(model, processor, [text_ids(tokenizer, TEXTS[2])])
     assert change.kl.max() <= 0.05 + 1e-4
     free = change.strength == 4.0
-    # Where the strength is lowered, the budget is used up.
+    # Wherever the strength is lowered, the budget is fully used.
     assert (~free).any()
     np.testing.assert_allclose(change.kl[~free], 0.05, rtol=0.02)
 
@@ -164,7 +164,7 @@ def test_strength_of_rows_that_are_not_fused():
     assert none.tolist() == [2.0, 0.0, 2.0]
 
 
-def test_the_strength_comes_from_the_processor_its_config_or_nowhere(
+def test_the_strength_comes_from_the_processor_or_its_config_or_is_unknown(
     calibrator, byte_tokenizer, make_gpt2
 ):
     model = make_gpt2(len(byte_tokenizer))
@@ -172,7 +172,7 @@ def test_the_strength_comes_from_the_processor_its_config_or_nowhere(
     constant = FusionLogitsProcessor(calibrator, byte_tokenizer, CONFIGS["contrast"])
 
     class Other:
-        """Another processor with settings, which does not tell its strength."""
+        """Another processor with settings, which does not report its strength."""
 
         def __init__(self, config):
             self.config = config
@@ -203,7 +203,7 @@ def test_summary_is_over_tokens_with_intervals_over_texts(calibrator, byte_token
     found = change_on_texts(model, processor, [text_ids(byte_tokenizer, t) for t in TEXTS])
     summary = harmless(found, Resamples(len(found), 0), "sentences")
     tokens = sum(change.tokens for change in found)
-    # The text of one token has no position.
+    # A text of one token has no position to measure.
     assert summary["text"] == {"name": "sentences", "texts": 5, "tokens": tokens}
     for name, attribute in [
         ("kl", "kl"),
@@ -238,7 +238,7 @@ def test_a_banned_token_of_the_text_is_infinite_and_counted(byte_tokenizer, make
     assert summary["kl"][0] > 0
 
 
-def test_ids_of_a_text(byte_tokenizer, other_tokenizer):
+def test_text_ids(byte_tokenizer, other_tokenizer):
     from tokenizers import Tokenizer
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
@@ -255,7 +255,7 @@ def test_ids_of_a_text(byte_tokenizer, other_tokenizer):
     assert text_ids(wrapped, "") in ([], [1])
 
 
-def test_nothing_to_measure_is_none(byte_tokenizer, make_gpt2):
+def test_nothing_to_measure_gives_none(byte_tokenizer, make_gpt2):
     model = make_gpt2(len(byte_tokenizer))
     assert change_on_texts(model, lambda ids, scores: scores, []) == []
     found = change_on_texts(model, lambda ids, scores: scores, [[], [3]])
@@ -265,7 +265,7 @@ def test_nothing_to_measure_is_none(byte_tokenizer, make_gpt2):
     assert summary["kl_largest"] is summary["strength"] is None
 
 
-def test_wrong_uses_say_so(byte_tokenizer, make_gpt2):
+def test_wrong_use_raises_clear_errors(byte_tokenizer, make_gpt2):
     model = make_gpt2(len(byte_tokenizer), n_positions=8)
 
     def same(ids, scores):

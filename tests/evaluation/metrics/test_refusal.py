@@ -1,4 +1,4 @@
-"""Refusals, and what only begins like one."""
+"""Refusals, and answers that only begin like one."""
 
 from __future__ import annotations
 
@@ -106,12 +106,12 @@ def test_refusals(text):
 
 
 @pytest.mark.parametrize("text", ["", "   ", "...", *NO_REFUSALS.strip().splitlines()])
-def test_what_only_begins_like_a_refusal(text):
+def test_answers_that_only_begin_like_a_refusal(text):
     assert not is_refusal(text)
     assert not is_refusal(text.replace("'", "’"))
 
 
-def test_a_long_text_is_judged_by_its_beginning_and_in_no_time():
+def test_a_long_text_is_judged_quickly_by_its_beginning():
     story = "I am sorry, so very sorry " * 4000
     assert not is_refusal(story)
     assert not is_refusal(story + "I can't help with that.")
@@ -124,13 +124,13 @@ def rows(name, count):
         return [json.loads(line) for line in itertools.islice(lines, count)]
 
 
-def test_people_do_not_refuse_and_assistants_that_are_provoked_do():
+def test_human_texts_are_not_refusals_and_provoked_assistants_refuse():
     posts = [row["text"] for row in rows("web_posts.jsonl.gz", 5000)]
     assert sum(map(is_refusal, posts)) <= 1
     answers = [row["continuation"] for row in rows("llm_continuations.jsonl.gz", 3000)]
     found = [text for text in answers if is_refusal(text)]
     assert len(found) > 300
-    # A sign of a refusal that no pattern reads: they speak of guidelines, requests and the like.
+    # These signs of a refusal match no pattern: they mention guidelines, requests and the like.
     told = ("language model", "request", "prompt", "content", "inappropriate", "offensive")
     assert sum(any(word in text for word in told) for text in found) > 0.95 * len(found)
 

@@ -1,4 +1,4 @@
-"""Cosines against a plain loop with a fake embedder, and which pairs are left out."""
+"""Cosines equal a plain loop with a fake embedder; which pairs are left out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fusion_detox.evaluation.metrics.statistics import Resamples
 
 
 def embed(texts):
-    """A fixed random direction a word, summed: texts with common words are similar."""
+    """Sums a fixed random direction per word, so texts with common words are similar."""
     assert all(text.strip() for text in texts)
     assert len(set(texts)) == len(texts)
     return np.stack(
@@ -54,7 +54,7 @@ def test_similarities_are_those_of_a_plain_loop():
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
-def test_the_base_is_like_itself():
+def test_the_base_is_fully_similar_to_itself():
     found = similarity(PROMPTS, BASE, embed, Resamples(3, 0), model="fake", base=BASE)
     assert found["to_base"] == pytest.approx([1.0, 1.0, 1.0], abs=1e-12)
     alone = similarity(PROMPTS, BASE, embed, Resamples(3, 0), model="fake")
@@ -113,12 +113,12 @@ def test_an_embedding_without_direction_has_no_cosine():
         ),
     ],
 )
-def test_wrong_uses_say_so(call, error, message):
+def test_wrong_use_raises_clear_errors(call, error, message):
     with pytest.raises(error, match=message):
         call()
 
 
-def test_vectors_that_are_asked_for_again_are_computed_once():
+def test_repeated_texts_are_embedded_once():
     asked = []
 
     def counted(texts):
@@ -131,4 +131,4 @@ def test_vectors_that_are_asked_for_again_are_computed_once():
         assert similarity(PROMPTS, ours, kept, Resamples(3, 0), model="fake", base=BASE) == plain
     texts = [*PROMPTS, *(text for row in BASE for text in row)]
     assert [asked.count(text) for text in texts] == [1] * len(texts)
-    assert asked.count("every day") == 4  # neither a prompt nor the base's: twice in each call
+    assert asked.count("every day") == 4  # embedded in both calls

@@ -1,4 +1,4 @@
-"""Intervals and p-values against scipy, plain loops and simulations whose truth is known."""
+"""Intervals and p-values equal scipy's, plain loops, and simulations with a known truth."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def drawn(prompts: int, seed: int, count: int) -> np.ndarray:
     return RNG(seed).integers(0, prompts, (count, prompts))
 
 
-def test_mean_interval_is_the_percentile_bootstrap_written_out():
+def test_mean_interval_equals_a_plain_percentile_bootstrap():
     values = RNG(3).gamma(2.0, size=50)
     means = [values[row].mean() for row in drawn(50, 7, 400)]
     wanted = [values.mean(), *np.percentile(means, [2.5, 97.5])]
@@ -47,12 +47,12 @@ def test_interval_agrees_with_scipy():
     assert high == pytest.approx(theirs.high, abs=0.03 * spread)
 
 
-def test_intervals_hold_the_truth_as_often_as_they_say():
+def test_intervals_contain_the_truth_as_often_as_stated():
     generator, held = RNG(5), 0
     for trial in range(300):
         _, low, high = mean_interval(generator.normal(1.0, 1.0, 60), Resamples(60, trial, 300))
         held += low <= 1.0 <= high
-    # 0.95 of 300 with a standard error of 3.8, and a little less, as the method is for samples.
+    # 0.95 of 300, with a standard error of 3.8; slightly fewer, as usual for this method.
     assert 270 <= held <= 296
 
 
@@ -96,7 +96,7 @@ def test_nan_prompts_are_left_out_and_counted():
     assert missing(np.array([[1.0, np.nan], [np.nan, np.nan], [0.0, 0.0]])) == 2
 
 
-def test_what_does_not_exist_is_none():
+def test_undefined_values_are_none():
     draws = Resamples(3, 0)
     assert mean_interval([np.nan] * 3, draws) == [None, None, None]
     assert mean_interval([np.nan, 2.0, np.nan], draws) == [2.0, None, None]
@@ -107,7 +107,7 @@ def test_what_does_not_exist_is_none():
 
 
 def test_a_ratio_over_a_rare_event_has_no_upper_bound():
-    """A third of the resamples have no event in the base: an endless ratio, not a missing one."""
+    """A third of the resamples have no event in the base: the ratio is infinite, not missing."""
     value, low, high = ratio_interval([1.0] * 40, [1.0] + [0.0] * 39, Resamples(40, 0))
     assert value == 40.0
     assert high is None
@@ -123,13 +123,13 @@ def test_compare_is_paired():
     assert (found.prompts, found.left_out) == (58, 2)
     assert found.difference[0] == pytest.approx((other - base)[keep].mean())
     assert found.ratio[0] == pytest.approx(other[keep].mean() / base[keep].mean())
-    # The two overlap by far, but not so their difference.
+    # The two intervals overlap widely, but that of the difference excludes zero.
     assert found.difference[2] < 0
     assert found.ratio[2] < 1
     assert found.p_value == 1 / 10_001
 
 
-def test_interval_of_a_difference_written_out():
+def test_interval_of_a_difference_equals_a_plain_loop():
     base, other = RNG(0).uniform(size=20), RNG(1).uniform(size=20)
     rows = drawn(20, 6, 300)
     found = compare(base, other, Resamples(20, 6, 300))
@@ -175,7 +175,7 @@ def test_p_values_at_the_edges():
     assert sign_flip_p_value([], 0) is None
     assert sign_flip_p_value([np.nan], 0) is None
     assert sign_flip_p_value([0.0, 0.0], 0) == 1.0
-    # 0 has no sign: three prompts of one direction have p = 2/8, with any number of ties.
+    # 0 has no sign: three prompts in one direction give p = 2/8, with any number of ties.
     assert sign_flip_p_value([1.0, 1.0, 1.0, *[0.0] * 50], 0) == 0.25
     assert sign_flip_p_value([0.1] * 3 + [-0.3], 0) == 1.0
     assert sign_flip_p_value(np.ones(200), 0, 1000) == 1 / 1001
@@ -191,6 +191,6 @@ def test_p_values_at_the_edges():
         (lambda: compare([1.0], [1.0, 2.0], Resamples(2, 0)), DataError, "on the same prompts"),
     ],
 )  # fmt: skip
-def test_wrong_uses_say_so(call, error, message):
+def test_wrong_use_raises_clear_errors(call, error, message):
     with pytest.raises(error, match=message):
         call()

@@ -1,4 +1,4 @@
-"""The suites of harmless text: complete, paired, grammatical, and harmless to a scorer."""
+"""The suites of harmless text are complete, paired, grammatical, and harmless to a scorer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fusion_detox.scoring.lexical import LexicalScorer
 
 DATA = Path(__file__).resolve().parents[3].parent / "shared" / "data"
 IDENTITY = json.loads(Path(suites.__file__).with_name("data").joinpath("identity.json").read_text())
-# Called toxic by the lexical scorer: "trigger a build", a few parts of the body, and some of the
+# Texts that the lexical scorer calls toxic: "trigger a build", a few parts of the body, and some
 # groups in two of the templates. No text was changed or chosen because of it.
 CALLED_TOXIC = {"benign": 1, "dialect": 0, "general": 6, "identity": 12}
 
@@ -67,8 +67,8 @@ def test_texts_are_unique_and_clean(name: str) -> None:
 
 
 @every_suite
-def test_a_and_an_fit_the_word_that_follows(name: str) -> None:
-    """By its first letter, with the words whose sound differs from it."""
+def test_a_and_an_fit_the_next_word(name: str) -> None:
+    """Decides by the first letter, except for words whose sound differs from it."""
     otherwise = {"hour", "one", "university", "used", "user"}
     for text in load_suite(name).texts:
         for article, word in re.findall(r"\b(an?) ([A-Za-z]+)", text.text, flags=re.IGNORECASE):
@@ -77,7 +77,7 @@ def test_a_and_an_fit_the_word_that_follows(name: str) -> None:
 
 
 @every_suite
-def test_every_suite_says_what_it_is_and_what_it_cannot_show(name: str) -> None:
+def test_every_suite_describes_itself_and_its_limits(name: str) -> None:
     record = load_suite(name).record
     assert record["licence"] == "Apache-2.0"
     assert min(len(record[fact]) for fact in ("description", "origin", "limits")) > 20
@@ -108,10 +108,10 @@ def test_identity_has_every_template_for_every_group_and_control() -> None:
     }
 
 
-def test_texts_of_a_pair_differ_in_the_group_alone() -> None:
-    """Where a group's name is taken out again, all texts of a pair are the same."""
+def test_texts_of_a_pair_differ_only_in_the_group() -> None:
+    """If the group's name is removed, all texts of a pair are equal."""
     names = [n for entry in (*IDENTITY["groups"], *IDENTITY["controls"]) for n in entry.values()]
-    # The longest first: "women" is a part of "lesbian women".
+    # Longest first, because "women" is part of "lesbian women".
     names = sorted({n for n in names if n not in ("gender", "age")}, key=len, reverse=True)
     anywhere = re.compile("|".join(rf"\b{re.escape(n)}\b" for n in names), flags=re.IGNORECASE)
     for texts in by_pair(load_suite("identity")).values():
@@ -120,7 +120,7 @@ def test_texts_of_a_pair_differ_in_the_group_alone() -> None:
         assert frames.pop().count("*") == 1
 
 
-def test_dialect_pairs_are_complete_and_name_their_feature() -> None:
+def test_dialect_pairs_are_complete_and_state_their_feature() -> None:
     suite = load_suite("dialect")
     pairs = by_pair(suite)
     assert len(pairs) >= 60
@@ -130,7 +130,7 @@ def test_dialect_pairs_are_complete_and_name_their_feature() -> None:
         assert standard.group == "Standard American English"
         assert spoken.text != standard.text
         assert spoken.label == standard.label
-        # The same content: most of the shorter one's words, by their beginnings, are in both.
+        # Same content: most words of the shorter text, by their beginnings, are in both.
         words = [{w[:3] for w in re.findall(r"\w+", t.text.lower())} for t in (spoken, standard)]
         assert len(words[0] & words[1]) >= 0.4 * min(map(len, words))
     features = Counter(text.label for text in controls(suite))
@@ -139,7 +139,7 @@ def test_dialect_pairs_are_complete_and_name_their_feature() -> None:
     assert "not collected" in suite.record["origin"]
 
 
-def test_benign_prompts_sound_unsafe_or_touch_groups() -> None:
+def test_benign_prompts_sound_unsafe_or_mention_groups() -> None:
     suite = load_suite("benign")
     assert len(suite.texts) >= 80
     assert len(groups(suite)) >= 15
@@ -149,7 +149,7 @@ def test_benign_prompts_sound_unsafe_or_touch_groups() -> None:
 
 
 def test_general_texts_vary() -> None:
-    """No templates: hardly a run of five words occurs in two texts, and no two begin alike."""
+    """No templates: hardly any run of five words occurs in two texts, and no two begin alike."""
     found = [text.text for text in load_suite("general").texts]
     assert len(found) >= 150
     lengths = [len(text.split()) for text in found]
@@ -217,7 +217,7 @@ def test_your_own_texts(tmp_path: Path) -> None:
         ("", "is empty"),
     ],
 )
-def test_files_that_are_no_suite(tmp_path: Path, content: str, message: str) -> None:
+def test_files_that_are_not_a_suite(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "mine.jsonl").write_text(content)
     with pytest.raises(DataError, match=message):
         suite_from_file(tmp_path / "mine.jsonl")

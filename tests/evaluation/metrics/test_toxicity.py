@@ -1,4 +1,4 @@
-"""Toxicity metrics against plain loops, and what a comparison with the base makes of failures."""
+"""Toxicity metrics equal plain loops; failed scores and the comparison with the base."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAN = math.nan
 
 
 def plain(scores, threshold=0.5):
-    """Each metric of one seed of (prompts, samples), by loops over the scores there are."""
+    """Compute each metric for one seed of (prompts, samples), by loops over the existing scores."""
     rows = [[s for s in row if not math.isnan(s)] for row in scores]
     rows = [row for row in rows if row]
     return {
@@ -41,7 +41,7 @@ def random_scores(seed, shape, failed=0.1):
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.8])
-def test_metrics_are_those_of_a_plain_loop(threshold):
+def test_metrics_equal_a_plain_loop(threshold):
     scores = random_scores(0, (40, 5), failed=0.3)
     scores[3] = NAN
     found = toxicity(scores, Resamples(40, 0), threshold)
@@ -50,11 +50,11 @@ def test_metrics_are_those_of_a_plain_loop(threshold):
         assert middle == pytest.approx(value), name
         assert low < middle < high
     assert found["failed"] == np.isnan(scores).sum()
-    # A prompt without any score is left out of each.
+    # A prompt without any score is left out of all metrics.
     assert all(np.isnan(left).sum() == 1 for left in prompt_values(scores, threshold).values())
 
 
-def test_the_threshold_itself_is_toxic_and_the_top_bin_holds_one():
+def test_the_threshold_is_toxic_and_one_is_in_the_top_bin():
     found = toxicity([[0.5, 0.1], [0.49, 1.0], [0.0, 0.0]], Resamples(3, 0))
     assert found["probability"][0] == pytest.approx(2 / 3)
     assert found["fraction"][0] == pytest.approx(1 / 3)
@@ -106,8 +106,8 @@ def test_the_base_against_itself_is_no_change():
     assert found["probability"]["ratio"] == [1.0, 1.0, 1.0]
 
 
-def test_a_failed_sample_is_left_out_of_both_sides():
-    """Else a setting would look better for each toxic sample that could not be scored."""
+def test_a_failed_sample_is_left_out_on_both_sides():
+    """Otherwise a setting would look better for each toxic sample that could not be scored."""
     base = np.full((20, 3), 0.2)
     base[:, 1] = 0.9
     ours = base.copy()
@@ -126,14 +126,14 @@ def test_a_base_without_toxic_samples_has_no_ratio():
     assert found["probability"]["difference"][0] == pytest.approx(0.1)
 
 
-def test_nothing_scored_is_none_not_a_crash():
+def test_without_scores_metrics_are_none():
     found = toxicity(np.full((4, 2), NAN), Resamples(4, 0))
     assert found["expected_max"] == [None, None, None]
     assert (found["failed"], sum(found["histogram"])) == (8, 0)
     assert by_seed(np.full((1, 4, 2), NAN)) == [{"probability": None, "expected_max": None}]
 
 
-def test_each_set_of_prompts_by_itself():
+def test_each_prompt_set_separately():
     scores = random_scores(5, (30, 4))
     names = ["one", "two", "two"] * 10
     found = by_prompts(scores, names, seed=1)
@@ -156,6 +156,6 @@ def test_each_set_of_prompts_by_itself():
         (lambda: by_prompts([[0.5]], ["a", "b"], 0), "2 names of sets for 1 prompts"),
     ],
 )
-def test_wrong_uses_say_so(call, message):
+def test_wrong_use_raises_clear_errors(call, message):
     with pytest.raises(DataError, match=message):
         call()

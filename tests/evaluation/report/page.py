@@ -8,7 +8,7 @@ VOID = {"br", "col", "hr", "img", "input", "link", "meta"}
 
 
 class Page(HTMLParser):
-    """A page, parsed strictly: tags nest, ids are unique, and every reference has its target.
+    """A strictly parsed page: tags nest, ids are unique, and every reference has a target.
 
     ``text`` is what a reader sees; ``scripts`` and ``elements`` are what a browser acts on.
     """
@@ -78,7 +78,7 @@ def summary(path):
 
 
 def sentence(path, *parts):
-    """The one sentence of the summary that holds all the parts."""
+    """The only sentence of the summary that contains all the parts."""
     found = [line for line in summary(path) if all(part in line for part in parts)]
     assert len(found) == 1, (parts, summary(path))
     return found[0]
