@@ -13,7 +13,7 @@ PLACES = ("river", "school", "town", "house", "morning", "paper", "lunch", "weat
 
 
 def paraphrase_rows(count: int, *, seed: int = 0) -> list[dict[str, Any]]:
-    """Rows of ``read_pairs``: the same sentence with a mild word, or with a harsh one."""
+    """Rows for ``read_pairs``: the same sentence with a mild word, and with a harsh one."""
     rng = random.Random(seed)
     rows = []
     for number in range(count):
@@ -30,13 +30,13 @@ def paraphrase_rows(count: int, *, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
-    """As JSON Lines."""
+    """Write the rows as JSON Lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> Path:
-    """A model folder as ``from_pretrained`` wants it."""
+    """Write a model folder as ``from_pretrained`` expects it."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -332,7 +332,7 @@ def test_continuing_from_a_cache(case):
 
 def test_continuing_with_only_new_ids(one):
     if OLD:
-        pytest.skip("transformers 4 fails on new ids alone, fused or not")
+        pytest.skip("transformers 4 fails on only new ids, fused or not")
     ids = alone(one)["input_ids"]
     hidden = ids.shape[1] - 3
     with torch.no_grad():
@@ -487,6 +487,6 @@ def test_custom_generate(one):
 def test_strategies_from_the_hub(one, options):
     """transformers 5 no longer implements them, and raises an error that says so."""
     if OLD:
-        pytest.skip("transformers 4 falls back to code of its own, or warns")
+        pytest.skip("transformers 4 uses its own code, or warns")
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         one.generate(**alone(one), **options)

@@ -89,7 +89,7 @@ def wordpiece():
 def published(name):
     """Load from tokenizer.json: the class names in folders depend on transformers' version."""
     if not (SHARED / name).is_dir():
-        pytest.skip(f"{SHARED / name} is not there")
+        pytest.skip(f"{SHARED / name} is missing")
     ends = {"bos_token": "<s>", "eos_token": "</s>"}
     if name in ("gpt2", "cl100k_base", "o200k_base"):
         ends = dict.fromkeys(ends, "<|endoftext|>")

@@ -37,14 +37,14 @@ def test_memory_is_trimmed_after_the_process_has_grown(process):
     assert process(300) == 0
     assert process(511) == 0
     assert process(520) == 1
-    assert process(600) == 1, "measured from where trimming has left it"
+    assert process(600) == 1, "growth counts from the size after trimming"
     assert process(700) == 2
 
 
 def test_the_measured_size_is_that_of_the_process():
     before = heap._resident()
     if before == 0:
-        pytest.skip("this system does not tell the size of a process")
+        pytest.skip("this system does not report the size of a process")
     block = ctypes.create_string_buffer(64 * 2**20)
     ctypes.memset(block, 1, len(block))
     assert 60 * 2**20 < heap._resident() - before < 90 * 2**20

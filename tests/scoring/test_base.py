@@ -1,4 +1,4 @@
-"""Scoring in batches, and what a failure costs."""
+"""Scoring in batches, and the cost of failures."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_each_distinct_text_once_in_order_of_length():
     assert seen == [["a", "bb", "ccc"], ["dddd"]]
 
 
-def test_only_the_text_that_fails_is_nan(caplog):
+def test_only_texts_that_fail_are_nan(caplog):
     def score(texts):
         if "bb" in texts:
             raise RuntimeError("the model\nstumbles")
@@ -82,7 +82,7 @@ def test_many_failures_are_counted_rather_than_listed(caplog):
     assert caplog.records[-1].getMessage() == "test could not score 58 texts in all"
 
 
-def test_failure_of_all_texts_says_why():
+def test_the_failure_of_all_texts_is_explained():
     def score(texts):
         raise RuntimeError("CUDA error")
 
@@ -95,7 +95,7 @@ def test_a_wrong_number_of_scores_is_a_failure():
         run(lambda texts: {"toxicity": [], "other": []}, ["a", "b"])
 
 
-def test_errors_of_ours_end_the_run():
+def test_our_own_errors_end_the_run():
     def score(texts):
         raise ScoringError("the service is gone")
 

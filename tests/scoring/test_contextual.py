@@ -1,4 +1,4 @@
-"""Sentence embeddings, and the scorer on top of them."""
+"""Sentence embeddings, and the scorer that uses them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def scorer():
 
 @torch.inference_mode()
 def stated_again(texts, path):
-    """The embeddings that the network was trained on: one text at a time, nothing padded."""
+    """The embeddings on which the network was trained: one text at a time, without padding."""
     from transformers import AutoModel, AutoTokenizer
 
     tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(path).eval()
@@ -63,7 +63,7 @@ def stated_again(texts, path):
 
 
 @torch.inference_mode()
-def test_embeddings_and_scores_are_those_of_training(scorer, model_path):
+def test_embeddings_and_scores_equal_those_of_training(scorer, model_path):
     embeddings = stated_again(TEXTS, model_path)
     torch.testing.assert_close(scorer.embedder(TEXTS), embeddings, atol=2e-5, rtol=0)
     weights = load_file(CONTEXTUAL)
@@ -73,7 +73,7 @@ def test_embeddings_and_scores_are_those_of_training(scorer, model_path):
     assert scorer.score(TEXTS) == pytest.approx([float(p) for p in expected], abs=1e-6)
 
 
-def test_scores_tell_insults_from_naming_groups(scorer):
+def test_scores_distinguish_insults_from_naming_groups(scorer):
     insults = ["you are a complete idiot", "What a damn stupid thing to say! Shut up, you idiot."]
     harmless = ["The black woman walked her dog.", "My Muslim neighbours are kind.", TEXTS[0]]
     assert min(scorer.score(insults)) > 0.8 > max(scorer.score(harmless))
@@ -106,7 +106,7 @@ def test_any_sentence_transformer_by_path(model_path):
     assert other.record()["weights"] == Embedder().record()["weights"]
 
 
-def test_no_text_no_embedding():
+def test_no_texts_give_no_embeddings():
     assert Embedder()([]).shape == (0, 384)
 
 
@@ -121,7 +121,7 @@ def test_wrong_use(tmp_path):
         Embedder()("text")
 
 
-def test_a_folder_that_is_no_model(tmp_path):
+def test_a_folder_that_is_not_a_model(tmp_path):
     pytest.importorskip("sentence_transformers")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ModelError, match=r"holds no \*.safetensors"):

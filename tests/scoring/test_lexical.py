@@ -42,11 +42,11 @@ def test_scores_are_probabilities(scorer: LexicalScorer) -> None:
 
 
 @pytest.mark.parametrize("text", ["", " ", "\n\t "])
-def test_nothing_said_is_not_toxic(scorer: LexicalScorer, text: str) -> None:
+def test_empty_text_is_not_toxic(scorer: LexicalScorer, text: str) -> None:
     assert scorer.score([text]) == [0.0]
 
 
-def test_a_mark_or_a_function_word_is_not_toxic(scorer: LexicalScorer) -> None:
+def test_punctuation_and_function_words_are_not_toxic(scorer: LexicalScorer) -> None:
     assert max(scorer.score([".", "!!", "the", ". I", "and then he"])) < 0.2
 
 
@@ -62,7 +62,7 @@ def test_hashes_are_the_same_on_every_machine() -> None:
     assert values[0] == pytest.approx(1.6931, abs=1e-4)
 
 
-def test_case_and_spaced_marks_do_not_count(scorer: LexicalScorer) -> None:
+def test_case_and_spaced_punctuation_do_not_matter(scorer: LexicalScorer) -> None:
     assert len(set(scorer.score(["You idiot .", "you IDIOT.", " you idiot. "]))) == 1
 
 

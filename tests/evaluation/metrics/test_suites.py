@@ -254,7 +254,7 @@ def test_hatecheck_in_both_forms(tmp_path: Path) -> None:
         hatecheck_suite(tmp_path / "other.jsonl")
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="the real HateCheck is not on this machine")
+@pytest.mark.skipif(not DATA.is_dir(), reason="the published HateCheck is missing")
 def test_the_real_hatecheck() -> None:
     suite = hatecheck_suite(DATA / "hatecheck.jsonl.gz")
     assert len(groups(suite)) == 7

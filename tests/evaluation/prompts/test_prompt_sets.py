@@ -370,7 +370,7 @@ def test_a_set_from_texts_in_memory() -> None:
         PromptSet.from_texts([])
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="the real prompt sets are not on this machine")
+@pytest.mark.skipif(not DATA.is_dir(), reason="the published prompt sets are missing")
 @pytest.mark.parametrize(
     ("file", "kind", "count", "groups_expected"),
     [

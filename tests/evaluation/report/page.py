@@ -20,12 +20,12 @@ class Page(HTMLParser):
         self.feed(source)
         self.close()
         assert not self.open, f"not closed: {self.open}"
-        assert len(self.ids) == len(set(self.ids)), "an id is used twice"
+        assert len(self.ids) == len(set(self.ids)), "an id occurs twice"
         missing = set(self.references) - set(self.ids)
         assert not missing, f"nothing has the ids {missing}"
 
     def handle_starttag(self, name, attributes):
-        assert len(attributes) == len(dict(attributes)), f"an attribute twice in <{name}>"
+        assert len(attributes) == len(dict(attributes)), f"a repeated attribute in <{name}>"
         found = dict(attributes)
         self.elements.append((name, found))
         if "id" in found:

@@ -1,4 +1,4 @@
-"""From paraphrase sets to batches: what is drawn, what counts, what is cut, what is refused."""
+"""From paraphrase sets to batches: what is drawn, counted, cut and refused."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def test_every_wording_follows_bos_and_its_prompt(byte_tokenizer):
     assert byte_tokenizer.decode(ids[1:skipped]) == DIALOGUE.prompt
 
 
-def test_a_token_over_the_border_of_the_prompt_is_judged(byte_tokenizer):
-    """``stupid`` is one token; half of it in the prompt leaves it to the wording."""
+def test_a_token_across_the_border_of_the_prompt_counts(byte_tokenizer):
+    """``stupid`` is one token; if half of it is in the prompt, it belongs to the wording."""
     assert len(byte_tokenizer(" stupid")["input_ids"]) == 1
     one = ParaphraseSet("x", ("pid thing", "per"), ("pid",), prompt="What a stu")
     (encoded,) = encode_sets(byte_tokenizer, [one], bos_id=0, context_length=64)
@@ -63,7 +63,7 @@ def test_cutting_keeps_the_end_of_the_prompt_and_the_start_of_the_wording(byte_t
         (encoded,) = encode_sets(byte_tokenizer, [long], bos_id=0, context_length=16)
     assert "2 of 2 wordings were truncated to the context of 16 tokens" in caplog.text
     kept = {skipped for _, skipped in (*encoded.positives, *encoded.negatives)}
-    assert len(kept) == 1  # as much of the prompt before each wording of the set
+    assert len(kept) == 1  # every wording of the set follows the same part of the prompt
     ids, skipped = encoded.positives[0]
     assert len(ids) <= 16
     prompt, wording = byte_tokenizer.decode(ids[1:skipped]), byte_tokenizer.decode(ids[skipped:])
@@ -74,13 +74,13 @@ def test_cutting_keeps_the_end_of_the_prompt_and_the_start_of_the_wording(byte_t
     assert byte_tokenizer.decode(encoded.negatives[0][0]).endswith("You idiot.")
 
 
-def test_short_texts_are_cut_without_a_word(byte_tokenizer, caplog):
+def test_short_texts_are_cut_silently(byte_tokenizer, caplog):
     with caplog.at_level(logging.WARNING):
         encode_sets(byte_tokenizer, [MILD, DIALOGUE], bos_id=0, context_length=64)
     assert not caplog.text
 
 
-def test_batch_holds_each_wording_once_and_counts_no_padding(byte_tokenizer):
+def test_a_batch_contains_each_wording_once_and_counts_no_padding(byte_tokenizer):
     sets = encode_sets(byte_tokenizer, [MILD, DIALOGUE], bos_id=0, context_length=64)
     batch = collate([whole(one) for one in sets], pad_id=7)
     assert batch["group"].tolist() == [0, 0, 0, 1, 1]
@@ -130,17 +130,17 @@ def test_draws(many):
     assert set(used.values()) == {2, 3}
 
 
-def test_a_draw_depends_on_seed_and_index_alone(many):
+def test_a_draw_depends_only_on_seed_and_index(many):
     first = AnchorDraws(many, 30, positives=2, negatives=3, seed=5)
     again = AnchorDraws(many, 30, positives=2, negatives=3, seed=5)
     assert [again[i] for i in reversed(range(30))] == [first[i] for i in reversed(range(30))]
     other = AnchorDraws(many, 30, positives=2, negatives=3, seed=6)
     assert [other[i] for i in range(30)] != [first[i] for i in range(30)]
-    # The second time round, the same anchor comes with other wordings.
+    # In the second epoch, the same anchor comes with other wordings.
     assert len({str(first[index].rows) for index in range(30)}) > 12
 
 
-def test_general_text_goes_with_each_anchor(many):
+def test_each_anchor_gets_general_text(many):
     ids = np.arange(40, dtype=np.int32).reshape(5, 8)
     blocks = Blocks(ids, ids, np.full(5, 8, dtype=np.int32))
     draws = AnchorDraws(many, 10, positives=1, negatives=1, general=blocks, seed=1)
@@ -168,14 +168,14 @@ def test_unusable_sets(sets, message):
         check_sets(sets)
 
 
-def test_wording_without_a_token_of_its_own(byte_tokenizer):
+def test_a_wording_without_a_token_of_its_own(byte_tokenizer):
     one = ParaphraseSet("Hello", ("",), ("x",), prompt="Well")
     with pytest.raises(DataError, match="'' has no token of its own"):
         encode_sets(byte_tokenizer, [one], bos_id=0, context_length=32)
 
 
-def test_other_scores_are_another_run():
-    """The key of a set leaves its provenance out, and the likelihood ratio learns from scores."""
+def test_other_scores_make_another_run():
+    """A set's key ignores its provenance, but the likelihood ratio learns from the scores there."""
     rows = [ParaphraseSet("a", ("a b",), ("a c",), "", score) for score in SCORED]
     assert len({one.key for one in rows}) == 1
     assert len({grades_digest([one]) for one in rows}) == 3

@@ -69,7 +69,7 @@ def made(texts, tmp_path_factory):
 
 
 def ratio(calibrator, text):
-    """Summed log-likelihood ratio of clean to reference."""
+    """The summed log-likelihood ratio of the clean model to the reference."""
     ids = torch.tensor(
         [[calibrator.bos_id, *calibrator.tokenizer(text, add_special_tokens=False)["input_ids"]]]
     )
@@ -81,8 +81,8 @@ def ratio(calibrator, text):
     return total
 
 
-def test_the_clean_model_learns_to_hold_toxic_wordings_back(made):
-    """On endings that it never saw; language modelling alone is the test below."""
+def test_the_clean_model_learns_to_avoid_toxic_wordings(made):
+    """On endings that it never saw; the test below covers language modelling alone."""
     calibrator = Calibrator.from_pretrained(made)
     record = calibrator.record
     for good, bad in zip(KIND, HARSH, strict=True):
@@ -99,8 +99,8 @@ def test_the_clean_model_learns_to_hold_toxic_wordings_back(made):
     assert "kl" in record["curves"]["contrast"][0]
 
 
-def test_equal_toxicity_asks_for_equal_ratios(texts, made, tmp_path):
-    """With λ = 0 nothing is to be told apart, so the same training undoes the difference."""
+def test_equal_toxicity_trains_equal_ratios(texts, made, tmp_path):
+    """With λ = 0 all wordings should get equal ratios, so training undoes the difference."""
     folder = tmp_path / "flat"
     train_calibrator(
         folder, calibrator=made, clean=texts["clean"], pairs=texts["pairs"],
@@ -124,7 +124,7 @@ def test_equal_toxicity_asks_for_equal_ratios(texts, made, tmp_path):
 
 
 @pytest.mark.parametrize("objective", ["contrastive-perplexity", "signed-margin"])
-def test_alone_the_reference_is_the_base(texts, tmp_path, objective):
+def test_without_language_modelling_the_reference_is_the_base(texts, tmp_path, objective):
     folder = tmp_path / "alone"
     train_calibrator(
         folder, general=texts["general"], pairs=texts["pairs"],
@@ -139,8 +139,8 @@ def test_alone_the_reference_is_the_base(texts, tmp_path, objective):
         assert after["ratio_auc_within"] > 0.9
 
 
-def test_a_killed_stage_goes_on_to_the_same_weights(texts, made, tmp_path):
-    """SIGKILL between two checkpoints of the stage; the rest must not be able to tell."""
+def test_a_killed_stage_resumes_to_the_same_weights(texts, made, tmp_path):
+    """SIGKILL between two checkpoints of the stage; the resumed run must give the same weights."""
     script = (
         "import sys, json\n"
         "from fusion_detox.training import TrainingConfig, train_calibrator\n"
@@ -170,7 +170,7 @@ def test_a_killed_stage_goes_on_to_the_same_weights(texts, made, tmp_path):
         torch.testing.assert_close(tensor, other.clean.state_dict()[name], atol=1e-6, rtol=0)
 
 
-def test_what_does_not_go_together(texts, made, tmp_path):
+def test_incompatible_arguments(texts, made, tmp_path):
     general, clean, pairs = texts["general"], texts["clean"], texts["pairs"]
     cases = [
         ({"clean": clean, "general": general}, "learns from paraphrase sets: give some with --pa"),

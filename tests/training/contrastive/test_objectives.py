@@ -1,4 +1,4 @@
-"""The contrastive objectives against arithmetic, numpy, finite differences and the paper's code."""
+"""The contrastive objectives equal arithmetic, numpy, finite differences and the paper's code."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fusion_detox.training.loss import IGNORED
 
 
 def batch(*anchors):
-    """``(nll, group, positive)`` of anchors given as (positives' nll, negatives' nll)."""
+    """Build ``(nll, group, positive)`` from anchors given as (positives' nll, negatives' nll)."""
     rows = [
         (value, number, kind)
         for number, (positives, negatives) in enumerate(anchors)
@@ -40,7 +40,7 @@ def batch(*anchors):
 
 
 def transcription(nll, group, positive, temperature, alpha):
-    """Equations 1 to 6 of arXiv 2401.08491, anchor by anchor, without any of our care."""
+    """Equations 1 to 6 of arXiv 2401.08491, anchor by anchor, without numerical safeguards."""
     losses = []
     for anchor in np.unique(group):
         phi = np.exp(nll[group == anchor])
@@ -123,7 +123,7 @@ def test_tokens_that_neither_model_allows_add_nothing():
     assert logits.grad.isfinite().all()
 
 
-def test_row_without_a_counted_token():
+def test_a_row_without_a_counted_token():
     labels = torch.tensor([[1, 2, 3], [4, IGNORED, IGNORED]])  # a first token has no prediction
     with pytest.raises(DataError, match="row 1 of 2 has no counted token"):
         mean_nll(torch.zeros(2, 3, 5), labels)
@@ -175,7 +175,7 @@ def batches(draw):
 
 @given(batches(), st.sampled_from([0.1, 0.2, 1.0]), st.sampled_from([0.5, 1.0, 1.1]))
 @settings(max_examples=60, deadline=None)
-def test_equal_to_the_equations(values, temperature, alpha):
+def test_the_loss_equals_the_equations(values, temperature, alpha):
     found = contrastive_perplexity_loss(
         *values, temperature=temperature, negative_weight=alpha, reduction="none"
     )
@@ -185,7 +185,7 @@ def test_equal_to_the_equations(values, temperature, alpha):
     assert mean.item() == pytest.approx(wanted.mean(), abs=1e-12)
 
 
-def test_temperature_cancels_as_a_scale_and_acts_in_the_exponent():
+def test_temperature_cancels_as_a_scale_but_not_in_the_exponent():
     values = batch(([0.5, 1.0], [1.5, 0.2]))
     scaled = [contrastive_perplexity_loss(*values, temperature=t).item() for t in (0.1, 0.2, 5)]
     assert scaled == pytest.approx([scaled[0]] * 3)
@@ -217,11 +217,11 @@ def test_gradients(centroid, perplexity, temperature_in):
 
     nll.requires_grad_()
     if centroid == "moving":
-        # The anchor with one positive stands on the kink of |·|, where no derivative exists.
+        # The anchor with one positive is at the kink of |·|, where there is no derivative.
         smooth = group != 2
         gradcheck(lambda values: loss(torch.where(smooth, values, nll.detach()))[:2], (nll,))
     else:
-        # Finite differences that hold the centroid: only the negatives of an anchor move.
+        # Finite differences with the centroid held fixed: only an anchor's negatives move.
         (found,) = torch.autograd.grad(loss(nll).sum(), nll)
         step = 1e-6
         for row in (~positive).nonzero().flatten().tolist():
@@ -233,7 +233,7 @@ def test_gradients(centroid, perplexity, temperature_in):
 
 
 def test_gradient_of_a_fixed_centroid_by_hand():
-    """Positives at nll 0 and ln 3 round c = 2, negative at ln 5: dloss/dφ by the chain rule."""
+    """Positives at nll 0 and ln 3 around c = 2, negative at ln 5: dloss/dφ by the chain rule."""
     nll, group, positive = batch(([0.0, math.log(3)], [math.log(5)]))
     nll.requires_grad_()
     contrastive_perplexity_loss(nll, group, positive, centroid="fixed").backward()
@@ -251,7 +251,7 @@ def test_gradient_of_a_fixed_centroid_by_hand():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_no_overflow(dtype):
-    """exp(200) is infinite in float32; inf − inf would be NaN."""
+    """exp(200) is infinite in float32, and inf − inf would be NaN."""
     nll = torch.tensor([200.0, 150.0, 500.0, 2.0], dtype=dtype, requires_grad=True)
     group, positive = torch.zeros(4, dtype=torch.long), torch.tensor([True, True, False, False])
     loss = contrastive_perplexity_loss(nll, group, positive)
@@ -285,7 +285,7 @@ def test_without_negatives_there_is_nothing_to_learn():
     assert gradient.tolist() == [0, 0]
 
 
-def test_anchor_without_positives():
+def test_an_anchor_without_positives():
     values = torch.tensor([1.0, 2.0]), torch.tensor([7, 7]), torch.tensor([False, False])
     for function in (contrastive_perplexity_loss, signed_margin_loss, positive_nll):
         with pytest.raises(DataError, match="anchor 7 has no positive"):
@@ -296,7 +296,7 @@ def test_anchor_without_positives():
 
 
 def texts(model, rows, width, pad):
-    """nll of ragged rows of ids, padded on the right to ``width``."""
+    """nll of rows of different lengths, padded on the right to ``width``."""
     ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
     labels = ids.masked_fill(mask == 0, IGNORED)
@@ -306,8 +306,8 @@ def texts(model, rows, width, pad):
 
 @pytest.mark.parametrize("objective", ["contrastive-perplexity", "signed-margin"])
 @pytest.mark.parametrize("maker", ["make_llama", "make_gpt2"])
-def test_more_padding_and_other_neighbours_change_nothing(objective, maker, request):
-    """An anchor's value is its own. The paper's code counts padding and averages the batch."""
+def test_padding_and_neighbours_change_nothing(objective, maker, request):
+    """An anchor's loss is its own. The paper's code counts padding and averages over the batch."""
     model = request.getfixturevalue(maker)(50, initializer_range=0.05)
     rows = [[0, 5, 9], [0, 7, 3, 8, 2], [0, 11, 4, 6], [0, 20, 21, 22], [0, 30, 31], [0, 33, 1, 2]]
     group = torch.tensor([4, 4, 4, 9, 9, 9])
@@ -334,8 +334,8 @@ def test_more_padding_and_other_neighbours_change_nothing(objective, maker, requ
     assert abs(together[0] - together[1]) > 1e-3
 
 
-def test_the_centroid_is_the_anchors_own():
-    """With one centroid for the batch, these two well-separated anchors would look bad."""
+def test_each_anchor_has_its_own_centroid():
+    """With one centroid per batch, these two well-separated anchors would look bad."""
     near, far = ([1.0, 1.0], [2.0]), ([2.0, 2.0], [3.0])
     own = contrastive_perplexity_loss(*batch(near, far), reduction="none")
     assert own[0].item() == pytest.approx(contrastive_perplexity_loss(*batch(near)).item())
@@ -344,8 +344,8 @@ def test_the_centroid_is_the_anchors_own():
     assert abs(whole_batch.item() - own.mean().item()) > 0.1
 
 
-def test_alpha_is_a_weight_and_no_logit():
-    """α multiplies the negatives; their code adds it to logits, a weight of e^α."""
+def test_alpha_is_a_weight_and_not_a_logit():
+    """α multiplies the negatives. The paper's code adds it to logits, which is a weight of e^α."""
     values = batch(([1.0], [1.0]))
     for alpha in (0.5, 1.0, 100.0):
         found = contrastive_perplexity_loss(*values, negative_weight=alpha).item()
@@ -353,17 +353,17 @@ def test_alpha_is_a_weight_and_no_logit():
         assert found != pytest.approx(math.log(1 + math.exp(alpha)))
 
 
-# Ours: the sign
+# Our objective: the sign
 
 
 def test_j_may_make_toxic_text_more_likely_and_the_signed_margin_does_not():
-    """A negative below the prototype: J pushes it down, out of reach; the margin lifts it over."""
+    """With a negative below the prototype, J lowers its nll further; the margin raises it above."""
 
     def train(loss):
         nll, group, positive = batch(([2.0, 2.2], [2.0]))
         free = nll.clone().requires_grad_()
         for _ in range(400):
-            held = torch.where(positive, nll, free)  # the positives stay where they are
+            held = torch.where(positive, nll, free)  # the positives do not move
             (gradient,) = torch.autograd.grad(loss(held, group, positive), free)
             free = (free - 0.01 * gradient).detach().requires_grad_()
         return free[2].item()
@@ -390,7 +390,7 @@ def test_signed_margin_never_makes_a_negative_more_likely(values, kind, centroid
 
 
 def test_signed_margin_by_hand():
-    """Prototype 1.5, margin 1: lacking 0 (at 3), .5 (at 2), 2.5 (at 0)."""
+    """Prototype 1.5, margin 1: the shortfall is 0 (nll 3), .5 (nll 2) and 2.5 (nll 0)."""
     values = batch(([1.0, 2.0], [3.0, 2.0, 0.0]))
     assert signed_margin_loss(*values, margin=1.0).item() == pytest.approx((0 + 0.5 + 2.5) / 3)
     soft = [math.log1p(math.exp(x)) for x in (-0.5, 0.5, 2.5)]
@@ -416,7 +416,7 @@ def test_objective_is_the_weighted_sum_of_its_terms():
     config = ContrastiveConfig(margin=1.0, lm_weight=0.3, kl_weight=2.0)
     found = objective_loss(*values, objective="signed-margin", config=config, kl=kl)
     margin = signed_margin_loss(*values, margin=1.0).item()
-    modelling = ((1.0 + 2.0) / 2 + 1.0) / 2  # anchors count alike, whatever their size
+    modelling = ((1.0 + 2.0) / 2 + 1.0) / 2  # anchors count equally, whatever their size
     assert found.item() == pytest.approx(margin + 0.3 * modelling + 2.0 * 0.3)
     paper = objective_loss(
         *values, objective="contrastive-perplexity", config=ContrastiveConfig(), kl=kl
@@ -445,11 +445,11 @@ def test_settings_out_of_range(wrong, message):
 
 
 def test_separation_by_hand():
-    """Anchor 0: 2 of 2 pairs in order; anchor 1: 1 of 2; a third one has no negative."""
+    """Anchor 0: 2 of 2 pairs in order; anchor 1: 1 of 2; the third anchor has no negative."""
     nll, group, positive = batch(([1.0], [2.0, 3.0]), ([4.0, 2.5], [3.0]), ([9.0], []))
     found = separation(nll, group, positive)
     assert found["auc_within"] == pytest.approx((1 + 0.5) / 2)
-    # Over positives 1, 4, 2.5, 9: negatives 2, 3, 3 exceed 1, 2, 2 of them.
+    # Of the positives 1, 4, 2.5 and 9, the negatives 2, 3 and 3 exceed 1, 2 and 2.
     assert found["auc_overall"] == pytest.approx((1 + 2 + 2) / 12)
     assert found["positive_perplexity"] == pytest.approx(math.exp((1 + 4 + 2.5 + 9) / 4))
     assert found["negative_perplexity"] == pytest.approx(math.exp(8 / 3))
@@ -475,7 +475,7 @@ def test_drift_by_hand():
 
 
 def test_likelihood_ratio_by_hand_and_its_optimum():
-    """KL(softmax(-λ g) ‖ softmax(r)) of two anchors, written out; 0 where r = -λ g + constant."""
+    """KL(softmax(-λ g) ‖ softmax(r)) of two anchors, written out; 0 if r = -λ g + constant."""
     ratio = torch.tensor([0.5, -1.0, 2.0, 0.0, 1.0], dtype=torch.float64, requires_grad=True)
     group = torch.tensor([4, 4, 4, 9, 9])
     toxicity = torch.tensor([0.0, 1.0, 0.25, 1.0, 0.0], dtype=torch.float64)

@@ -11,7 +11,7 @@ from fusion_detox.errors import DataError, DataFileError
 from fusion_detox.training.data.pairs import ParaphraseSet, read_pairs
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the folder of public data is not here")
+shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the folder of public data is missing")
 GOOD = {
     "anchor": "He left.",
     "positives": ["He went away.", "He left."],
@@ -62,7 +62,9 @@ def test_the_key_depends_on_the_content(write):
     for change in ({"anchor": "No."}, {"positives": ["He left."]}, {"prompt": ""}):
         assert read_pairs([write({**GOOD, **change})])[0].key != pair.key
     moved = {**GOOD, "positives": ["He went away."], "negatives": ["He left.", "The idiot left."]}
-    assert read_pairs([write(moved)])[0].key != pair.key, "a wording that changed sides"
+    assert read_pairs([write(moved)])[0].key != pair.key, (
+        "a wording that changed sides makes another set"
+    )
 
 
 @pytest.mark.parametrize(

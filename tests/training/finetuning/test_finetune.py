@@ -1,4 +1,4 @@
-"""Fine-tuning end to end on tiny models: what it changes, what it leaves alone, how it resumes."""
+"""Fine-tuning end to end on tiny models: what it changes, what it keeps, and how it resumes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ BUILT = runpy.run_path(str(Path(__file__).parents[2] / "finetune_data.py"))
 paraphrase_rows, save_model, write_rows = (
     BUILT[name] for name in ("paraphrase_rows", "save_model", "write_rows")
 )
-# peft 0.21 asks a model for this property by its name of transformers 4.
+# peft 0.21 asks the model for this property by its name in transformers 4.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
 SMALL: dict[str, Any] = {
@@ -81,13 +81,13 @@ def llama(folder: Path, make_llama: Any, byte_tokenizer: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def gpt2(folder: Path, make_gpt2: Any, byte_tokenizer: Any) -> Path:
-    """It happens to find harsh wordings likelier than mild ones."""
+    """A model that happens to find harsh wordings likelier than mild ones."""
     model = make_gpt2(len(byte_tokenizer), initializer_range=0.1)
     return save_model(model, byte_tokenizer, folder / "gpt2")
 
 
 def train(model: Path, output: Path, pairs: Path, **changes: Any) -> dict[str, Any]:
-    """Runs ``finetune`` and returns its record."""
+    """Run ``finetune`` and return its record."""
     contrast = changes.pop("contrast", ContrastiveConfig(perplexity="log"))
     more = {k: changes.pop(k) for k in list(changes) if k not in FinetuneConfig().to_dict()}
     config = FinetuneConfig(**{**SMALL, **changes})
@@ -100,7 +100,7 @@ def train(model: Path, output: Path, pairs: Path, **changes: Any) -> dict[str, A
 
 @pytest.fixture(scope="module")
 def adapter(llama: Path, pairs: Path, general: Path, folder: Path) -> Path:
-    """Twelve steps of a signed margin with KL on general text."""
+    """Twelve steps of the signed margin, with KL on general text."""
     train(llama, folder / "adapter", pairs, objective="signed-margin", general=[general])
     return folder / "adapter"
 
@@ -116,10 +116,10 @@ def nll_of(model: Any, tokenizer: Any, texts: list[str]) -> torch.Tensor:
     return torch.cat(values)
 
 
-# What comes out
+# Results
 
 
-def test_adapter_loads_by_peft_and_by_transformers_alike(adapter: Path, llama: Path) -> None:
+def test_peft_and_transformers_load_the_same_adapter(adapter: Path, llama: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(llama)
     ids = torch.randint(1, 300, (2, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -135,7 +135,7 @@ def test_adapter_loads_by_peft_and_by_transformers_alike(adapter: Path, llama: P
     assert tokenizer("You idiot.") == AutoTokenizer.from_pretrained(llama)("You idiot.")
 
 
-def test_folder_tells_how_it_was_made(adapter: Path, llama: Path, pairs: Path) -> None:
+def test_the_folder_records_how_it_was_made(adapter: Path, llama: Path, pairs: Path) -> None:
     names = {path.name for path in adapter.iterdir()}
     assert names >= {"adapter_model.safetensors", "adapter_config.json", "README.md"}
     assert not [name for name in names if name.endswith((".bin", ".pt", ".pkl"))]
@@ -155,11 +155,13 @@ def test_folder_tells_how_it_was_made(adapter: Path, llama: Path, pairs: Path) -
     card = (adapter / "README.md").read_text()
     assert 'library_name: "peft"' in card
     assert "| auc_within |" in card
-    assert "base_model:" not in card  # a path here is no name on the hub
+    assert "base_model:" not in card  # a local path is not a hub id
 
 
-def test_what_the_record_says_was_measured_is_true(adapter: Path, llama: Path, pairs: Path) -> None:
-    """Perplexity of the held-out wordings, computed anew from the files, text by text."""
+def test_the_measurements_in_the_record_are_correct(
+    adapter: Path, llama: Path, pairs: Path
+) -> None:
+    """Perplexity of the held-out wordings, recomputed from the files, text by text."""
     record = json.loads((adapter / "training.json").read_text())
     tokenizer = AutoTokenizer.from_pretrained(llama)
     from fusion_detox.training.data.pairs import read_pairs
@@ -175,10 +177,10 @@ def test_what_the_record_says_was_measured_is_true(adapter: Path, llama: Path, p
 
 
 @pytest.mark.parametrize("objective", ["contrastive-perplexity", "signed-margin", "dpo"])
-def test_the_base_model_stays_as_it_was(
+def test_the_base_model_does_not_change(
     objective: str, gpt2: Path, pairs: Path, tmp_path: Path
 ) -> None:
-    """Bit for bit: on the disk, and under the adapter."""
+    """Bit for bit, on disk and under the adapter."""
     files = {path: path.read_bytes() for path in gpt2.iterdir()}
     before = AutoModelForCausalLM.from_pretrained(gpt2).state_dict()
     train(gpt2, tmp_path / "out", pairs, objective=objective, steps=3)
@@ -192,14 +194,14 @@ def test_the_base_model_stays_as_it_was(
         assert torch.equal(adapted[twin], value), name
 
 
-# What it does
+# Effects
 
 
 @pytest.mark.parametrize("objective", ["signed-margin", "dpo"])
-def test_harsh_wordings_become_the_less_likely_ones(
+def test_harsh_wordings_become_less_likely_than_mild_ones(
     objective: str, gpt2: Path, pairs: Path, general: Path, tmp_path: Path
 ) -> None:
-    """On anchors that were not trained on, of a model that preferred the harsh ones."""
+    """On anchors without training, with a model that preferred the harsh wordings."""
     record = train(gpt2, tmp_path / "out", pairs, objective=objective, steps=60, general=[general])
     before, after = record["held_out"]["before"], record["held_out"]["after"]
     assert before["auc_within"] < 0.45
@@ -218,10 +220,10 @@ def test_harsh_wordings_become_the_less_likely_ones(
         assert nll_of(model, tokenizer, row["negatives"]).mean() > mild
 
 
-def test_the_papers_objective_follows_the_sign_that_it_finds(
+def test_the_papers_objective_amplifies_the_existing_preference(
     llama: Path, gpt2: Path, pairs: Path, tmp_path: Path
 ) -> None:
-    """It separates the wordings, but harsh ones that were likelier become likelier still."""
+    """It separates the wordings, but if harsh ones were likelier, they become even likelier."""
     far = train(llama, tmp_path / "llama", pairs, objective="contrastive-perplexity", steps=40)
     near = train(gpt2, tmp_path / "gpt2", pairs, objective="contrastive-perplexity", steps=40)
     assert far["held_out"]["before"]["auc_within"] > 0.6
@@ -243,10 +245,10 @@ def test_kl_keeps_the_model_near_its_base(
     assert drift[1] < 0.5 * drift[0]
 
 
-def test_how_a_step_is_cut_up_does_not_matter(
+def test_micro_batches_do_not_change_a_step(
     llama: Path, pairs: Path, general: Path, tmp_path: Path
 ) -> None:
-    """One micro-batch of four anchors, or four of one: the same weights in the end."""
+    """One micro-batch of four anchors and four of one anchor give the same losses."""
     for at_once in (1, 4):
         train(
             llama, tmp_path / str(at_once), pairs, objective="signed-margin", steps=3,
@@ -261,7 +263,7 @@ def test_how_a_step_is_cut_up_does_not_matter(
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_all_linear_layers_where_peft_has_no_choice(
+def test_all_linear_layers_if_peft_has_no_default(
     folder: Path, pairs: Path, byte_tokenizer: Any, tmp_path: Path
 ) -> None:
     from transformers import Olmo2Config, Olmo2ForCausalLM
@@ -279,7 +281,7 @@ def test_all_linear_layers_where_peft_has_no_choice(
     }
 
 
-# Interrupted, and spread
+# Interruptions and several processes
 
 
 def command(output: Path, base: Path, pairs: Path, general: Path, *more: str) -> list[str]:
@@ -290,10 +292,10 @@ def command(output: Path, base: Path, pairs: Path, general: Path, *more: str) ->
     ]  # fmt: skip
 
 
-def test_killed_run_goes_on_and_ends_the_same(
+def test_a_killed_run_resumes_and_ends_the_same(
     adapter: Path, llama: Path, pairs: Path, general: Path, tmp_path: Path
 ) -> None:
-    """SIGKILL as soon as there is a checkpoint; the second start must end as if never."""
+    """SIGKILL as soon as there is a checkpoint; the second run must end as if uninterrupted."""
     output, steps = tmp_path / "adapter", tmp_path / "adapter.training" / "steps"
     process = subprocess.Popen([sys.executable, *command(output, llama, pairs, general)])
     until = time.monotonic() + 120
@@ -313,7 +315,7 @@ def test_killed_run_goes_on_and_ends_the_same(
     assert [e["step"] for e in records[0]["curve"]] == [e["step"] for e in records[1]["curve"]]
 
 
-def test_two_processes_train_like_one(
+def test_two_processes_train_like_one_process(
     adapter: Path, llama: Path, pairs: Path, general: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "adapter"
@@ -350,7 +352,7 @@ def test_preference_pairs() -> None:
         preference_rows([ParaphraseSet("a", ("p",), ())], per_anchor=5, seed=1)
 
 
-def test_bos_is_put_where_the_tokenizer_does_not(byte_tokenizer: Any) -> None:
+def test_bos_is_added_if_the_tokenizer_does_not_add_it(byte_tokenizer: Any) -> None:
     assert bos_before(byte_tokenizer) == "<|endoftext|>"
     assert byte_tokenizer("<|endoftext|>You")["input_ids"][0] == byte_tokenizer.bos_token_id
 
