@@ -24,7 +24,7 @@ How fusion behaves in each decoding mode of `generate()` in `transformers`:
 
 - **exact**: every token equals that of a definition in plain Python, with fixed seeds. The
   definition has no cache and no batching. It tokenises the whole text again for the calibrator at
-  every step, and spells the search out in a loop. (For sampled drafts and for watermarks, the loop
+  every step, and writes the search as a plain loop. (For sampled drafts and watermarks, the loop
   is that of `generate` itself.) In greedy search, sampling and beam search, all scores are compared
   too, to 1e-4.
 - **note**: it works, with the restriction in the note.
