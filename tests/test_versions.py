@@ -99,7 +99,7 @@ def test_actions_are_pinned_by_tag():
         assert not [action for action in used if not re.fullmatch(r"[\w./-]+@v[\d.]+", action)]
 
 
-def test_pre_commit_runs_the_ruff_of_the_tests():
+def test_pre_commit_uses_the_same_ruff_version():
     (revision,) = re.findall(
         r"ruff-pre-commit\n +rev: v(.+)$", read(".pre-commit-config.yaml"), re.M
     )

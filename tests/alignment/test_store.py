@@ -291,7 +291,7 @@ def test_align_on_the_command_line(
     assert "holds no complete alignment" in text
 
 
-def test_generate_by_the_aligned_rules(
+def test_generate_with_the_aligned_rules(
     calibrator_folder: Path, target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     common = ["generate", str(target), "The weather", "--calibrator", str(calibrator_folder)]
@@ -313,7 +313,7 @@ def test_generate_by_the_aligned_rules(
     assert "1 of 1 completions are in" in capsys.readouterr().err
 
 
-def test_evaluate_by_the_aligned_rules(
+def test_evaluate_with_the_aligned_rules(
     loaded: Calibrator, alignment: Alignment, target: Path, tmp_path: Path
 ) -> None:
     config = EvaluationConfig(

@@ -87,7 +87,7 @@ def wordpiece():
 
 
 def published(name):
-    """Load from tokenizer.json: the class names in folders depend on transformers' version."""
+    """Load from tokenizer.json: the class names in folders depend on the transformers version."""
     if not (SHARED / name).is_dir():
         pytest.skip(f"{SHARED / name} is missing")
     ends = {"bos_token": "<s>", "eos_token": "</s>"}

@@ -123,7 +123,7 @@ def test_numbers_equal_a_plain_computation(run, tmp_path, target):
         assert setting["diversity"]["dist_2"] == pytest.approx(np.mean(distinct))
 
 
-def test_strength_0_is_the_base_in_everything(run, tmp_path):
+def test_strength_0_equals_the_base_in_every_metric(run, tmp_path):
     results = named(run())
     rows = samples(tmp_path / "run")
     assert rows["off"] == rows["base"]

@@ -167,7 +167,7 @@ def test_greedy_answers_are_those_of_the_fused_distribution(
     assert [greedy for _, greedy in found] == [True, False]
 
 
-def test_texts_that_end_in_the_id_that_the_harness_pads_with(
+def test_texts_that_end_in_the_padding_id_of_the_harness(
     make: Callable[..., Any],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,

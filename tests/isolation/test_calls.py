@@ -162,7 +162,7 @@ def test_an_interrupted_call_corrupts_nothing(pristine, request, number, vocabul
 
 
 def test_every_interruption_is_reached(pristine, request):
-    """The call above reaches every one of these parts, so none of the tests is empty."""
+    """A call reaches each of these parts, so none of the tests above is empty."""
     reached = set()
     for number in range(36):
         world = World(pristine("other_tokenizer"), request.getfixturevalue("other_tokenizer"))

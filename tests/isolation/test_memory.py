@@ -66,7 +66,7 @@ def test_memory_stays_flat_over_many_calls(pristine, request, monkeypatch, in_th
         tracemalloc.stop()
     # 200 rows per measurement: two tensors kept for each would be 200 * 2 * 400 * 4 bytes.
     assert max(sizes) - min(sizes) < 300_000, sizes
-    # Memory from before tracing counts once it is replaced, so compare from the second measurement.
+    # Objects from before tracing count only once they are replaced, so skip the first measurement.
     assert abs(python[2] - python[1]) < 100_000, python
     (session,) = processor._sessions.values()
     assert len(session._planner) <= 256

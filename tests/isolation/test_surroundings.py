@@ -81,7 +81,7 @@ def test_target_calibrator_and_process_are_unchanged(request, pristine, tmp_path
     gradients = [parameter.grad.clone() for parameter in model.parameters()]
     ids = tokenizer(TEXTS[0], return_tensors="pt")["input_ids"]
     common = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 3, "pad_token_id": 0}
-    # transformers' own setup on first use is not ours.
+    # Ignore what transformers itself sets up on first use.
     model.generate(ids, do_sample=False, **common)
 
     def state():

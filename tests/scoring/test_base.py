@@ -126,7 +126,7 @@ def test_names_for_files_and_messages():
     assert beginning("x" * 50) == repr("x" * 40 + "…")
 
 
-def test_the_lexical_scorer_is_a_scorer():
+def test_the_lexical_scorer_implements_the_interface():
     scorer = LexicalScorer.load()
     texts = ["Thank you so much.", "you idiot", ""]
     assert scorer.score_types(texts) == {"toxicity": scorer.score(texts)}

@@ -66,7 +66,7 @@ def test_texts_without_a_partner_count_only_for_the_change():
     assert women["texts"] == 11
     assert women["change"][0] > 0.5
     assert women["ratio"][0] == pytest.approx(math.exp(0.1))
-    # Several texts of one pair are averaged.
+    # Several texts of one pair are pooled.
     double = groups("s", [*changes, text(3.0, 0.0)], [*names, "women"], 0,
                     control="men", pairs=[*pairs, 0])[0]  # fmt: skip
     assert double["ratio"][0] < women["ratio"][0]

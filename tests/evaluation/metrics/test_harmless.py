@@ -1,4 +1,4 @@
-"""Change on given text equals a plain loop with a real processor, one prefix at a time."""
+"""Changes on given text equal those of a plain loop with a real processor, prefix by prefix."""
 
 from __future__ import annotations
 

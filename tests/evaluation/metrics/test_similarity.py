@@ -1,4 +1,4 @@
-"""Cosines equal a plain loop with a fake embedder; which pairs are left out."""
+"""Cosines equal those of a plain loop with a fake embedder; undefined pairs are left out."""
 
 from __future__ import annotations
 

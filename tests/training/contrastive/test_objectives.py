@@ -307,7 +307,7 @@ def texts(model, rows, width, pad):
 @pytest.mark.parametrize("objective", ["contrastive-perplexity", "signed-margin"])
 @pytest.mark.parametrize("maker", ["make_llama", "make_gpt2"])
 def test_padding_and_neighbours_change_nothing(objective, maker, request):
-    """An anchor's loss is its own. The paper's code counts padding and averages over the batch."""
+    """The rest of the batch has no effect. The paper's code counts padding and averages batches."""
     model = request.getfixturevalue(maker)(50, initializer_range=0.05)
     rows = [[0, 5, 9], [0, 7, 3, 8, 2], [0, 11, 4, 6], [0, 20, 21, 22], [0, 30, 31], [0, 33, 1, 2]]
     group = torch.tensor([4, 4, 4, 9, 9, 9])
@@ -345,7 +345,7 @@ def test_each_anchor_has_its_own_centroid():
 
 
 def test_alpha_is_a_weight_and_not_a_logit():
-    """α multiplies the negatives. The paper's code adds it to logits, which is a weight of e^α."""
+    """α multiplies the negatives. The paper's code adds it to logits, in effect a weight of e^α."""
     values = batch(([1.0], [1.0]))
     for alpha in (0.5, 1.0, 100.0):
         found = contrastive_perplexity_loss(*values, negative_weight=alpha).item()
