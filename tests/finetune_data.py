@@ -1,4 +1,4 @@
-"""Tiny models in folders, and synthetic paraphrase sets whose two kinds can be told apart."""
+"""Tiny models in folders, and synthetic paraphrase sets whose two sides are easy to distinguish."""
 
 from __future__ import annotations
 

@@ -362,7 +362,7 @@ def test_with_strength_returns_the_scores_and_the_strength_of_each_row(
     if budget is None:
         assert used.tolist() == [2.0, 2.0, 2.0]
     else:
-        # The budget is fully used where it binds, and each row alone at its strength is the same.
+        # The budget is fully used where it binds. Each row alone, at its strength, gives the same.
         assert ((used > 0) & (used < 2)).all()
         spent = kl_divergence(fused, scores.log_softmax(-1))
         torch.testing.assert_close(spent, torch.full((3,), budget), atol=1e-4, rtol=1e-2)

@@ -128,7 +128,7 @@ def test_the_readme_is_short_and_sets_up_with_two_commands():
 
 
 def test_the_number_of_decoding_modes_is_stated_once():
-    """That is in the document which the conformance suite writes."""
+    """Only in the document that the conformance suite writes."""
     texts = {**PAGES, "CHANGELOG.md": (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")}
     stated = [page for page, text in texts.items() if re.search(r"\d+ (decoding )?modes", text)]
     assert stated == ["docs/decoding-modes.md"]

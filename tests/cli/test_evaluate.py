@@ -148,7 +148,7 @@ class TestTune:
 
     @pytest.fixture(autouse=True)
     def scorer(self, monkeypatch):
-        """Rates about half of all texts toxic at random, so some setting has fewer toxic texts."""
+        """Rates about half of all texts toxic regardless of content, so some setting has fewer."""
         monkeypatch.setattr("fusion_detox.scoring.make_scorer", lambda *_, **__: ByHash())
 
     def tune(self, arguments, *more):

@@ -1,4 +1,4 @@
-"""Freed memory is returned to the system, and only if there is much of it."""
+"""Freed memory is returned to the system once there is much of it."""
 
 import ctypes
 

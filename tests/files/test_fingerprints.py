@@ -1,4 +1,4 @@
-"""Fingerprints differ if and only if the models differ."""
+"""Different models have different fingerprints."""
 
 from fusion_detox.files.fingerprints import folder_fingerprint
 

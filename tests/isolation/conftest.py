@@ -25,7 +25,7 @@ def shared(byte_tokenizer, make_llama):
 
 @pytest.fixture(scope="module")
 def pristine(shared, request):
-    """Return a processor by vocabulary and config; it never runs itself, see ``fresh``."""
+    """Return a processor by vocabulary and config. It never runs; tests run copies (``fresh``)."""
     made = {}
 
     def make(vocabulary, config="contrast"):

@@ -70,7 +70,7 @@ NO_DROPOUT = {
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
 @pytest.mark.parametrize("family", ["make_llama", "make_gpt2"])
 def test_target_calibrator_and_process_are_unchanged(request, pristine, tmp_path, family, training):
-    """Building, use in each mode, failures, copies, saving and loading change no bit of them."""
+    """No build, call, failure, copy, save or load of a processor changes a bit of them."""
     tokenizer = copy.deepcopy(request.getfixturevalue("other_tokenizer"))
     model = request.getfixturevalue(family)(len(tokenizer), seed=6, **NO_DROPOUT[family]).train(
         training

@@ -90,7 +90,7 @@ def test_results_equal_those_with_the_later_layers_removed(
     assert again.config.get_text_config().num_hidden_layers == layers
 
 
-def test_more_layers_than_there_are() -> None:
+def test_more_layers_than_the_model_has() -> None:
     with pytest.raises(TrainingError, match=r"at least 1 and at most 4, the layers of .* but is 5"):
         truncate(make("GPT-2"), 5)
     with pytest.raises(TrainingError, match="but is 0"):

@@ -255,7 +255,7 @@ def test_hatecheck_in_both_forms(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the published HateCheck is missing")
-def test_the_real_hatecheck() -> None:
+def test_the_published_hatecheck() -> None:
     suite = hatecheck_suite(DATA / "hatecheck.jsonl.gz")
     assert len(groups(suite)) == 7
     assert len(controls(suite)) == 50 + 35 + 32 + 30

@@ -69,7 +69,7 @@ def read(path):
 
 
 def summary(path):
-    """The sentences of the summary, each with its state in front."""
+    """The sentences of the summary, each preceded by its state."""
     source = path.read_text(encoding="utf-8")
     start = source.index('id="summary"')
     part = source[start : source.index("</section>", start)]

@@ -38,7 +38,7 @@ def test_page_is_well_formed_and_navigable(written):
     assert all(region["tabindex"] == "0" and region["role"] == "region" for region in regions)
 
 
-def test_descriptions_of_plots_hold_their_numbers(written):
+def test_descriptions_of_plots_contain_their_numbers(written):
     described = " ".join(image["alt"] for image in read(written / "report.html").all("img"))
     described = described.replace("\u202f", " ")
     assert "target alone: 64 % of prompts toxic at perplexity 114;" in described
