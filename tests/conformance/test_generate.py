@@ -332,7 +332,7 @@ def test_continuing_from_a_cache(case):
 
 def test_continuing_with_only_new_ids(one):
     if OLD:
-        pytest.skip("transformers 4 fails on only new ids, fused or not")
+        pytest.skip("transformers 4 fails if it gets only new ids, fused or not")
     ids = alone(one)["input_ids"]
     hidden = ids.shape[1] - 3
     with torch.no_grad():

@@ -197,7 +197,7 @@ def test_padding_and_special_tokens(plain):
     assert spelled(plain, plain.read((BOS, *b"a", USER, *b"b"))) == "a\nb"
     assert plain.read((*ids, EOS)).path == ()
     assert plain.read((PAD, PAD)).path == ()
-    # An id of a padded head also ends a text.
+    # An id of a padded head is also read as a line break.
     assert spelled(plain, plain.read((*b"a", 9999, *b"b"))) == "a\nb"
 
 

@@ -218,7 +218,7 @@ def test_ids_from_the_target_itself(make_llama):
     ]
 
 
-def test_texts_that_cannot_be_scored_say_why(byte_tokenizer, make_gpt2):
+def test_the_reason_why_a_text_cannot_be_scored_is_given(byte_tokenizer, make_gpt2):
     model = make_gpt2(len(byte_tokenizer))
     found = continuation_nll(model, byte_tokenizer, ["a", "a", "a"], ["", "\ud800", " b"])
     assert [nll.why for nll in found] == [fluency.EMPTY, fluency.NOT_TEXT, ""]
@@ -268,7 +268,7 @@ def test_relative_perplexity_is_paired():
     assert perplexity(base, Resamples(80, 0), base)["relative"] == [1.0, 1.0, 1.0]
 
 
-def test_nothing_scored_is_none():
+def test_without_scored_texts_perplexity_is_none():
     summary = perplexity([[NONE], [NONE]], Resamples(2, 0), [[NONE], [NONE]])
     assert summary["token_weighted"] == summary["relative"] == [None, None, None]
     assert (summary["median"], summary["scored"]) == (None, 0)

@@ -122,7 +122,7 @@ def test_batches_change_nothing_and_prefixes_have_no_padding(byte_tokenizer, mak
 
 
 def test_strength_used_respects_the_budget(calibrator, tokenizer, make_gpt2):
-    """Fusing with the reported strength gives the fused scores, and the reported KL."""
+    """Fusing with the reported strength gives the fused scores; the KL is within the budget."""
     config = CONFIGS["budget"]
     model = make_gpt2(len(tokenizer), seed=5)
     processor = FusionLogitsProcessor(calibrator, tokenizer, config)

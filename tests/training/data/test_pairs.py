@@ -41,7 +41,7 @@ def test_own_rows_are_read_as_written(write, name):
     assert [dict(one.provenance) for one in found] == [{"seed": 3}, {}]
 
 
-def test_several_sources_in_order_and_one_alone(write):
+def test_one_source_or_several_in_order(write):
     one = write(GOOD, name="a.jsonl")
     two = write({**GOOD, "anchor": "Other."}, name="b.jsonl")
     assert [pair.anchor for pair in read_pairs([two, one])] == ["Other.", "He left."]

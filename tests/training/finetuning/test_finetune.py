@@ -142,7 +142,7 @@ def test_the_folder_records_how_it_was_made(adapter: Path, llama: Path, pairs: P
     assert not list(adapter.parent.glob("*adapter*.training")) + list(adapter.parent.glob(".*new*"))
     record = json.loads((adapter / "training.json").read_text())
     assert record["objective"] == "signed-margin"
-    assert record["target_modules"] == ["q_proj", "v_proj"]  # peft's choice for a Llama
+    assert record["target_modules"] == ["q_proj", "v_proj"]  # peft's default for a Llama
     assert record["data_files"]["pairs"][0]["name"] == pairs.name
     assert len(record["data_files"]["pairs"][0]["sha256"]) == 64
     counts = record["data_counts"]
@@ -201,7 +201,7 @@ def test_the_base_model_does_not_change(
 def test_harsh_wordings_become_less_likely_than_mild_ones(
     objective: str, gpt2: Path, pairs: Path, general: Path, tmp_path: Path
 ) -> None:
-    """On anchors without training, with a model that preferred the harsh wordings."""
+    """Measured on held-out anchors, with a model that preferred the harsh wordings."""
     record = train(gpt2, tmp_path / "out", pairs, objective=objective, steps=60, general=[general])
     before, after = record["held_out"]["before"], record["held_out"]["after"]
     assert before["auc_within"] < 0.45
