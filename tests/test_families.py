@@ -199,7 +199,7 @@ def test_target_equals_the_definition(name: str) -> None:
         sample: by_definition(model, inputs, tokenizer, draw if sample else greedy)
         for sample in (False, True)
     }
-    for sample in (False, True, False):  # the same instance, which must not remember
+    for sample in (False, True, False):  # one instance, which must keep no state
         assert torch.equal(generate(model, inputs, [watch], sample), wanted[sample])
     width = watch.seen[0][1].shape[-1]
     assert width == len(tokenizer) + FAMILIES[name].columns

@@ -13,7 +13,7 @@ import pytest
 
 from fusion_detox.calibrator.calibrator import Calibrator
 from fusion_detox.cli import main
-from fusion_detox.cli.arguments import split_kind
+from fusion_detox.cli.shared_options import split_kind
 from fusion_detox.cli.tune import parse_grid
 from fusion_detox.errors import ConfigError
 

@@ -132,7 +132,7 @@ def test_incremental_equals_full(contexts, ids, step):
 
 @given(st.lists(st.sampled_from(PIECES), max_size=20).map("".join))
 @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
-def test_a_text_is_tokenised_as_by_its_tokenizer(contexts, text):
+def test_reading_equals_the_tokenizer(contexts, text):
     for name, reader in contexts.items():
         if "<" not in text:  # names of special tokens are text here
             expected = reader._tokenizer.encode(text, add_special_tokens=False).ids

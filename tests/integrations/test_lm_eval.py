@@ -223,7 +223,7 @@ def test_strength_zero_is_the_plain_model(make: Callable[..., Any], plain: Any) 
     assert lm.generate_until(until) == plain.generate_until(until)
 
 
-def test_generation_is_that_of_generate_with_the_processor(
+def test_generation_equals_generate_with_the_processor(
     make: Callable[..., Any],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
