@@ -6,7 +6,7 @@
 # These are for contributors:
 #
 #   make docs    the documentation site, in site/
-#   make oldest  the tests of decoding with the oldest supported versions (docs/versions.md)
+#   make oldest  the decoding tests with the oldest supported versions (docs/versions.md)
 #   make clean   remove the environments and everything that was built
 #
 # PYTHON     the interpreter that creates the environments, 3.10 or later
@@ -21,7 +21,7 @@ PIP_FLAGS ?=
 VENV := .venv
 DEMO := .venv-demo
 OLDEST := .venv-oldest
-# Windows has another layout of environments, and needs a shell that reads the recipes below.
+# On Windows, environments have another layout, and the recipes below need bash.
 BIN := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
 SHELL := bash
 SHIPPED := $(wildcard calibration_ckpts/*/calibrator.json examples/demo_target/model/config.json)
@@ -58,7 +58,7 @@ types: $(VENV)/.installed
 pytest: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(VENV)/$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-# Any warning of mkdocs fails the build. Its theme's note on a future mkdocs 2 is switched off.
+# Any mkdocs warning fails the build. The theme's notice about a future mkdocs 2 is disabled.
 docs: $(VENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(VENV)/$(BIN)/python -m mkdocs build --strict --quiet
 
@@ -70,8 +70,8 @@ oldest: $(OLDEST)/.installed
 clean:
 	rm -rf $(VENV) $(DEMO) $(OLDEST) build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-# $(call environment,FOLDER,WHAT TO INSTALL,CONSTRAINTS). An environment without its stamp was never
-# finished and is created again.
+# $(call environment,FOLDER,WHAT TO INSTALL,CONSTRAINTS). An environment without its stamp is
+# incomplete and is created again.
 define environment
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
     echo "fusion_detox needs Python 3.10 or later, but '$(PYTHON)' is" \

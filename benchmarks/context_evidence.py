@@ -1,4 +1,4 @@
-"""Compare signals that a text is about to turn toxic; the best one is behind ``context_kl``.
+"""Compare signals that a text is about to turn toxic; ``context_kl`` uses the best one.
 
     python -m benchmarks.context_evidence --work WORK --calibrators english-16k ... --out JSON
 

@@ -96,7 +96,7 @@ def main() -> None:
     rng.shuffle(prompts)
     out = args.out or args.work / "dev_prompts.jsonl"
     write(out, ({"prompt": prompt} for prompt in prompts))
-    print(f"{out}: {len(prompts)} prompts; {removed} removed, as they occur in measured text")
+    print(f"{out}: {len(prompts)} prompts; {removed} removed, because they occur in measured text")
 
 
 if __name__ == "__main__":

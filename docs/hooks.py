@@ -65,7 +65,7 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Page, files: Files, **_: Any) -> str:
-    """Rewrite links, to a page of the site if there is one, else to GitHub."""
+    """Rewrite links to a page of the site if it exists, otherwise to GitHub."""
     path = page.file.src_uri
     sources = {target: source for source, target in ROOT_PAGES.items()}
     here = posixpath.dirname(sources.get(path, f"docs/{path}"))

@@ -14,7 +14,7 @@ _CAUSES = ("smoke", "rain", "noise")
 
 
 def sentences(count):
-    """The given number of distinct sentences."""
+    """Return this many distinct sentences."""
     return [
         f"The {_PLACES[k % 8]} was closed to {k} visitors because of heavy {_CAUSES[k % 3]}."
         for k in range(count)
@@ -22,7 +22,7 @@ def sentences(count):
 
 
 def paraphrase(body):
-    """A paraphrase that depends only on the sentence, side and seed."""
+    """Return a paraphrase that depends only on the sentence, side and seed."""
     text = body["messages"][-1]["content"]
     sentence = re.search(r'"(.*)"', text, re.DOTALL).group(1)
     words, number = sentence.rstrip(".").split(), body["seed"] % 1000
@@ -32,7 +32,7 @@ def paraphrase(body):
 
 
 def completion(text, finish="stop", **message):
-    """A chat completion."""
+    """Return a chat completion."""
     return {
         "choices": [
             {

@@ -1,10 +1,10 @@
-"""Tokenizers, models and calibrators that are built in code, and no network."""
+"""Tokenizers, models and calibrators that are built in code, and a guard against network access."""
 
 from __future__ import annotations
 
 import os
 
-# Before anything of Hugging Face is imported, here and in the processes that tests start.
+# Set before anything of Hugging Face is imported, here and in the processes that tests start.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -45,7 +45,7 @@ SENTENCES = [
     "Zürich, naïve café, 東京, emoji 🙂, Ελλάδα.",
 ]
 
-# The shape of the pre-tokenizer of Llama 3 and Qwen; GPT-2's is the default of ByteLevel.
+# A pre-tokenizer pattern like that of Llama 3 and Qwen; ByteLevel defaults to GPT-2's.
 _OTHER_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -54,7 +54,7 @@ _OTHER_PATTERN = (
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever reaches for another machine fails at once."""
+    """Make every connection to another machine fail at once."""
     connect = socket.socket.connect
 
     def local_only(self: socket.socket, address: Any) -> None:
@@ -115,7 +115,7 @@ def other_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
-    """BPE as Llama 2 and Mistral have it: a space before the text, ``▁``, byte fallback."""
+    """BPE like that of Llama 2 and Mistral: a space before the text, ``▁``, byte fallback."""
     to_pieces = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     trained = Tokenizer(models.BPE())
     trained.normalizer = to_pieces
@@ -155,7 +155,7 @@ ModelMaker = Callable[..., PreTrainedModel]
 
 @pytest.fixture(scope="session")
 def make_llama() -> ModelMaker:
-    """``make_llama(vocab_size, seed=0, **settings)``: a random Llama of two layers, in eval."""
+    """``make_llama(vocab_size, seed=0, **settings)``: a random two-layer Llama in eval mode."""
 
     def make(vocab_size: int, seed: int = 0, **settings: Any) -> PreTrainedModel:
         values: dict[str, Any] = {
@@ -165,7 +165,7 @@ def make_llama() -> ModelMaker:
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 64,
-            # Large, so that distributions are peaked and differ between seeds.
+            # Large weights, so that distributions are peaked and differ between seeds.
             "initializer_range": 0.3,
             "bos_token_id": 0,
             "eos_token_id": 0,
@@ -180,7 +180,7 @@ def make_llama() -> ModelMaker:
 
 @pytest.fixture(scope="session")
 def make_gpt2() -> ModelMaker:
-    """``make_gpt2(vocab_size, seed=0, **settings)``: a random GPT-2 of two layers, in eval mode."""
+    """``make_gpt2(vocab_size, seed=0, **settings)``: a random two-layer GPT-2 in eval mode."""
 
     def make(vocab_size: int, seed: int = 0, **settings: Any) -> PreTrainedModel:
         values: dict[str, Any] = {
@@ -206,7 +206,7 @@ def target_folder(
     other_tokenizer: PreTrainedTokenizerFast,
     make_llama: ModelMaker,
 ) -> Path:
-    """A saved random Llama over ``other_tokenizer``; tests read it only."""
+    """A saved random Llama with ``other_tokenizer``; tests only read it."""
     folder = tmp_path_factory.mktemp("target")
     settings = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     make_llama(len(other_tokenizer), seed=3, **settings).save_pretrained(folder)
@@ -216,7 +216,7 @@ def target_folder(
 
 @pytest.fixture
 def calibrator(byte_tokenizer: PreTrainedTokenizerFast, make_llama: ModelMaker) -> Calibrator:
-    """Two random Llamas of 64 positions over ``byte_tokenizer``; context of 32 tokens."""
+    """Two random Llamas with 64 positions and ``byte_tokenizer``; the context is 32 tokens."""
     from fusion_detox.calibrator.calibrator import Calibrator
 
     width = len(byte_tokenizer)

@@ -1,7 +1,7 @@
-"""A tiny model and a tokenizer in kind for every family that docs/families.md lists.
+"""A tiny model and a tokenizer for every family that docs/families.md lists.
 
-Not a test: test_families.py and test_examples.py run it with ``runpy``. Nothing is trained; the
-random weights are large, so that distributions are peaked and mistakes show.
+This is not a test: test_families.py and test_examples.py run it with ``runpy``. Nothing is trained;
+the random weights are large, so that distributions are peaked and mistakes show.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ GPT4 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# The shapes of the published templates, short of their tools and system texts.
+# The shape of the published templates, without tools and system prompts.
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
@@ -88,7 +88,7 @@ def _byte_level(
 
 
 def _sentencepiece(specials: list[str], size: int, dummy_prefix: bool) -> Tokenizer:
-    """BPE over ``▁`` with byte fallback: Llama 1 and 2 with a space before the text, Gemma none."""
+    """BPE over ``▁`` with byte fallback; Llama 1 and 2 prepend a space, Gemma does not."""
     replace = normalizers.Replace(" ", "▁")
     normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replace])
     trained = Tokenizer(models.BPE())
@@ -118,7 +118,7 @@ def _sentencepiece(specials: list[str], size: int, dummy_prefix: bool) -> Tokeni
 
 
 def _unigram(specials: list[str], size: int) -> Tokenizer:
-    """SentencePiece Unigram with NFKC and no byte fallback, as T5 has it."""
+    """SentencePiece Unigram with NFKC and without byte fallback, like T5's."""
     parts = {
         "normalizer": normalizers.NFKC(),
         "pre_tokenizer": pre_tokenizers.Metaspace(),
@@ -129,8 +129,8 @@ def _unigram(specials: list[str], size: int) -> Tokenizer:
     for name, part in parts.items():
         setattr(pieces, name, part)
     pieces.train_from_iterator(PLAIN, trainer)
-    # Its own trainer gives another vocabulary each time, and so now and then a model that repeats
-    # one token whatever is done to it.
+    # Its own trainer gives a different vocabulary on each run. With some of them, the model repeats
+    # one token whatever fusion does.
     ranked = sorted(pieces.get_vocab().items(), key=lambda item: item[1])
     vocabulary = [(piece, -0.1 * rank) for piece, rank in ranked]
     found = Tokenizer(models.Unigram(vocabulary, unk_id=specials.index("<unk>")))
@@ -140,7 +140,7 @@ def _unigram(specials: list[str], size: int) -> Tokenizer:
 
 
 def _wrap(tokenizer: Tokenizer, before: str, after: str = "", **roles: Any) -> Any:
-    """As ``transformers`` has it, with the special tokens that it puts around a text."""
+    """Wrap it as ``transformers`` does, with the special tokens that it adds around a text."""
     template = roles.pop("chat_template", None)
     tokenizer.add_special_tokens([t for t in roles.pop("more", ()) if isinstance(t, str)])
     around = [token for token in (before, after) if token]
@@ -149,7 +149,7 @@ def _wrap(tokenizer: Tokenizer, before: str, after: str = "", **roles: Any) -> A
             single=" ".join([*([before] if before else []), "$A", *([after] if after else [])]),
             special_tokens=[(token, tokenizer.token_to_id(token)) for token in around],
         )
-    # Published tokenizers name their outputs; transformers 4 adds token_type_ids otherwise.
+    # Published tokenizers declare their outputs; otherwise transformers 4 adds token_type_ids.
     roles.setdefault("model_input_names", ["input_ids", "attention_mask"])
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles)
     wrapped.chat_template = template
@@ -161,7 +161,7 @@ END = "<|endoftext|>"
 
 def _neox() -> Any:
     tokenizer = _byte_level([END, "<|padding|>"], 380, normalizer=normalizers.NFC())
-    # Runs of spaces are added tokens, and no special ones.
+    # Runs of spaces are added tokens, but not special ones.
     tokenizer.add_tokens([AddedToken(" " * n, normalized=True) for n in (2, 4)])
     return _wrap(tokenizer, "", bos_token=END, eos_token=END, unk_token=END)
 
@@ -190,7 +190,7 @@ def _llama2(*more: str, **roles: Any) -> Any:
 
 
 TOKENIZERS: dict[str, Callable[[], Any]] = {
-    # No padding token; one token begins and ends a text.
+    # No padding token; the same token begins and ends a text.
     "gpt2": lambda: _wrap(_byte_level([END], 380), "", bos_token=END, eos_token=END),
     "neox": _neox,
     # Each text begins with the token that also ends it.
@@ -225,7 +225,7 @@ TOKENIZERS: dict[str, Callable[[], Any]] = {
         eos_token="<|eot_id|>",
         chat_template=LLAMA3,
     ),
-    # No BOS at all.
+    # No BOS token.
     "qwen": lambda: _wrap(
         _byte_level([END, "<|im_start|>", "<|im_end|>"], 380, _split(GPT4)),
         "",
@@ -268,11 +268,11 @@ TOKENIZERS: dict[str, Callable[[], Any]] = {
 
 @functools.cache
 def tokenizer_in_kind(kind: str) -> Any:
-    """One of ``TOKENIZERS``, made once."""
+    """Return one of ``TOKENIZERS``; each is built once."""
     return TOKENIZERS[kind]()
 
 
-# How the families name the same sizes.
+# The names that families use for the same sizes.
 LLAMA: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -297,13 +297,13 @@ class Family(NamedTuple):
     Attributes:
         model: Its class in ``transformers``.
         config: The class of its configuration.
-        settings: Of a tiny one.
-        tokenizer: Its tokenizer's kind, a key of ``TOKENIZERS``.
-        refused: As calibrator, what the error says; ``None`` where it can be one.
-        columns: Extra columns of the head, beyond the tokenizer.
+        settings: Settings of a tiny model.
+        tokenizer: The kind of its tokenizer, a key of ``TOKENIZERS``.
+        refused: The error when used as a calibrator; ``None`` if it can be one.
+        columns: Columns of the head beyond the tokenizer.
         real: Folder of a published tokenizer of that kind.
-        padding: Whether the model, without any processor, writes the same behind left padding.
-        cached: Whether it, without any processor, writes the same with its cache as without.
+        padding: Whether left padding leaves the text of the model, without a processor, unchanged.
+        cached: Whether its cache leaves the text of the model, without a processor, unchanged.
     """
 
     model: str
@@ -318,11 +318,11 @@ class Family(NamedTuple):
 
     @property
     def encoder_decoder(self) -> bool:
-        """Whether ``generate`` shows a processor the decoder's side only."""
+        """Whether ``generate`` shows a processor only the decoder's side."""
         return self.model.endswith("ConditionalGeneration")
 
     def make(self, width: int, tokenizer: Any, seed: int = 0, **settings: Any) -> PreTrainedModel:
-        """A random model in eval mode with ``width`` logits."""
+        """Build a random model in eval mode with ``width`` logits."""
         end = tokenizer.eos_token_id
         pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         bos = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
@@ -333,7 +333,7 @@ class Family(NamedTuple):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model: PreTrainedModel = getattr(transformers, self.model)(config).eval()
-            # Flat distributions would not tell one mistake from none.
+            # With flat distributions, mistakes would not show.
             for parameter in model.parameters():
                 if parameter.dim() == 1:
                     parameter.data += 0.1 * torch.randn_like(parameter)
@@ -341,7 +341,7 @@ class Family(NamedTuple):
 
 
 RECURRENT = "no key-value cache"
-# transformers 4.57 does not tell the types of all layers, or has a cache of their own for them.
+# transformers 4.57 does not list the types of all layers, or has a special cache for them.
 HYBRID = (
     "cannot be taken back from its layers of type|does not run on a plain key-value cache"
     "|no key-value cache"

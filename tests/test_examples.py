@@ -1,4 +1,4 @@
-"""The examples run as they are, offline, each with a tiny model of its family."""
+"""The examples run as written, offline, each with a tiny model of its family."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def scripts() -> list[str]:
 
 @pytest.fixture
 def saved_target(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A folder as the hub has it: weights, settings and tokenizer of the script's family."""
+    """A folder like a model on the hub: weights, config and tokenizer of the script's family."""
     family = MODELS["FAMILIES"][FAMILY_OF[request.param]]
     tokenizer = MODELS["tokenizer_in_kind"](family.tokenizer)
     folder = tmp_path / "target"
@@ -66,7 +66,7 @@ def test_example_runs_with_its_family(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """In this process: a new one would spend most of its time on importing torch."""
+    """Runs in this process, because a new one would spend most of its time importing torch."""
     options = {"--model": saved_target, "--calibrator": calibrator_folder, "--tokens": 8}
     arguments = [str(word) for pair in options.items() for word in pair]
     monkeypatch.setattr(sys, "argv", [script, *arguments, "--prompt", "You are a complete"])
@@ -79,12 +79,12 @@ def test_example_runs_with_its_family(
     }
     assert texts["without"], printed
     assert texts["with"], printed
-    # The calibrator is as random as the target and moves much.
+    # The calibrator is as random as the target, so it changes much.
     assert texts["without"] != texts["with"], printed
 
 
 def test_any_model_runs_as_the_readme_calls_it() -> None:
-    """In a process of its own, with what is shipped."""
+    """Runs in a process of its own, with the shipped models."""
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / "any_model.py"), "--tokens", "4"],
         env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
@@ -107,11 +107,11 @@ def test_every_script_is_run_and_listed() -> None:
         source = (EXAMPLES / script).read_text(encoding="utf-8")
         (default,) = DEFAULT.findall(source)
         assert rows[script] == f"`{default}`"
-        # What stands first in the script is what a reader would type.
+        # Readers copy the command at the top of the script.
         assert f"python examples/{script} --model {default}" in source
         assert len(source.splitlines()) <= 45
 
 
-def test_links_of_the_list_lead_somewhere() -> None:
+def test_links_in_the_list_resolve() -> None:
     links = re.findall(r"\]\(([^)#]+)\)", (EXAMPLES / "README.md").read_text(encoding="utf-8"))
     assert not [link for link in links if not (EXAMPLES / link).exists()]

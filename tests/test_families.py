@@ -1,4 +1,4 @@
-"""Every family of docs/families.md, as target and as calibrator, against the plain definition."""
+"""Every family of docs/families.md, as target and as calibrator, equals the plain definition."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PROMPTS = ["What a damn stupid thing to say! Shut", "The weather"]
 STEPS = 5
 CONTEXT = 32
 OLD = transformers.__version__.startswith("4.")
-# Version 4 of transformers names their layers otherwise, so that only a trial tells.
+# transformers 4 gives their layers other names, so only a trial run finds them.
 OTHERWISE = ("Falcon-H1", "RecurrentGemma", "Jamba", "Bamba")
 SERVE = [name for name, family in FAMILIES.items() if family.refused is None]
 REFUSED = [name for name, family in FAMILIES.items() if family.refused is not None]
@@ -44,7 +44,7 @@ def maps(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
 
 
 def get(name: str) -> tuple[Any, Any]:
-    """A family and its tokenizer."""
+    """Return a family and its tokenizer."""
     family = FAMILIES[name]
     if not hasattr(transformers, family.model):
         pytest.skip(f"transformers {transformers.__version__} has no {family.model}")
@@ -78,8 +78,8 @@ def fresh(
     return FusionLogitsProcessor(calibrator, tokenizer, config, pad_token_id=pad)
 
 
-class ProgressCallback:
-    """A processor that keeps what it was given and what came out."""
+class Recorder:
+    """A processor that records its inputs and outputs."""
 
     def __init__(self, processor: FusionLogitsProcessor) -> None:
         self.processor = processor
@@ -92,13 +92,13 @@ class ProgressCallback:
 
     @property
     def moved(self) -> float:
-        """Largest change of a log-prob: whether there was anything to see."""
+        """The largest change of a log-prob, to check that fusion did anything."""
         pairs = [(torch.log_softmax(s.float(), -1), f.float()) for _, s, f in self.seen]
         return max(float((f - s).abs().nan_to_num(0.0).max()) for s, f in pairs)
 
 
 def batch_of(family: Any, tokenizer: Any) -> dict[str, torch.Tensor]:
-    """Padded on the left; an encoder counts its positions from the left and is padded behind."""
+    """Pad on the left, or on the right for encoders, which count positions from the left."""
     rows = [tokenizer(text)["input_ids"] for text in PROMPTS]
     if not family.padding:
         rows = [row[: min(map(len, rows))] for row in rows]
@@ -120,7 +120,7 @@ def greedy(scores: torch.Tensor) -> torch.Tensor:
 
 
 def draw(scores: torch.Tensor) -> torch.Tensor:
-    """Temperature 0.8, then the 20 best, then the fewest that hold 0.9 of the rest."""
+    """Temperature 0.8, then top-k 20, then top-p 0.9."""
     scores = scores / 0.8
     scores = scores.masked_fill(scores < scores.topk(20).values[:, -1:], -torch.inf)
     probs = scores.softmax(-1)
@@ -132,7 +132,7 @@ def draw(scores: torch.Tensor) -> torch.Tensor:
 def by_definition(
     model: Any, inputs: dict[str, torch.Tensor], tokenizer: Any, choose: Any, config: Any = CONFIG
 ) -> torch.Tensor:
-    """No cache, no batch, no padding, and a new processor for each row and step."""
+    """Generate without cache, batch or padding, with a new processor for each row and step."""
     sources = [
         ids[mask.bool()][None]
         for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
@@ -167,7 +167,7 @@ def generate(
 
 
 def target_of(name: str, **settings: Any) -> tuple[Any, Any, dict[str, torch.Tensor]]:
-    """A model that does not stop, its tokenizer, and the prompts."""
+    """Return a model that does not stop, its tokenizer, and the prompts."""
     family, tokenizer = get(name)
     model = family.make(len(tokenizer) + family.columns, tokenizer, 5, **settings)
     model.generation_config.eos_token_id = None
@@ -184,27 +184,27 @@ def weights_hash(model: Any) -> str:
     return digest.hexdigest()
 
 
-# As targets.
+# As targets
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_target_equals_the_definition(name: str) -> None:
-    """Greedy and sampled, a padded batch with a cache against rows one by one without."""
+    """Greedy and sampled: a padded batch with a cache equals single rows without one."""
     if OLD and name == "Llama 4 (text)":
-        pytest.skip("transformers 4 gives other logits with its cache than without")
+        pytest.skip("transformers 4 gives different logits with its cache than without")
     model, tokenizer, inputs = target_of(name)
     before = weights_hash(model)
-    watch = ProgressCallback(fresh(tokenizer))
+    watch = Recorder(fresh(tokenizer))
     wanted = {
         sample: by_definition(model, inputs, tokenizer, draw if sample else greedy)
         for sample in (False, True)
     }
-    for sample in (False, True, False):  # one instance, which must not remember
+    for sample in (False, True, False):  # one instance, which must keep no state
         assert torch.equal(generate(model, inputs, [watch], sample), wanted[sample])
     width = watch.seen[0][1].shape[-1]
     assert width == len(tokenizer) + FAMILIES[name].columns
     assert watch.moved > 0.1
-    # Columns that no token has keep their probability, whatever the family puts there.
+    # Surplus columns of the head keep their probability, whatever the model writes there.
     _, scores, fused = watch.seen[0]
     size = len(tokenizer)
     torch.testing.assert_close(fused[:, size:], torch.log_softmax(scores, -1)[:, size:])
@@ -212,9 +212,9 @@ def test_target_equals_the_definition(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_target_at_strength_zero_keeps_the_very_scores(name: str) -> None:
+def test_target_at_strength_zero_returns_the_same_scores(name: str) -> None:
     model, tokenizer, inputs = target_of(name)
-    watch = ProgressCallback(fresh(tokenizer, config=CONFIG.replace(strength=0.0)))
+    watch = Recorder(fresh(tokenizer, config=CONFIG.replace(strength=0.0)))
     for sample in (False, True):
         fused = generate(model, inputs, [watch], sample)
         assert torch.equal(fused, generate(model, inputs, [], sample))
@@ -222,10 +222,10 @@ def test_target_at_strength_zero_keeps_the_very_scores(name: str) -> None:
     assert all(fused is scores for _, scores, fused in watch.seen)
 
 
-def check_steps(watch: ProgressCallback, tokenizer: Any, new: torch.Tensor) -> None:
-    """Each step is a new processor's answer to the same scores, and the best token was taken.
+def check_steps(watch: Recorder, tokenizer: Any, new: torch.Tensor) -> None:
+    """Check that each step equals a new processor's result, and that the best token was taken.
 
-    For models of which rounding differs with and without a cache.
+    This is for models whose rounding differs with and without a cache.
     """
     assert len(watch.seen) == new.shape[1]
     for step, (ids, scores, fused) in enumerate(watch.seen):
@@ -244,10 +244,10 @@ def check_steps(watch: ProgressCallback, tokenizer: Any, new: torch.Tensor) -> N
 def test_target_in_half_precision(name: str, dtype: torch.dtype) -> None:
     model, tokenizer, inputs = target_of(name)
     model = model.to(dtype)
-    watch = ProgressCallback(fresh(tokenizer))
+    watch = Recorder(fresh(tokenizer))
     check_steps(watch, tokenizer, generate(model, inputs, [watch]))
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
-    # What a caller hands over in half precision comes back in it.
+    # Scores passed in half precision are returned in half precision.
     ids, scores, fused = watch.seen[0]
     half = watch.processor(ids, scores.to(dtype))
     assert half.dtype == dtype
@@ -256,22 +256,22 @@ def test_target_in_half_precision(name: str, dtype: torch.dtype) -> None:
 
 def test_the_soft_cap_of_the_logits_holds_before_fusion() -> None:
     model, tokenizer, inputs = target_of("Gemma 2", final_logit_softcapping=2.0)
-    watch = ProgressCallback(fresh(tokenizer))
+    watch = Recorder(fresh(tokenizer))
     generate(model, inputs, [watch])
     assert all(scores.abs().max() <= 2.0 for _, scores, _ in watch.seen)
-    # Fusion may go beyond the cap; the cap is the target's matter and not the calibrator's.
+    # Fusion may exceed the cap, which belongs to the target and not to the calibrator.
     spread = [fused.amax(-1) - fused.amin(-1) for _, _, fused in watch.seen]
     assert max(float(part.max()) for part in spread) > 4.0
 
 
 @pytest.mark.parametrize("beams", [1, 2])
 @pytest.mark.parametrize("name", ["T5", "BART"])
-def test_the_source_of_an_encoder_decoder_can_be_handed_over(name: str, beams: int) -> None:
-    """Scores are those after source and decoded text, which ``generate`` does not show."""
+def test_the_source_of_an_encoder_decoder_can_be_passed(name: str, beams: int) -> None:
+    """Scores are those after source and decoded text; ``generate`` does not pass the source."""
     model, tokenizer, inputs = target_of(name)
     sources = [f"{text}\n" for text in PROMPTS]
     processor = fresh(tokenizer)
-    alone, watch = ProgressCallback(processor), ProgressCallback(processor.following(sources))
+    alone, watch = Recorder(processor), Recorder(processor.following(sources))
     for one in (alone, watch):
         how = {"do_sample": False, "num_beams": beams, "max_new_tokens": STEPS}
         model.generate(**inputs, **how, logits_processor=[one])
@@ -281,7 +281,7 @@ def test_the_source_of_an_encoder_decoder_can_be_handed_over(name: str, beams: i
             source = tokenizer(sources[row // beams], add_special_tokens=False)["input_ids"]
             decoded = [i for i in ids[row].tolist() if i not in tokenizer.all_special_ids]
             text = torch.tensor([[*source, *decoded]])
-            if len(decoded) == ids.shape[1] - 1:  # only the start was special
+            if len(decoded) == ids.shape[1] - 1:  # the row was only the special start token
                 wanted = fresh(tokenizer)(text, scores[row : row + 1])
                 torch.testing.assert_close(fused[row : row + 1], wanted, atol=1e-4, rtol=1e-4)
                 without = fresh(tokenizer)(ids[row : row + 1], scores[row : row + 1])
@@ -291,7 +291,7 @@ def test_the_source_of_an_encoder_decoder_can_be_handed_over(name: str, beams: i
     assert torch.equal(alone.seen[0][2], processor(*alone.seen[0][:2]))
 
 
-# With published vocabularies.
+# With published vocabularies
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if FAMILIES[name].real])
@@ -305,7 +305,7 @@ def test_target_with_a_published_tokenizer(name: str) -> None:
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = pad_of(tokenizer)
     inputs = batch_of(family, tokenizer)
-    watch = ProgressCallback(published_processor(folder))
+    watch = Recorder(published_processor(folder))
     new = generate(model, inputs, [watch])
     assert watch.processor.vocabulary.coverage > 0.98
     assert len(watch.seen) == STEPS
@@ -326,11 +326,11 @@ def published(folder: Path) -> Any:
 
 @functools.cache
 def published_processor(folder: Path) -> FusionLogitsProcessor:
-    """One for all families with this tokenizer: the map of a large vocabulary takes a second."""
+    """One processor per tokenizer: mapping a large vocabulary takes a second."""
     return fresh(published(folder))
 
 
-# As calibrators.
+# As calibrators
 
 
 @pytest.mark.parametrize("name", SERVE)
@@ -350,7 +350,7 @@ def check_session(calibrator: Calibrator) -> None:
         [first[:long], second[:short], third[:1]],
         [first[: long + 1], second[: short + 1], third[:2]],  # one more token each
         [first[:short], second[:long], branch],  # rolled back, a jump ahead, a branch
-        [first, second[:1], ()],  # up to the last position, and the beginning
+        [first, second[:1], ()],  # up to the last position, and back to the beginning
         [(*first[:short], third[0]), second[: long + 1], branch[:-1]],
     ]
     for prefixes in history:
@@ -366,12 +366,12 @@ def check_session(calibrator: Calibrator) -> None:
 
 @pytest.mark.parametrize("name", [n for n in SERVE if n not in ("Llama 1 and 2", "Llama 3")])
 def test_calibrator_under_generate_equals_the_definition(name: str) -> None:
-    """The target is a GPT-2 of another vocabulary than the calibrator, where there is one."""
+    """The target is a GPT-2, if possible with another vocabulary than the calibrator's."""
     calibrator = calibrator_of(name)
     model, tokenizer, inputs = target_of("GPT-2")
-    watch = ProgressCallback(fresh(tokenizer, calibrator))
+    watch = Recorder(fresh(tokenizer, calibrator))
     generate(model, inputs, [watch])
-    new = ProgressCallback(fresh(tokenizer, calibrator))
+    new = Recorder(fresh(tokenizer, calibrator))
     for index in (STEPS - 1, 1):  # neither in order nor in a batch
         ids, scores, fused = watch.seen[index]
         rows = [new(ids[i : i + 1], scores[i : i + 1]) for i in (1, 0)]
@@ -390,7 +390,7 @@ def test_calibrator_is_refused_with_reason_and_remedy(name: str) -> None:
     assert re.search(family.refused, message), message
     if not family.encoder_decoder:
         assert family.model in message
-    # Where the settings tell, no model is run to find out.
+    # If the config shows it, no model is run.
     if not family.encoder_decoder and "does not run" not in message:
         with pytest.raises(ModelError, match=re.escape(message)):
             check_calibrator(calibrator_of(name))
@@ -399,7 +399,7 @@ def test_calibrator_is_refused_with_reason_and_remedy(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", WINDOWED)
-def test_what_the_refusal_of_a_window_advises_works(name: str) -> None:
+def test_the_advice_for_a_refused_window_works(name: str) -> None:
     check_session(calibrator_of(name, context=8))
 
 
@@ -413,9 +413,9 @@ def test_local_layers_narrower_than_the_context_are_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["Mistral", "Mamba", "Jamba"])
-def test_such_a_calibrator_is_refused_when_the_processor_is_made(name: str) -> None:
+def test_an_unsupported_calibrator_is_refused_when_the_processor_is_created(name: str) -> None:
     if OLD and name in OTHERWISE:
-        pytest.skip("transformers 4 does not say so in its settings; it is refused when it runs")
+        pytest.skip("transformers 4 does not show it in the config; it is refused when it runs")
     calibrator = calibrator_of(name)
     refused = False
     try:
@@ -425,7 +425,7 @@ def test_such_a_calibrator_is_refused_when_the_processor_is_made(name: str) -> N
     assert refused
 
 
-# Quantised targets, where a library for them is installed. All of these run on a CPU.
+# Quantised targets, if a library for them is installed. All of these run on a CPU.
 
 
 def bitsandbytes(bits: int) -> Any:
@@ -448,7 +448,7 @@ def torchao(bits: int) -> Any:
 QUANTISERS = {"bitsandbytes": bitsandbytes, "optimum.quanto": quanto, "torchao": torchao}
 
 
-@pytest.mark.filterwarnings("ignore")  # theirs, on import
+@pytest.mark.filterwarnings("ignore")  # their own, on import
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("package", QUANTISERS)
 def test_quantised_target(package: str, bits: int, tmp_path: Path) -> None:
@@ -474,13 +474,13 @@ def test_quantised_target(package: str, bits: int, tmp_path: Path) -> None:
 
     before = logits()
     with torch.no_grad():
-        assert not torch.equal(before, whole(**inputs).logits)  # it is quantised
-    watch = ProgressCallback(fresh(tokenizer))
+        assert not torch.equal(before, whole(**inputs).logits)  # it really is quantised
+    watch = Recorder(fresh(tokenizer))
     check_steps(watch, tokenizer, generate(model, inputs, [watch]))
     assert torch.equal(logits(), before)
 
 
-# Where the weights are.
+# Where the weights are
 
 
 @pytest.fixture(scope="session")
@@ -493,10 +493,10 @@ def saved_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# transformers 4.57 takes the first parameter's device for the model's.
+# transformers 4.57 uses the first parameter's device as the model's.
 @pytest.mark.filterwarnings("ignore:You are calling .generate")
 @pytest.mark.parametrize("elsewhere", ["lm_head", "model.layers.1", "model.embed_tokens"])
-def test_parts_offloaded_to_the_disk(elsewhere: str, saved_llama: Path, tmp_path: Path) -> None:
+def test_weights_offloaded_to_disk(elsewhere: str, saved_llama: Path, tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="device_map needs accelerate")
     whole, tokenizer, inputs = target_of("Llama 3")
     parts = ["lm_head", "model.embed_tokens", "model.norm", "model.rotary_emb"]
@@ -505,29 +505,29 @@ def test_parts_offloaded_to_the_disk(elsewhere: str, saved_llama: Path, tmp_path
         saved_llama, device_map={**places, elsewhere: "disk"}, offload_folder=tmp_path
     )
     assert "meta" in {parameter.device.type for parameter in model.parameters()}
-    watch = ProgressCallback(fresh(tokenizer))
+    watch = Recorder(fresh(tokenizer))
     new = generate(model, inputs, [watch])
     assert torch.equal(new, by_definition(whole, inputs, tokenizer, greedy))
     assert watch.moved > 0.1
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU beside the CPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU as well as a CPU")
 @pytest.mark.parametrize("body", [0, "cpu"])
-def test_head_on_another_device(body: Any, saved_llama: Path) -> None:
+def test_a_head_on_another_device(body: Any, saved_llama: Path) -> None:
     pytest.importorskip("accelerate", reason="device_map needs accelerate")
     whole, tokenizer, inputs = target_of("Llama 3")
     places = {"model": body, "lm_head": "cpu" if body == 0 else 0}
     model = transformers.AutoModelForCausalLM.from_pretrained(saved_llama, device_map=places)
     wanted = by_definition(whole, inputs, tokenizer, greedy)
     inputs = {key: value.to(model.device) for key, value in inputs.items()}
-    watch = ProgressCallback(fresh(tokenizer))
+    watch = Recorder(fresh(tokenizer))
     new = generate(model, inputs, [watch])
     assert torch.equal(new.cpu(), wanted)
     assert all(fused.device == scores.device for _, scores, fused in watch.seen)
 
 
-def test_the_calibrator_s_device_and_the_scores_may_differ() -> None:
-    """As far as one machine allows: the result is where the scores are, whatever was asked for."""
+def test_the_calibrator_and_the_scores_may_be_on_different_devices() -> None:
+    """As far as one machine allows: the result is on the device of the scores in every case."""
     _, tokenizer, _ = target_of("Llama 3")
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     scores = torch.randn(1, len(tokenizer), generator=torch.Generator().manual_seed(0))
@@ -541,7 +541,7 @@ def test_the_calibrator_s_device_and_the_scores_may_differ() -> None:
             torch.testing.assert_close(fused.cpu(), wanted, atol=1e-3, rtol=1e-3)
 
 
-# The table in the docs.
+# The table in the docs
 
 
 def test_the_docs_list_these_families() -> None:

@@ -1,4 +1,4 @@
-"""The rules against their definitions, in float64 arithmetic written out here."""
+"""The rules equal their definitions, written out here in float64 arithmetic."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def case(seed: int, rows: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     return scores, clean, reference, mapped
 
 
-def test_strength_zero_is_the_same_object() -> None:
+def test_strength_zero_returns_the_same_object() -> None:
     scores, clean, reference, mapped = case(0)
     for rule in ("contrast", "product", "mixture"):
         assert fuse(scores, clean, reference, mapped, FusionConfig(rule=rule, strength=0)) is scores
@@ -56,8 +56,8 @@ def test_every_rule_is_normalised_and_leaves_unmapped_tokens(
 
 
 @pytest.mark.parametrize("config", RULES, ids=str)
-def test_nothing_to_judge_leaves_the_target_normalised(config: FusionConfig) -> None:
-    """A row whose plausible tokens are all special must not come back as raw logits."""
+def test_without_candidates_the_target_stays_normalised(config: FusionConfig) -> None:
+    """A row whose only plausible tokens are special must not come back as raw logits."""
     scores, clean, reference, mapped = case(8)
     scores[1, -1] = 200.0
     fused = fuse(scores, clean, reference, mapped, config.replace(plausibility=0.05))
@@ -83,7 +83,7 @@ def test_minus_infinity_and_nan(config: FusionConfig) -> None:
 
 
 @pytest.mark.parametrize("config", RULES, ids=str)
-def test_rows_do_not_see_each_other(config: FusionConfig) -> None:
+def test_rows_are_independent(config: FusionConfig) -> None:
     scores, clean, reference, mapped = case(4, rows=5)
     together = fuse(scores, clean, reference, mapped, config)
     for row in range(5):
@@ -92,7 +92,7 @@ def test_rows_do_not_see_each_other(config: FusionConfig) -> None:
         torch.testing.assert_close(together[one], alone)
 
 
-def test_contrast_is_its_definition() -> None:
+def test_contrast_equals_its_definition() -> None:
     scores, clean, reference, mapped = case(5)
     config = FusionConfig(strength=1.7, plausibility=0.01, clip=2.0, threshold=0.2, floor=1e-6)
     fused = fuse(scores, clean, reference, mapped, config).double()
@@ -112,7 +112,7 @@ def test_contrast_is_its_definition() -> None:
             assert fused[row, v].exp() == pytest.approx(wanted, abs=1e-6)
 
 
-def test_product_and_mixture_are_their_definitions() -> None:
+def test_product_and_mixture_equal_their_definitions() -> None:
     scores, clean, _reference, _ = case(6)
     mapped = torch.ones(VOCABULARY, dtype=torch.bool)
     p = torch.softmax(scores, -1)
@@ -138,7 +138,7 @@ def test_product_and_mixture_are_their_definitions() -> None:
 )
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 10_000), budget=st.floats(0.001, 1.0))
-def test_kl_budget_holds_at_every_step_and_is_used_up(
+def test_kl_budget_is_respected_at_every_step_and_fully_used(
     config: FusionConfig, seed: int, budget: float
 ) -> None:
     scores, clean, reference, mapped = case(seed)
@@ -156,8 +156,8 @@ def test_kl_budget_holds_at_every_step_and_is_used_up(
 
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 10_000), budget=st.floats(0.001, 1.0))
-def test_kl_budget_counts_what_is_removed(seed: int, budget: float) -> None:
-    """Removal alone costs KL; where that is too much, the tokens stay."""
+def test_kl_budget_includes_removed_tokens(seed: int, budget: float) -> None:
+    """Removal alone costs KL; if that exceeds the budget, the tokens stay."""
     scores, clean, reference, mapped = case(seed)
     config = FusionConfig(outside="remove", plausibility=0.05, strength=3.0, kl_budget=budget)
     fused = fuse(scores, clean, reference, mapped, config)
@@ -167,8 +167,8 @@ def test_kl_budget_counts_what_is_removed(seed: int, budget: float) -> None:
 
 
 @pytest.mark.parametrize("rule", ["mixture", "product"])
-def test_kl_budget_counts_tokens_that_the_target_finds_impossible(rule: str) -> None:
-    """At 120 nats below the best a probability is 0 in float32, and mixing gives it a real one."""
+def test_kl_budget_includes_tokens_that_the_target_finds_impossible(rule: str) -> None:
+    """At 120 nats below the best, a probability is 0 in float32, but mixing makes it positive."""
     scores, clean, reference, mapped = case(3)
     scores[:, 5] = scores.amax(-1) - 120.0
     clean = torch.full_like(clean, 1e-6)
@@ -180,7 +180,7 @@ def test_kl_budget_counts_tokens_that_the_target_finds_impossible(rule: str) -> 
     assert float(spent.max()) <= 0.5 * 1.01
 
 
-def test_log_ratio_ignores_what_both_find_impossible() -> None:
+def test_log_ratio_ignores_tokens_that_both_models_find_impossible() -> None:
     tiny = torch.tensor([1e-12, 1e-3]), torch.tensor([1e-9, 1e-1])
     ratio = log_ratio(*tiny, FusionConfig(floor=1e-6, clip=math.inf))
     assert abs(float(ratio[0])) < 0.01

@@ -1,4 +1,4 @@
-"""The architecture, read from the source: which module may import which, and what none may do."""
+"""The architecture, read from the source: which modules may import which, and forbidden calls."""
 
 import ast
 import functools
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1] / "fusion_detox"
-# Each room imports from those above it and from its own, never from those below.
+# Each room imports only from the rooms above it and from itself.
 ROOMS = (
     "errors",
     "config",
@@ -44,7 +44,7 @@ def parse(module):
 
 
 def imports(module):
-    """Every module that one imports, at its top or inside a function, with the names taken."""
+    """Every module that the given one imports, at its top or in functions, with the names."""
     for node in ast.walk(parse(module)):
         if isinstance(node, ast.Import):
             yield from ((alias.name, "") for alias in node.names)
@@ -65,7 +65,7 @@ def room(module):
 
 
 def test_every_entry_of_the_root_is_a_room():
-    """At most 15 rooms beside the package's own files, so that a newcomer can hold them all."""
+    """At most 15 rooms, so that a newcomer can remember them all."""
     found = {module.split(".")[1] for module in SOURCES if module != "fusion_detox"}
     assert found == set(ROOMS)
     assert len(found - {"__main__"}) <= 15
@@ -75,7 +75,7 @@ def test_every_entry_of_the_root_is_a_room():
 def test_imports_go_one_way(module):
     names = {name for target, name in imports(module) if target == "fusion_detox"}
     assert names <= {"__version__"}, f"{module} imports {names} from the package, not its module"
-    if module == "fusion_detox":  # it hands out the public names of all layers
+    if module == "fusion_detox":  # it re-exports the public names of all rooms
         return
     above = ROOMS[: ROOMS.index(room(module)) + 1]
     upward = {name for name in dependencies(module) if room(name) not in above}
@@ -88,7 +88,7 @@ def test_no_import_cycles():
 
 
 @modules
-def test_public_api_of_transformers_only(module):
+def test_only_the_public_api_of_transformers_is_used(module):
     private = [
         f"{name}.{part}".strip(".")
         for name, part in imports(module)
@@ -99,7 +99,7 @@ def test_public_api_of_transformers_only(module):
 
 
 @modules
-def test_nothing_that_runs_code_of_a_file(module):
+def test_nothing_can_run_code_from_a_file(module):
     assert not {"pickle", "dill", "marshal", "shelve", "joblib"} & {n for n, _ in imports(module)}
     for node in ast.walk(parse(module)):
         if isinstance(node, ast.Call):

@@ -1,4 +1,4 @@
-"""Packages that import their public names on first use, and list them."""
+"""Packages that import their public names on first use list them completely."""
 
 import ast
 import importlib
@@ -21,7 +21,7 @@ def for_type_checkers(package):
 
 @packages
 def test_all_tables_of_names_agree(package):
-    """Type checkers, ``import *`` and lazy imports know the same names."""
+    """Type checkers, ``import *`` and lazy imports see the same names."""
     module, seen = importlib.import_module(package), for_type_checkers(package)
     assert set(seen) == set(module.__all__) - {"__version__"}
     assert set(module.__all__) <= set(dir(module))
@@ -36,6 +36,6 @@ for name, home in {seen!r}.items():
 
 
 @packages
-def test_other_names_are_attribute_errors(package):
+def test_other_names_raise_attribute_errors(package):
     with pytest.raises(AttributeError, match=f"No {package} attribute nothing"):
         _ = importlib.import_module(package).nothing

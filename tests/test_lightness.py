@@ -1,4 +1,4 @@
-"""Importing the package and asking the command line for help load nothing heavy."""
+"""Importing the package and showing a command's help load nothing heavy."""
 
 import subprocess
 import sys
@@ -59,7 +59,7 @@ def test_help_is_light_and_quick(arguments):
     *text, seconds, heavy = run(HELP.format(arguments=arguments) + CHECK)
     assert "Usage" in "\n".join(text)
     assert heavy == ""
-    # Processor time, which a busy machine does not change; it takes a third of a second.
+    # Processor time does not depend on the machine's load. It takes a third of a second.
     assert float(seconds.split()[1]) < 1
 
 
@@ -69,6 +69,6 @@ def test_public_names_resolve():
         assert getattr(fusion_detox, name) is not None
 
 
-def test_unknown_name_is_an_attribute_error():
+def test_an_unknown_name_raises_an_attribute_error():
     with pytest.raises(AttributeError, match="No fusion_detox attribute Fusion"):
         _ = fusion_detox.Fusion

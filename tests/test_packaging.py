@@ -1,4 +1,4 @@
-"""What the wheel and the source distribution contain, and what their metadata says."""
+"""The contents of the wheel and the source distribution, and their metadata."""
 
 import importlib.util
 import re
@@ -32,7 +32,7 @@ def build(kind, folder):
 
 
 @pytest.mark.slow
-def test_wheel_carries_the_shipped_models(tmp_path):
+def test_the_wheel_contains_the_shipped_models(tmp_path):
     with zipfile.ZipFile(build("wheel", tmp_path)) as wheel:
         names = set(wheel.namelist())
         sizes = {info.filename: info.file_size for info in wheel.infolist()}
@@ -56,7 +56,7 @@ def test_wheel_carries_the_shipped_models(tmp_path):
 
 
 @pytest.mark.slow
-def test_sdist_builds_and_tests_itself(tmp_path):
+def test_the_sdist_can_build_and_test_itself(tmp_path):
     with tarfile.open(build("sdist", tmp_path)) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
     needed = ["Makefile", "constraints.txt", "hatch_build.py", "pyproject.toml", ".ci/run"]
@@ -67,7 +67,7 @@ def test_sdist_builds_and_tests_itself(tmp_path):
     assert not sorted(set(needed) - names)
 
 
-def test_one_version_everywhere():
+def test_the_version_is_the_same_everywhere():
     assert version("fusion-detox") == fusion_detox.__version__
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert f"\nversion: {fusion_detox.__version__}\n" in citation
@@ -84,7 +84,7 @@ def test_the_metadata_links_to_the_project():
     assert f"\nsite_url: {links['Documentation']}\n" in mkdocs
 
 
-def test_constraints_are_exact():
+def test_constraints_pin_exact_versions():
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = [line for line in lines if line and not line.startswith("#")]
     assert pins

@@ -1,4 +1,4 @@
-"""The processor under ``generate()``: a pure function of the ids, whatever came before."""
+"""The processor in ``generate()`` is a pure function of the ids, whatever happened before."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def fresh(
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> dict[str, torch.Tensor]:
-    """Left padded, with EOS where there is no padding token, as users of GPT-2 do it."""
+    """Encode with left padding, using EOS if there is no padding token, as GPT-2 users do."""
     rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     longest = max(map(len, rows))
@@ -57,7 +57,7 @@ TEXTS = ["You are a complete", "The weather was", "What a damn stupid thing to s
 
 
 @pytest.mark.parametrize("rule", ["contrast", "product", "mixture"])
-def test_strength_zero_returns_the_very_scores(
+def test_strength_zero_returns_the_same_scores(
     calibrator: Calibrator, tokenizer: PreTrainedTokenizerFast, rule: Any
 ) -> None:
     processor = fresh(calibrator, tokenizer, FusionConfig(rule=rule, strength=0))
@@ -65,7 +65,7 @@ def test_strength_zero_returns_the_very_scores(
     assert processor(torch.zeros(2, 3, dtype=torch.long), scores) is scores
 
 
-def test_same_vocabulary_uses_the_calibrator_as_it_is(
+def test_the_same_vocabulary_uses_the_calibrator_directly(
     calibrator: Calibrator,
     byte_tokenizer: PreTrainedTokenizerFast,
     monkeypatch: pytest.MonkeyPatch,
@@ -89,7 +89,7 @@ def test_same_vocabulary_uses_the_calibrator_as_it_is(
     wanted = torch.log_softmax(scores, -1) + 1.5 * torch.nn.functional.softshrink(
         torch.log((clean + CONFIG.floor) / (reference + CONFIG.floor)), 0.05
     ).clamp(-3, 3)
-    # Special tokens are no candidates and keep their probability.
+    # Special tokens are not candidates and keep their probability.
     mapped = processor.vocabulary.mapped
     mass = torch.log_softmax(scores, -1)[:, mapped].exp().sum()
     torch.testing.assert_close(
@@ -113,7 +113,7 @@ def test_scores_and_ids_are_not_changed_and_dtype_is_kept(
     assert not torch.isinf(fused[0, 9:]).any()
     half = processor(inputs, scores.bfloat16())
     assert half.dtype == torch.bfloat16
-    # Columns of a padded head mean nothing to the calibrator and keep their probability.
+    # Columns of a padded head mean nothing to the calibrator, and keep their probability.
     own = torch.log_softmax(scores, -1)
     torch.testing.assert_close(fused[:, len(tokenizer) :], own[:, len(tokenizer) :])
 
@@ -127,7 +127,7 @@ def test_scores_and_ids_are_not_changed_and_dtype_is_kept(
 def test_cached_equals_uncached_over_random_histories(
     calibrator: Calibrator, tokenizer: PreTrainedTokenizerFast, data: st.DataObject
 ) -> None:
-    """One old instance against one that forgets before each row: extend, roll back, copy, drop."""
+    """A reused instance equals one that forgets before each row: extend, roll back, copy, drop."""
     old, new = fresh(calibrator, tokenizer), fresh(calibrator, tokenizer)
     size = len(tokenizer)
     rows = [data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=5))]
@@ -170,7 +170,7 @@ def stepwise(
     inputs: dict[str, torch.Tensor],
     steps: int,
 ) -> torch.Tensor:
-    """Greedy decoding by the definition: no cache, one row at a time, a new processor a step."""
+    """Greedy decoding by definition: no cache, one row at a time, a new processor per step."""
     rows = []
     for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
         row = ids[mask.bool()].unsqueeze(0)
@@ -200,7 +200,7 @@ def test_greedy_batch_equals_the_definition(
         inputs,
         8,
     )
-    for _ in range(2):  # the second call on the same instance must not see the first
+    for _ in range(2):  # the second call on the same instance must not depend on the first
         found = model.generate(
             **inputs, max_new_tokens=8, do_sample=False, logits_processor=[processor],
             pad_token_id=pad, eos_token_id=None,
@@ -219,7 +219,7 @@ def generate(
 
 
 class Uncached:
-    """The same processor with its memory wiped before each call."""
+    """The same processor, with its memory cleared before each call."""
 
     def __init__(self, make: Callable[[], FusionLogitsProcessor]) -> None:
         self.make = make
@@ -323,7 +323,7 @@ def test_wrong_use_raises_at_construction(
         FusionLogitsProcessor("no-such-calibrator", byte_tokenizer)
 
 
-def test_tokenizer_of_another_model_is_an_error_at_the_first_step(
+def test_a_tokenizer_of_another_model_raises_at_the_first_step(
     calibrator: Calibrator, other_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     processor = fresh(calibrator, other_tokenizer)
@@ -332,10 +332,10 @@ def test_tokenizer_of_another_model_is_an_error_at_the_first_step(
         processor(torch.tensor([[20]]), torch.randn(1, 9000))
 
 
-def test_text_longer_than_the_context_stays_a_function_of_the_ids(
+def test_results_beyond_the_context_depend_only_on_the_ids(
     calibrator: Calibrator, other_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """The window moves in strides; reached step by step or at once, the numbers are the same."""
+    """The window moves in strides; stepwise and all at once give the same result."""
     text = " ".join(TEXTS * 6)
     ids = other_tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
     assert ids.shape[1] > 3 * calibrator.context_length
@@ -348,7 +348,9 @@ def test_text_longer_than_the_context_stays_a_function_of_the_ids(
 
 
 @pytest.mark.parametrize("budget", [None, 0.05])
-def test_with_strength_is_call_and_the_strength_of_each_row(calibrator, other_tokenizer, budget):
+def test_with_strength_returns_the_scores_and_the_strength_of_each_row(
+    calibrator, other_tokenizer, budget
+):
     from fusion_detox.fusion import kl_divergence
 
     config = FusionConfig(strength=2.0, plausibility=0.0, kl_budget=budget)
@@ -360,7 +362,7 @@ def test_with_strength_is_call_and_the_strength_of_each_row(calibrator, other_to
     if budget is None:
         assert used.tolist() == [2.0, 2.0, 2.0]
     else:
-        # The budget is spent where it binds, and each row alone at its strength is the same.
+        # The budget is fully used where it binds. Each row alone, at its strength, gives the same.
         assert ((used > 0) & (used < 2)).all()
         spent = kl_divergence(fused, scores.log_softmax(-1))
         torch.testing.assert_close(spent, torch.full((3,), budget), atol=1e-4, rtol=1e-2)
@@ -378,7 +380,7 @@ def test_with_strength_is_call_and_the_strength_of_each_row(calibrator, other_to
 def test_a_warm_step_runs_through_few_files(
     calibrator: Calibrator, other_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """Someone who follows one decoding step through the code opens at most seven files."""
+    """A reader who follows one decoding step through the code opens at most seven files."""
     processor = fresh(calibrator, other_tokenizer).with_settings(context_kl=0.1)
     ids = other_tokenizer("You are a complete", return_tensors="pt")["input_ids"]
     scores = torch.randn(1, len(other_tokenizer))
@@ -401,7 +403,7 @@ def test_a_warm_step_runs_through_few_files(
     assert len(files) <= 7, " ".join(sorted(files))
 
 
-def test_no_rows_give_no_rows(
+def test_empty_input_gives_empty_output(
     calibrator: Calibrator, byte_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     processor = fresh(calibrator, byte_tokenizer)
@@ -423,14 +425,14 @@ def test_no_rows_give_no_rows(
         ((0, 4), (2, 400), "one row for each row of ids"),
     ],
 )
-def test_rows_that_do_not_belong_together_are_refused(
+def test_mismatched_ids_and_scores_are_refused(
     calibrator: Calibrator,
     byte_tokenizer: PreTrainedTokenizerFast,
     ids: tuple[int, ...],
     scores: tuple[int, ...],
     message: str,
 ) -> None:
-    """Never a silent broadcast: each row of scores belongs to one row of ids."""
+    """Nothing is silently broadcast: each row of scores belongs to one row of ids."""
     processor = fresh(calibrator, byte_tokenizer)
     with pytest.raises(DataError, match=message):
         processor(torch.ones(ids, dtype=torch.long), torch.randn(scores))

@@ -1,4 +1,4 @@
-"""The README and the documentation are true: their code runs offline, their commands exist."""
+"""The README and the documentation are true: their code runs offline and their commands exist."""
 
 import json
 import os
@@ -20,7 +20,7 @@ PAGES = {
     )
 }
 pages = pytest.mark.parametrize("page", PAGES)
-# A comment before a block says why it does not run: <!-- not run: needs a GPU -->
+# A comment before a block says why it is not run: <!-- not run: needs a GPU -->
 BLOCK = re.compile(
     r"^(?:<!-- not run: (?P<why>.+?) -->\n+)?```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.M | re.S
 )
@@ -46,7 +46,7 @@ def commands(page, running=False):
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):
-    """One cache for all pages: a vocabulary map is built once."""
+    """One cache for all pages, so that a vocabulary map is built once."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("FUSION_DETOX_CACHE", "XDG_CACHE_HOME"):
             patch.setenv(name, str(tmp_path_factory.mktemp("cache")))
@@ -71,11 +71,11 @@ def run(words, folder):
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python", running=True)])
 def test_code_runs_offline(page, tmp_path):
-    """The blocks of a page run one after the other in one namespace, as a reader pastes them."""
+    """All blocks of a page run in order in one namespace, as if a reader pasted them."""
     script = tmp_path / "page.py"
     script.write_text("\n".join(blocks(page, "python", running=True)), encoding="utf-8")
     printed = run([script.name], tmp_path)
-    position = 0  # what "# => " promises is printed, in this order
+    position = 0  # the outputs promised by "# => " are printed, in this order
     for promised in re.findall(r"# => (.+)$", script.read_text(encoding="utf-8"), re.M):
         position = printed.find(promised, position)
         assert position >= 0, f"{promised!r} was not printed:\n{printed}"
@@ -83,7 +83,7 @@ def test_code_runs_offline(page, tmp_path):
 
 
 def test_the_readme_quotes_the_output_without_fusion(tmp_path):
-    """It masks the vowels."""
+    """The README masks the vowels."""
     pattern = r"Without the processor, the same call\s+prints\s+`(.+?)`"
     quoted = re.search(pattern, PAGES["README.md"])[1]
     code = "\n".join(blocks("README.md", "python"))
@@ -128,7 +128,7 @@ def test_the_readme_is_short_and_sets_up_with_two_commands():
 
 
 def test_the_number_of_decoding_modes_is_stated_once():
-    """Where the conformance suite writes it."""
+    """Only in the document that the conformance suite writes."""
     texts = {**PAGES, "CHANGELOG.md": (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")}
     stated = [page for page, text in texts.items() if re.search(r"\d+ (decoding )?modes", text)]
     assert stated == ["docs/decoding-modes.md"]
@@ -196,13 +196,13 @@ def test_commands_exist(page):
 
 
 @pages
-def test_links_lead_somewhere(page):
+def test_links_resolve(page):
     links = re.findall(r"\]\(([^)#\s]+)", PAGES[page])
     local = [link for link in links if not re.match(r"[a-z]+:", link)]
     assert not [link for link in local if not (ROOT / page).parent.joinpath(link).exists()]
 
 
-def test_the_paths_that_contributors_are_sent_to_exist():
+def test_the_paths_in_contributing_exist():
     text = PAGES["CONTRIBUTING.md"]
     section = text.partition("## Where to find what")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| [^|]+\? \| ([^|]+) \|$", section, re.M)
@@ -214,7 +214,7 @@ def test_the_paths_that_contributors_are_sent_to_exist():
     assert not [path for path in named if not (ROOT / path).exists()]
 
 
-def test_contributors_are_told_the_rooms_in_order():
+def test_contributing_lists_the_rooms_in_order():
     section = PAGES["CONTRIBUTING.md"].partition("## The rooms")[2].partition("\n## ")[0]
     layers = (ROOT / "tests" / "test_layers.py").read_text(encoding="utf-8")
     rooms = re.search(r"^ROOMS = \((.+?)\)$", layers, re.M | re.S)[1]

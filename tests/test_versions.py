@@ -1,4 +1,4 @@
-"""pyproject, both constraint files, CI and docs agree on versions; what differs on old versions."""
+"""pyproject, constraint files, CI and docs agree on versions; behaviour on old versions."""
 
 import re
 from pathlib import Path
@@ -39,7 +39,7 @@ def pins(name):
 
 
 def table():
-    """The rows of docs/versions.md: range, oldest, newest, by package."""
+    """The rows of docs/versions.md by package: range, oldest, newest."""
     rows = re.findall(r"^\| (\w+) \| (.+?) \| (.+?) \| (.+?) \|$", read("docs/versions.md"), re.M)
     return {canonicalize_name(name): cells for name, *cells in rows}
 
@@ -49,12 +49,12 @@ def lower(requirement):
     return bound
 
 
-def test_the_ranges_of_the_docs_are_those_of_the_package():
+def test_the_ranges_in_the_docs_are_those_of_the_package():
     stated = {name: SpecifierSet(cells[0]) for name, cells in table().items() if name != "python"}
     assert stated == {name: wanted.specifier for name, wanted in requirements().items()}
 
 
-def test_what_is_said_to_be_tested_is_what_is_installed_for_it():
+def test_the_tested_versions_are_those_installed_for_the_tests():
     oldest, newest = pins("constraints-oldest.txt"), pins("constraints.txt")
     for name, (_, first, last) in table().items():
         if name != "python":
@@ -62,7 +62,7 @@ def test_what_is_said_to_be_tested_is_what_is_installed_for_it():
 
 
 def test_the_oldest_versions_are_the_lower_bounds():
-    """To the patch release: the first ones of a series may have been withdrawn."""
+    """Compared up to the minor version: the first patch releases may have been withdrawn."""
     oldest, newest = pins("constraints-oldest.txt"), pins("constraints.txt")
     for name, requirement in requirements().items():
         assert requirement.specifier.contains(oldest[name])
@@ -73,7 +73,7 @@ def test_the_oldest_versions_are_the_lower_bounds():
             assert oldest[name] == bound
 
 
-def test_pythons():
+def test_python_versions():
     text = read("pyproject.toml")
     listed = re.findall(r"Programming Language :: Python :: 3\.(\d+)", text)
     (least,) = re.findall(r'^requires-python = ">=3\.(\d+)"$', text, re.M)
@@ -82,7 +82,7 @@ def test_pythons():
     assert table()["python"][0] == f"3.{listed[0]} to 3.{listed[-1]}"
 
 
-def test_ci_runs_these_pythons_on_three_systems():
+def test_ci_runs_the_supported_pythons_on_three_systems():
     listed = re.findall(r"Programming Language :: Python :: (3\.\d+)", read("pyproject.toml"))
     workflow = read(".github/workflows/ci.yml")
     (pythons,) = re.findall(r"^ +python: \[(.+)\]$", workflow, re.M)
@@ -99,7 +99,7 @@ def test_actions_are_pinned_by_tag():
         assert not [action for action in used if not re.fullmatch(r"[\w./-]+@v[\d.]+", action)]
 
 
-def test_pre_commit_runs_the_ruff_of_the_tests():
+def test_pre_commit_uses_the_same_ruff_version():
     (revision,) = re.findall(
         r"ruff-pre-commit\n +rev: v(.+)$", read(".pre-commit-config.yaml"), re.M
     )
@@ -119,15 +119,15 @@ def old(monkeypatch):
     ],
 )
 @pytest.mark.usefixtures("old")
-def test_a_tokenizer_of_version_5_says_so_on_version_4(tmp_path, said):
+def test_the_error_for_a_tokenizer_of_version_5_says_so_on_version_4(tmp_path, said):
     message = "tokenizer cannot be loaded: it was written by transformers 5.*4.57.1.*pip install -U"
     with pytest.raises(ModelError, match=message), explained(str(tmp_path), "tokenizer", True):
         raise said
 
 
 @pytest.mark.usefixtures("old")
-def test_nor_does_an_error_on_top_of_it_hide_that(tmp_path):
-    """Without protobuf, version 4 trips over its own handling of what it found."""
+def test_a_second_error_does_not_hide_the_cause(tmp_path):
+    """Without protobuf, version 4 raises another error while handling this one."""
 
     def load():
         try:
@@ -161,7 +161,7 @@ def test_positions_that_version_4_would_misread_are_refused(written, read):
 
 
 @pytest.mark.usefixtures("old")
-def test_positions_that_both_versions_read_alike_pass():
+def test_positions_that_both_versions_read_alike_are_accepted():
     both = {"full_attention": ROPE, "sliding_attention": {**ROPE, "rope_theta": 1e4}}
     for settings in (
         SimpleNamespace(rope_parameters=ROPE, rope_theta=500000.0),
@@ -176,6 +176,6 @@ def test_positions_that_both_versions_read_alike_pass():
         check_positions(settings, "model")
 
 
-def test_positions_on_version_5_are_not_looked_at(monkeypatch):
+def test_positions_are_not_checked_on_version_5(monkeypatch):
     monkeypatch.setattr(transformers, "__version__", "5.0.0")
     check_positions(SimpleNamespace(rope_parameters=ROPE, rope_theta=1.0), "model")

@@ -52,7 +52,7 @@ EXACT = FusionConfig(rule="aligned", strength=ALPHA, plausibility=0.0)
 
 
 class Case:
-    """A target with an alignment, and the definition of the fusion of hidden states."""
+    """A target with an alignment, and the definition of hidden-state fusion."""
 
     def __init__(self, target: PreTrainedModel, tokenizer: Any, calibrator: Calibrator) -> None:
         self.target, self.tokenizer, self.calibrator = target, tokenizer, calibrator
@@ -69,7 +69,7 @@ class Case:
         )
 
     def calibrator_vector(self, ids: list[int], part: str = "clean") -> torch.Tensor:
-        """The last hidden state after a text that is tokenised at once, without a cache."""
+        """The last hidden state after a text that is tokenised as a whole, without a cache."""
         token_bytes = TokenTable.from_tokenizer(self.tokenizer).token_bytes
         known = [token_bytes[id] if id < len(token_bytes) else None for id in ids]
         data = b"".join(b"\n" if one is None else one for one in known)
@@ -255,7 +255,7 @@ def test_dtype_is_kept(gpt2: Case, dtype: torch.dtype) -> None:
 
 
 def test_norm_of_the_target(gpt2: Case) -> None:
-    """The vector is scaled to the length of the target's own, here those of another text."""
+    """The vector is scaled to the norm of the target's hidden state, here that of another text."""
     ids = gpt2.ids(PROMPTS[0])
     gain = TargetHead(gpt2.target, gpt2.tokenizer).root_mean_square
     seen: list[torch.Tensor] = []
@@ -312,7 +312,7 @@ def test_aligned_contrast_equals_its_definition(case: Case) -> None:
 
 
 @pytest.mark.parametrize("budget", [0.01, 0.1, 0.5])
-def test_kl_budget_holds_and_is_used_up(case: Case, budget: float) -> None:
+def test_kl_budget_is_respected_and_fully_used(case: Case, budget: float) -> None:
     ids = case.ids(PROMPTS[0])
     scores = case.logits(ids)[None]
     target = scores.log_softmax(-1)
@@ -367,7 +367,7 @@ def test_copies_and_pickles_give_the_same_result(gpt2: Case) -> None:
 def test_cached_hidden_states_equal_uncached_ones(
     kind: str, make_llama: Any, make_gpt2: Any, byte_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """With both decoders, for growing, branching and shortened texts, between log-probs."""
+    """Both decoders, for growing, branching and shortened texts, with log-probs in between."""
     make, width = (make_llama if kind == "llama" else make_gpt2), len(byte_tokenizer)
     calibrator = Calibrator(
         make(width, seed=1), make(width, seed=2), byte_tokenizer, context_length=24
@@ -396,10 +396,10 @@ def test_cached_hidden_states_equal_uncached_ones(
                 torch.testing.assert_close(log_probs[part, column], expected, atol=1e-4, rtol=1e-4)
 
 
-def test_log_probs_of_a_capped_head_with_too_little_left(
+def test_log_probs_of_a_capped_head_with_too_few_tokens_left(
     shared: Calibrator, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Then the logits cannot be recovered: the row is not fused, with one warning."""
+    """The logits cannot be recovered, so the row is returned unfused, with one warning."""
     family = FAMILIES["FAMILIES"]["Gemma 2"]
     tokenizer = FAMILIES["tokenizer_in_kind"](family.tokenizer)
     target = family.make(len(tokenizer), tokenizer, seed=3, final_logit_softcapping=4.0)
@@ -417,7 +417,7 @@ def test_log_probs_of_a_capped_head_with_too_little_left(
 def test_a_capped_head_with_tokens_masked_by_a_finite_value(
     shared: Calibrator, value: float
 ) -> None:
-    """Such a value is not a logit; treated as one, it would shift the row or make it NaN."""
+    """Such a value is not a logit; treated as one, it would shift the whole row or produce NaN."""
     family = FAMILIES["FAMILIES"]["Gemma 2"]
     tokenizer = FAMILIES["tokenizer_in_kind"](family.tokenizer)
     target = family.make(len(tokenizer), tokenizer, seed=3, final_logit_softcapping=4.0)

@@ -51,7 +51,7 @@ CONFIGS = {
 
 
 def found(own: torch.Tensor, target: torch.Tensor, config: AlignmentConfig) -> dict[str, float]:
-    """Retrieval of the last 60 tokens, with a matrix learned from all others."""
+    """Measures retrieval of the last 60 tokens, with a matrix learned from all others."""
     matrix = learn_matrix(own[:-60], target[:-60], config, show_progress=False)
     assert matrix.shape == (OWN, TARGET)
     return retrieval(own[-60:] @ matrix, target, torch.arange(TOKENS - 60, TOKENS))
@@ -68,7 +68,7 @@ def test_each_config_finds_a_known_rotation(
 def test_unrelated_embeddings_are_retrieved_at_chance(
     config: AlignmentConfig, rotated: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
-    """Chance is 1 and 10 of 300."""
+    """Of 300 candidates, chance finds 1/300 at the first rank and 10/300 in the top ten."""
     other = torch.randn(TOKENS, TARGET, generator=torch.Generator().manual_seed(1))
     accuracy = found(rotated[0], other, config)
     assert accuracy["at_1"] <= 0.05
@@ -142,7 +142,7 @@ def target(
     make_llama: Any,
     other_tokenizer: PreTrainedTokenizerFast,
 ) -> Path:
-    """An untied Llama in shards, one of which holds the output embeddings."""
+    """An untied Llama, saved in shards; one of them holds the output embeddings."""
     folder = tmp_path_factory.mktemp("target") / "llama"
     model = make_llama(len(other_tokenizer) + 7, seed=3, tie_word_embeddings=False)
     model.save_pretrained(folder, max_shard_size="60KB")
@@ -155,7 +155,7 @@ def target(
 def test_only_the_embedding_of_a_target_is_read(
     kind: str, target: Path, tmp_path: Path, calibrator: Calibrator, other_tokenizer: Any
 ) -> None:
-    """Without all other shards, the alignment equals that of the loaded model."""
+    """With all other shards deleted, the alignment equals that of the loaded model."""
     config = AlignmentConfig(embeddings=kind)  # type: ignore[arg-type]
     model = AutoModelForCausalLM.from_pretrained(target)
     wanted = align(calibrator, model, other_tokenizer, config=config, show_progress=False)
@@ -198,7 +198,7 @@ def test_checkpoints_with_other_tensor_names(
     make_llama: Any,
     other_tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    """Published files may have prefixes that the module lacks, or lack some that it has."""
+    """Published files may have prefixes that the module lacks, or lack prefixes that it has."""
     make = make_gpt2 if family == "gpt2" else make_llama
     model = make(len(other_tokenizer), seed=3, tie_word_embeddings=tied)
     base, embedding = ("transformer", "wte") if family == "gpt2" else ("model", "embed_tokens")
@@ -225,7 +225,7 @@ def test_checkpoints_with_other_tensor_names(
 
 
 def damaged(target: Path, place: Path, name: str, **changes: Any) -> Path:
-    """A copy in one file, without one tensor or with another in its place."""
+    """A copy in a single file, with one tensor removed or replaced."""
     folder = place / "damaged"
     AutoModelForCausalLM.from_pretrained(target).save_pretrained(folder)
     for path in target.glob("tokenizer*"):

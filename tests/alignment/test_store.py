@@ -1,4 +1,4 @@
-"""Alignments on disk and on the command line are complete or absent, and checked on use."""
+"""Alignments, on disk and from the command line, are complete or absent, and checked before use."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_saved_beside_the_calibrator_and_loaded_again(
     assert torch.equal(back.matrix, alignment.matrix)
     assert (back.config, back.report) == (alignment.config, alignment.report)
     assert back.digest() == alignment.digest()
-    # A calibrator that is loaded again finds it for the loaded model.
+    # A calibrator that is loaded again finds the alignment for the loaded model.
     model, tokenizer = load_target(target)
     again = Calibrator.from_pretrained(calibrator_folder)
     assert find_alignment(again, model, tokenizer).digest() == alignment.digest()
@@ -88,7 +88,7 @@ def test_saved_beside_the_calibrator_and_loaded_again(
 def test_a_calibrator_with_alignments_still_loads_and_saves(
     alignment: Alignment, loaded: Calibrator, calibrator_folder: Path, tmp_path: Path, target: Path
 ) -> None:
-    """It can be saved elsewhere and over itself; other weights make the alignment stale."""
+    """It can be saved elsewhere or over itself; other weights make the alignment stale."""
     folder = save_alignment(alignment, loaded)
     loaded.save_pretrained(tmp_path / "elsewhere")
     assert not (tmp_path / "elsewhere" / "alignments").exists()
@@ -133,7 +133,7 @@ def test_alignments_of_shipped_or_read_only_calibrators_go_to_the_cache(
 @pytest.mark.parametrize("where", ["save_file", "rename"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
 @pytest.mark.parametrize("older", [True, False])
-def test_an_interrupted_save_changes_nothing(
+def test_an_interrupted_save_changes_nothing_on_disk(
     where: str,
     error: BaseException,
     older: bool,
@@ -208,7 +208,7 @@ def test_incomplete_and_damaged_alignments_raise(
     save_file(tensors, tensors_file)
     refused("is damaged")
     load_alignment(folder)
-    # The search for an alignment names a damaged one.
+    # Looking for an alignment reports a damaged one.
     tensors_file.unlink()
     model, tokenizer = load_target(target)
     with pytest.raises(
@@ -247,7 +247,7 @@ def test_a_folder_with_other_files_is_not_replaced(
 def test_alignments_learned_with_removed_settings(
     config: dict[str, Any], removed: str, alignment: Alignment, loaded: Calibrator
 ) -> None:
-    """They raise; the default alignment of the earlier version, which names them, still loads."""
+    """They raise an error. An earlier version's default alignment records them, and still loads."""
     folder = save_alignment(alignment, loaded)
     file = folder / "alignment.json"
     values = json.loads(file.read_text())
@@ -291,7 +291,7 @@ def test_align_on_the_command_line(
     assert "holds no complete alignment" in text
 
 
-def test_generate_by_the_aligned_rules(
+def test_generate_with_the_aligned_rules(
     calibrator_folder: Path, target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     common = ["generate", str(target), "The weather", "--calibrator", str(calibrator_folder)]
@@ -313,7 +313,7 @@ def test_generate_by_the_aligned_rules(
     assert "1 of 1 completions are in" in capsys.readouterr().err
 
 
-def test_evaluate_by_the_aligned_rules(
+def test_evaluate_with_the_aligned_rules(
     loaded: Calibrator, alignment: Alignment, target: Path, tmp_path: Path
 ) -> None:
     config = EvaluationConfig(

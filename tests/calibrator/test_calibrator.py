@@ -96,7 +96,7 @@ def test_loaded_models_are_frozen_and_in_eval_mode(calibrator_folder):
 
 def test_dtype_on_disk_and_in_memory(calibrator, calibrator_folder, tmp_path):
     calibrator.save_pretrained(tmp_path / "half", dtype="bfloat16")
-    assert calibrator.clean.dtype == torch.float32  # in memory nothing changes
+    assert calibrator.clean.dtype == torch.float32  # the models in memory do not change
     size = (tmp_path / "half" / "clean" / "model.safetensors").stat().st_size
     full = (calibrator_folder / "clean" / "model.safetensors").stat().st_size
     assert size < 0.55 * full
@@ -160,7 +160,7 @@ def test_defaults(make_llama, byte_tokenizer):
     assert both.record == {}
 
 
-def test_padded_head_and_ids_without_logits(make_llama, byte_tokenizer):
+def test_a_padded_head_and_ids_without_logits(make_llama, byte_tokenizer):
     assert Calibrator(make_llama(448), None, byte_tokenizer).vocabulary_size == 400
     padded = PreTrainedTokenizerFast(
         tokenizer_object=byte_tokenizer.backend_tokenizer,

@@ -1,4 +1,4 @@
-"""The card: metadata for the hub, and sections from the training record."""
+"""The card: its metadata for the hub, and its sections from the training record."""
 
 import pytest
 import yaml
@@ -133,7 +133,7 @@ def test_untrusted_text_cannot_break_the_markup():
         },
         name='x"\n# Heading',
     )
-    # The only one is inside a code block with a longer fence.
+    # The only occurrence is inside a code block with a longer fence.
     assert text.count("\n# Heading") == 1
     assert "\n````console\nrun\n```\n# Heading\n````\n" in text
     assert "<script" not in text

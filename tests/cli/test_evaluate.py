@@ -1,4 +1,4 @@
-"""``evaluate``, ``rescore``, ``compare`` and ``tune`` as commands."""
+"""The commands ``evaluate``, ``rescore``, ``compare`` and ``tune``."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ import pytest
 
 from fusion_detox.calibrator.calibrator import Calibrator
 from fusion_detox.cli import main
-from fusion_detox.cli.arguments import split_kind
+from fusion_detox.cli.shared_options import split_kind
 from fusion_detox.cli.tune import parse_grid
 from fusion_detox.errors import ConfigError
 
@@ -22,7 +22,7 @@ SMALL = [
     *("--samples", "2", "--max-new-tokens", "5", "--scorer", "lexical", "--resamples", "100"),
     *("--harmless-texts", "3", "--harmless-tokens", "10", "--device", "cpu"),
 ]
-NO_SUITES = ["--suite", "none", "--no-similarity"]  # tune has none anyway
+NO_SUITES = ["--suite", "none", "--no-similarity"]  # tune has no suites anyway
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +82,7 @@ def test_rescore_and_compare(arguments, tmp_path, capsys):
     assert "contrast:strength=2" in page.read_text("utf-8")
 
 
-def test_two_processes_write_what_one_writes(arguments, tmp_path):
+def test_two_processes_write_the_same_as_one(arguments, tmp_path):
     assert main(arguments("--setting", "default", out="one")) == 0
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29541"]
     subprocess.run(
@@ -179,7 +179,7 @@ class TestTune:
         assert main(again) == 0
         assert "5 of 5 prompts took part in tuning" in capsys.readouterr().err
 
-    def test_no_write_leaves_the_calibrator_alone(self, arguments, calibrator_folder):
+    def test_no_write_leaves_the_calibrator_unchanged(self, arguments, calibrator_folder):
         before = {p: p.read_bytes() for p in calibrator_folder.rglob("*") if p.is_file()}
         assert self.tune(arguments, "--no-write") == 0
         after = {p: p.read_bytes() for p in calibrator_folder.rglob("*") if p.is_file()}
@@ -221,7 +221,7 @@ class TestTune:
         assert "1 of 5 development prompts are test prompts of test" in capsys.readouterr().err
         assert not (tmp_path / "run").exists()
 
-    def test_a_shipped_calibrator_is_not_written_to(self, arguments, capsys):
+    def test_a_shipped_calibrator_is_not_changed(self, arguments, capsys):
         assert self.tune(arguments, "--calibrator", "english-16k") == 1
         assert "is not a calibrator's folder" in capsys.readouterr().err
 

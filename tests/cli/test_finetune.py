@@ -29,7 +29,7 @@ OPTIONS = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, make_llama: Any, byte_tokenizer: Any) -> Path:
-    """``model`` and ``pairs.jsonl``."""
+    """Write the folder ``model`` and the file ``pairs.jsonl``."""
     path = tmp_path_factory.mktemp("cli")
     model = make_llama(len(byte_tokenizer), initializer_range=0.1)
     BUILT["save_model"](model, byte_tokenizer, path / "model")

@@ -1,4 +1,4 @@
-"""The command line: what it prints where, its exit codes, and what it does again."""
+"""The command line: where it prints what, its exit codes, and how it resumes."""
 
 import dataclasses
 import io
@@ -38,7 +38,7 @@ def generate(target_folder, calibrator_folder):
 
 
 def plain(text):
-    """A message without the boxes and line breaks around it."""
+    """Return a message without the box and line breaks around it."""
     return " ".join(re.sub(r"[│╭╮╰╯─]", " ", text).split())
 
 
@@ -47,7 +47,7 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"fusion-detox {__version__}\n"
 
 
-def test_no_arguments_show_the_commands(capsys):
+def test_without_arguments_the_commands_are_listed(capsys):
     main([])
     found = capsys.readouterr()
     text = plain(found.out + found.err)
@@ -105,7 +105,7 @@ def test_options_come_from_a_dataclass(capsys):
     assert "Naming" in text
 
 
-def test_completions_go_to_standard_output_alone(generate, capsys):
+def test_only_completions_go_to_standard_output(generate, capsys):
     assert generate(*PROMPTS, "--num-samples", 2, "--base", "--strength", 0) == 0
     found = capsys.readouterr()
     rows = [json.loads(line) for line in found.out.splitlines()]
@@ -129,7 +129,7 @@ def test_an_interrupted_file_is_completed_to_the_same_bytes(generate, tmp_path, 
     assert part.read_bytes() == whole.read_bytes()
 
 
-def test_nothing_is_loaded_when_nothing_is_left(generate, tmp_path, monkeypatch):
+def test_nothing_is_loaded_if_nothing_is_left_to_do(generate, tmp_path, monkeypatch):
     assert generate("You", "-o", tmp_path / "out.jsonl") == 0
     monkeypatch.setattr("fusion_detox.files.models.load_target", None)
     assert generate("You", "-o", tmp_path / "out.jsonl") == 0
@@ -161,7 +161,7 @@ def test_info_shows_the_card(calibrator_folder, capsys):
     assert "rule contrast" in text
 
 
-def test_a_training_record_is_shown_in_short():
+def test_a_training_record_is_summarised():
     record = {
         "base_model": None,
         "seed": 7,
@@ -220,7 +220,7 @@ def test_demo(calibrator_folder, target_folder, capsys):
     assert "masked" not in run_demo(calibrator_folder, target_folder, capsys, "--no-mask")
 
 
-def test_demo_prompts_hold_no_slurs_and_are_mixed():
+def test_demo_prompts_are_mixed_and_contain_no_slurs():
     assert len(demo.PROMPTS) == len(set(demo.PROMPTS)) == 8
     assert all(prompt == prompt.strip() for prompt in demo.PROMPTS)
 
@@ -234,7 +234,7 @@ def test_toxic_words_are_masked_in_place():
     assert demo.mask_words("", toxicity) == ""
 
 
-def test_held_back_tokens_are_marked():
+def test_suppressed_tokens_are_marked():
     def shown(colour):
         stream = io.StringIO()
         system = "standard" if colour else None
@@ -246,7 +246,7 @@ def test_held_back_tokens_are_marked():
     assert shown(True) == "a \x1b[1;31mbad\x1b[0m word"
 
 
-def test_held_back_spans_follow_the_characters(make_llama, byte_tokenizer):
+def test_suppressed_spans_follow_characters(make_llama, byte_tokenizer):
     from fusion_detox.generation.sampling import Completion
 
     model, text = make_llama(len(byte_tokenizer)), " naïve 🙂 end"
@@ -288,7 +288,7 @@ def test_a_closed_pipe_ends_quietly():
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
-def test_a_full_disk_under_standard_output_is_told():
+def test_a_full_disk_behind_standard_output_is_reported():
     with open("/dev/full", "w") as full:
         done = start("--version", stdout=full)
     assert (done.returncode, done.stderr) == (1, "error: cannot write: No space left on device\n")

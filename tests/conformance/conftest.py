@@ -1,4 +1,4 @@
-"""What a mode is tried on: a target, a processor that all tests share, and the definition."""
+"""The setting of each conformance test: a target, a shared processor, and the definition."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .definition import AsProcessor, Definition
 from .search import Search
 
 CONFIG = FusionConfig(strength=1.5, plausibility=1e-4, threshold=0.05, context_kl=0.07)
-# Both end inside of a word that the calibrator would begin otherwise.
+# Both end inside a word whose beginning the calibrator would tokenise differently.
 TEXTS = ["The weather was fine, you idio", "You are a complete idiot and nobody is so stupi"]
 VOCABULARIES = {
     "same": "byte_tokenizer",
@@ -25,8 +25,8 @@ VOCABULARIES = {
 class Case:
     """A target with its tokenizer, and both ways to fuse.
 
-    ``processor`` is one object for all tests of a vocabulary: whatever they did to it before must
-    not show.
+    ``processor`` is one object for all tests of a vocabulary. Earlier tests must not affect
+    later ones.
     """
 
     def __init__(self, calibrator, tokenizer, make_llama, pad=None):
@@ -52,7 +52,7 @@ class Case:
         )
 
     def encode(self, texts):
-        """Left padded, with EOS where there is no padding token, as users of GPT-2 do it."""
+        """Encode with left padding, using EOS if there is no padding token, as GPT-2 users do."""
         rows = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
         longest = max(map(len, rows))
         short = [longest - len(row) for row in rows]
@@ -64,11 +64,11 @@ class Case:
 
     @functools.cached_property
     def plain(self):
-        """What fused greedy search writes after each prompt, by definition."""
+        """The definition's fused greedy continuation of each prompt."""
         return [row[self.length :] for row in self.greedy(TEXTS, 6)]
 
     def greedy(self, texts, steps, **options):
-        """Sequences of fused greedy search after texts, by definition."""
+        """Return the definition's fused greedy sequences for these texts."""
         prompts = self.encode(texts)["input_ids"].tolist()
         return self.search(prompts, max_new_tokens=steps, **options).sample()[0]
 
@@ -77,11 +77,11 @@ class Case:
         return Search(self.model, fused, prompts, self.pad, self.eos, options)
 
     def allowed(self, which, ids):
-        """Some two dozen tokens, others for each prompt and length."""
+        """Return some two dozen tokens, which differ by prompt and length."""
         return [i for i in range(3, self.width - 3) if (i + which + len(ids)) % 17 == 0]
 
     def generate(self, seed=11, processor=None, model=None, **options):
-        """The library's side: ``generate`` with the shared processor."""
+        """Run the library: ``generate`` with the shared processor."""
         torch.manual_seed(seed)
         given = {"max_new_tokens": 5, "do_sample": False, **options}
         if "inputs_embeds" not in given and "input_ids" not in given:
@@ -93,7 +93,7 @@ class Case:
 
 @pytest.fixture(scope="session")
 def cases(byte_tokenizer, make_llama, request, tmp_path_factory):
-    """Cases by the name of their vocabulary, each built once."""
+    """Return a case by the name of its vocabulary; each is built once."""
     patch = pytest.MonkeyPatch()
     patch.setenv("FUSION_DETOX_CACHE", str(tmp_path_factory.mktemp("maps")))
     width = len(byte_tokenizer)
@@ -116,5 +116,5 @@ def case(request, cases):
 
 @pytest.fixture
 def one(cases):
-    """The byte-level target alone, for tests of which the vocabulary is not the point."""
+    """The byte-level target alone, for tests in which the vocabulary does not matter."""
     return cases("bytes")

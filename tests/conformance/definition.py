@@ -1,8 +1,9 @@
-"""Fusion by its definition: whole texts, no cache, one row at a time, plain Python.
+"""The definition of fusion: whole texts, no cache, one row at a time, plain Python.
 
-Of the library it uses the vocabulary map alone, whose own definition tests/vocabulary/test_map.py
-spells out: reading ids as text, retokenising, running the calibrator, weighing the ways to read a
-text's end and the fusion rule are written here again.
+From the library it uses only the vocabulary map, whose own definition is in
+tests/vocabulary/test_map.py. Everything else is written again here: reading ids as text,
+retokenising, running the calibrator, weighting the ways to read the end of a text, and the fusion
+rule.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ ENDS_OF_TEXT = {"<|endoftext|>", "<s>", "</s>"}
 
 
 class Definition:
-    """What a fused model's log-probs are after given ids, ``(ids, scores) -> scores``."""
+    """A fused model's log-probs after the given ids: ``(ids, scores) -> scores``."""
 
     def __init__(self, calibrator, tokenizer, vocabulary, config, pad):
         self.calibrator, self.map, self.config, self.pad = calibrator, vocabulary, config, pad
@@ -43,7 +44,7 @@ class Definition:
         return token.replace("▁", " ").encode()
 
     def read(self, ids):
-        """The calibrator's ids of a text, the bytes of its last word's tokens, and its rest."""
+        """Return the calibrator's ids, the bytes of the last word's tokens, and pending bytes."""
         ids = list(ids)
         while ids and ids[0] == self.pad:
             del ids[0]
@@ -83,7 +84,7 @@ class Definition:
         return path, word, decoder.getstate()[0]
 
     def law(self, prefix):
-        """Next-token probabilities of both models, ``(2, vocabulary)``, with no cache."""
+        """Return both models' next-token probabilities, ``(2, vocabulary)``, without a cache."""
         length = self.calibrator.context_length
         start = 0
         while len(prefix) - start + 1 > length:
@@ -98,14 +99,14 @@ class Definition:
         return self.laws[seen]
 
     def calibrated(self, ids):
-        """The two distributions carried over to the target's vocabulary."""
+        """Return the two distributions, projected onto the target's vocabulary."""
         path, word, pending = self.read(ids)
         laws, covers, weights = [], [], []
         for back in range(len(word), -1, -1):
             start = len(path) - back
             covers.append(Cover(0, len(laws), b"".join(word[len(word) - back :]) + pending))
             laws.append(self.law(path[:start]))
-            # The probability of the tokens from the start of the word up to here.
+            # The probability of the tokens from the start of the word to this point.
             weight = torch.ones(2, dtype=torch.float64)
             for place in range(len(path) - len(word), start):
                 weight = weight * self.law(path[:place])[:, path[place]]
@@ -117,7 +118,7 @@ class Definition:
         return self.map.project(probs.float(), covers, weights.float(), 1, mode=mode)[:, 0].double()
 
     def strength(self, ids):
-        """That of the settings, or a share of it where both models have lately agreed."""
+        """Return the configured strength, scaled down if both models have recently agreed."""
         whole = self.config.context_kl
         if whole is None:
             return self.config.strength
@@ -129,7 +130,7 @@ class Definition:
         return self.config.strength * min(1.0, sum(divergences) / len(divergences) / whole)
 
     def __call__(self, ids, scores):
-        """Fused log-probs of one row, ``(vocabulary,)``."""
+        """Return the fused log-probs of one row, ``(vocabulary,)``."""
         config, strength = self.config, self.strength(ids)
         clean, reference = (law.tolist() for law in self.calibrated(ids))
         own = scores.double().log_softmax(-1).tolist()
@@ -150,7 +151,7 @@ class Definition:
                 moved[i] = (1 - strength) * own[i] + strength * other
             else:
                 inside = math.exp(own[i]) / mass
-                # Where the calibrator gives none of them any probability, it has no say.
+                # If the calibrator gives none of the candidates any probability, it has no effect.
                 other = clean[i] / group if group else inside
                 mixed = (1 - strength) * inside + strength * other
                 moved[i] = math.log(mixed)
@@ -161,7 +162,7 @@ class Definition:
 
 
 class AsProcessor(LogitsProcessor):
-    """The definition under ``generate``'s own loop; scores of another vocabulary pass."""
+    """Applies the definition in ``generate``'s own loop; ignores scores of another width."""
 
     def __init__(self, definition, width):
         self.definition, self.width = definition, width

@@ -24,7 +24,7 @@ How fusion behaves in each decoding mode of `generate()` in `transformers`:
 
 - **exact**: every token equals that of a definition in plain Python, with fixed seeds. The
   definition has no cache and no batching. It tokenises the whole text again for the calibrator at
-  every step, and spells the search out in a loop. (For sampled drafts and for watermarks, the loop
+  every step, and writes the search as a plain loop. (For sampled drafts and watermarks, the loop
   is that of `generate` itself.) In greedy search, sampling and beam search, all scores are compared
   too, to 1e-4.
 - **note**: it works, with the restriction in the note.
@@ -37,7 +37,7 @@ byte-level vocabulary, and one with a SentencePiece vocabulary.
 
 
 def suite():
-    """Return the suite's test functions, with the file of each."""
+    """Return the file of each of the suite's test functions."""
     found = {}
     for path in sorted(HERE.glob("test_*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
@@ -47,7 +47,7 @@ def suite():
 
 
 def document(modes):
-    """Return the text of the file."""
+    """Return the document's text."""
     known = suite()
     counts = {state: sum(mode.state == state for mode in modes) for state in STATES}
     tally = "{exact} are exact, {note} have a note, and {refused} are refused.".format(**counts)

@@ -1,8 +1,9 @@
 """Every decoding mode in the suite, how fusion behaves in it, and its test.
 
-``document.py`` writes the table in docs/decoding-modes.md from this list, and each test takes its
-cases from it. The table therefore says what is tested. Nothing is imported: the options of a mode
-are a function of the case that a test runs (see ``Case`` in conftest.py).
+``document.py`` writes the table in docs/decoding-modes.md from this list, and the tests take
+their cases from it, so the table states exactly what is tested. This module imports nothing from
+the package: a mode's options are a function of the case that a test runs (see ``Case`` in
+conftest.py).
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ class Mode(NamedTuple):
         name: The user's name for it.
         state: ``exact``: every token and score equals the definition's. ``note``: it works, with
             the restriction in the note. ``refused``: it does not work, and the note says why.
-        test: The test function that shows it.
-        options: Options of ``generate``, for tests that differ only in them.
+        test: The test function that covers it.
+        options: Options of ``generate``, for tests whose modes differ only in them.
         note: What a user needs to know.
     """
 
@@ -35,7 +36,7 @@ class Mode(NamedTuple):
 
 
 def search(group: str, name: str, note: str = "", **options: Any) -> Mode:
-    """A mode with fixed options, compared with the definition of the search itself."""
+    """Return a mode with fixed options, compared with the definition of the search itself."""
     return Mode(group, name, "exact", "test_equals_the_definition", lambda case: options, note)
 
 
@@ -223,12 +224,14 @@ MODES = [
         "test_assisted_sampling",
         lambda case: {"prompt_lookup_num_tokens": 3},
     ),
-    Mode(INPUTS, "ragged batch, left padded", "exact", "test_row_of_a_batch_equals_it_alone"),
+    Mode(
+        INPUTS, "ragged batch, left padded", "exact", "test_a_row_in_a_batch_equals_the_row_alone"
+    ),
     Mode(
         INPUTS,
         "padding that ends texts too (pad = eos)",
         "exact",
-        "test_row_of_a_batch_equals_it_alone",
+        "test_a_row_in_a_batch_equals_the_row_alone",
     ),
     Mode(
         INPUTS,
@@ -241,7 +244,7 @@ MODES = [
         INPUTS,
         "batch padded on the right",
         "refused",
-        "test_right_padding_is_warned_of",
+        "test_right_padding_causes_a_warning",
         note="transformers warns that its results are wrong. The calibrator reads padding after a "
         'text as the end of the text. Set `tokenizer.padding_side = "left"`.',
     ),
@@ -272,13 +275,13 @@ MODES = [
         INPUTS,
         "continuing from past_key_values, all ids given",
         "exact",
-        "test_going_on_from_a_cache",
+        "test_continuing_from_a_cache",
     ),
     Mode(
         INPUTS,
         "continuing from past_key_values, only new ids given",
         "note",
-        "test_going_on_with_new_ids_alone",
+        "test_continuing_with_only_new_ids",
         note="A processor receives only the new ids. Pass the earlier text with "
         "`processor.following(text)`, or give `generate` all ids.",
     ),
@@ -290,28 +293,40 @@ MODES = [
         note="`generate` replaces the prompt's last token in a separate search, and runs that "
         "search without custom processors.",
     ),
-    Mode(RUNTIME, "cache_implementation dynamic", "exact", "test_runtime", lambda case: {}),
+    Mode(
+        RUNTIME,
+        "cache_implementation dynamic",
+        "exact",
+        "test_caches_and_chunked_prefill",
+        lambda case: {},
+    ),
     Mode(
         RUNTIME,
         "cache_implementation static",
         "exact",
-        "test_runtime",
+        "test_caches_and_chunked_prefill",
         lambda case: {"cache_implementation": "static"},
     ),
     Mode(
         RUNTIME,
         "cache_implementation offloaded",
         "exact",
-        "test_runtime",
+        "test_caches_and_chunked_prefill",
         lambda case: {"cache_implementation": "offloaded"},
         "It needs an accelerator, and is tested only if there is one.",
     ),
-    Mode(RUNTIME, "no cache", "exact", "test_runtime", lambda case: {"use_cache": False}),
+    Mode(
+        RUNTIME,
+        "no cache",
+        "exact",
+        "test_caches_and_chunked_prefill",
+        lambda case: {"use_cache": False},
+    ),
     Mode(
         RUNTIME,
         "prefill in chunks",
         "exact",
-        "test_runtime",
+        "test_caches_and_chunked_prefill",
         lambda case: {"prefill_chunk_size": 3},
     ),
     Mode(
@@ -325,12 +340,12 @@ MODES = [
     Mode(RUNTIME, "TextIteratorStreamer in a thread", "exact", "test_streaming_in_a_thread"),
     Mode(RUNTIME, "stop strings", "exact", "test_stop_strings"),
     Mode(RUNTIME, "custom stopping criteria", "exact", "test_stopping_criteria"),
-    Mode(RUNTIME, "several end-of-text tokens", "exact", "test_several_ends_of_text"),
+    Mode(RUNTIME, "several end-of-text tokens", "exact", "test_several_end_of_text_tokens"),
     Mode(
         RUNTIME,
         "watermarks",
         "exact",
-        "test_watermark_stands_behind_fusion",
+        "test_the_watermark_is_applied_after_fusion",
     ),
     Mode(RUNTIME, 'pipeline("text-generation")', "exact", "test_pipeline"),
     Mode(RUNTIME, "custom_generate, a function", "exact", "test_custom_generate"),
@@ -363,7 +378,7 @@ MODES = [
         OTHER,
         "contrastive search, DoLa, diverse and constrained beams",
         "refused",
-        "test_strategies_of_the_hub",
+        "test_strategies_from_the_hub",
         note="transformers 5 moved them to the Hub. It raises an error unless it may run code from "
         "there, which is not tested here.",
     ),

@@ -1,8 +1,9 @@
-"""Greedy search, sampling and beam search by their definitions, one row at a time.
+"""Definitions of greedy search, sampling and beam search, one row at a time.
 
-``options`` are those of ``generate``. Each built-in processor is written again, in a line or a
-few, as a function of one row's ids and scores, in ``generate``'s order: fusion stands between
-those that forbid or weigh tokens and those that cut the distribution for sampling.
+``options`` are those of ``generate``. Each built-in processor is written again, in a few lines,
+as a function of one row's ids and scores. The order is that of ``generate``: fusion runs after the
+processors that forbid or reweight tokens, and before those that truncate the distribution for
+sampling.
 """
 
 from __future__ import annotations
@@ -13,20 +14,20 @@ import torch
 import transformers
 
 INF = math.inf
-# transformers 4 takes padding for a token that was written.
+# transformers 4 treats padding as a token of the text.
 PENALISES_PADDING = transformers.__version__.startswith("4.")
 
 
 class Search:
-    """One call of ``generate`` by its definition.
+    """One call of ``generate``, by definition.
 
     Args:
-        model: The target; run on whole texts, without a cache.
-        fused: ``(ids, scores) -> scores`` of one row.
-        prompts: Rows of ids, left padded as ``generate`` gets them.
-        pad: The padding.
-        eos: The id that ends a text, where the options name no others.
-        options: Of ``generate``.
+        model: The target; it reads whole texts, without a cache.
+        fused: ``(ids, scores) -> scores`` for one row.
+        prompts: Rows of ids, left padded as ``generate`` receives them.
+        pad: The padding id.
+        eos: The id that ends a text, unless the options name others.
+        options: Options of ``generate``.
     """
 
     def __init__(self, model, fused, prompts, pad, eos, options):
@@ -44,7 +45,7 @@ class Search:
             return self.model(torch.tensor([ids]), use_cache=False).logits[0, -1].float()
 
     def scores(self, which, row):
-        """Scores of the next token of a row that belongs to a prompt, after all processors."""
+        """Return the raw and the fully processed next-token scores of a row of the given prompt."""
         raw = self.logits(row[self.left[which] :])
         scores = raw.log_softmax(-1) if self.beams > 1 else raw
         scores = self.weighed(which, row, scores.clone())
@@ -52,7 +53,7 @@ class Search:
         return raw, self.cut(scores) if self.options.get("do_sample") else scores
 
     def weighed(self, which, row, scores):  # noqa: C901 - a list of definitions
-        """What stands before fusion."""
+        """Apply the processors that run before fusion."""
         get, new = self.options.get, len(row) - self.width
         if (scale := get("guidance_scale")) is not None:
             negative = get("negative_prompt_ids")
@@ -91,7 +92,7 @@ class Search:
         return scores
 
     def cut(self, scores):
-        """What stands behind fusion, under sampling."""
+        """Apply the processors that run after fusion, when sampling."""
         get = self.options.get
         least = 1 if self.beams == 1 else len(self.eos) + 1
         scores = scores / get("temperature", 1.0)
@@ -110,7 +111,7 @@ class Search:
         return scores.log_softmax(-1) if get("renormalize_logits") else scores
 
     def sample(self):
-        """Greedy search or sampling: sequences, and for each step the scores of the open rows."""
+        """Greedy search or sampling: return sequences, and each step's scores of open rows."""
         copies = self.options.get("num_return_sequences", 1)
         owner = [which for which in range(len(self.prompts)) for _ in range(copies)]
         rows = [list(self.prompts[which]) for which in owner]
@@ -124,7 +125,7 @@ class Search:
             }  # fmt: skip
             steps.append(found)
             width = len(next(iter(found.values()))[0])
-            # A closed row draws too, and its draw is dropped.
+            # A finished row also draws, and its draw is discarded.
             table = [found[r][1] if r in found else torch.zeros(width) for r in range(len(rows))]
             if self.options.get("do_sample"):
                 drawn = torch.multinomial(torch.stack(table).softmax(-1), 1)[:, 0].tolist()
@@ -136,7 +137,7 @@ class Search:
         return rows, steps
 
     def beam(self):
-        """Beam search or beam sampling: sequences, their scores, and each step's scores."""
+        """Beam search or beam sampling: return sequences, their scores, and each step's scores."""
         beams, get = self.beams, self.options.get
         penalty, early = get("length_penalty", 1.0), get("early_stopping", False)
         many = max(2, 1 + len(self.eos)) * beams
@@ -197,7 +198,7 @@ class Search:
         wanted = get("num_return_sequences", 1)
         closed = [pair for item in items for pair in item["closed"][:wanted]]
         longest = max(len(row) for _, row in closed)
-        # transformers takes a padding of 0 for none, and fills with the end of text.
+        # transformers treats a padding id of 0 as missing, and fills with the end-of-text id.
         fill = self.pad or self.eos[0]
         rows = [row + [fill] * (longest - len(row)) for _, row in closed]
         return rows, [score for score, _ in closed], steps
@@ -218,7 +219,7 @@ def only(scores, kept):
 
 
 def nucleus(probs, mass, least):
-    """The most probable tokens, up to the one with which they have the mass."""
+    """Keep the most probable tokens, including the one that reaches the mass."""
     kept, total = [], 0.0
     for i in best_first(probs):
         if total >= mass and len(kept) >= least:
@@ -237,7 +238,7 @@ def near_the_best(probs, fraction, least):
 
 
 def typical(probs, mass, least):
-    """Tokens whose surprise is nearest to the entropy, up to the mass (Meister et al. 2023)."""
+    """Keep tokens whose surprise is nearest to the entropy, up to a mass (Meister et al. 2023)."""
     surprise = -probs.log()
     entropy = float((probs * surprise).nan_to_num(0.0).sum())
     kept, total = [], 0.0
@@ -254,7 +255,7 @@ def above_epsilon(probs, epsilon, least):
 
 
 def above_eta(probs, epsilon, least):
-    """Hewitt et al. 2022: an absolute line, or a relative one where the entropy is high."""
+    """Hewitt et al. 2022: an absolute cutoff, or a relative one if the entropy is high."""
     entropy = float(-(probs * probs.log()).nan_to_num(0.0).sum())
     line = min(epsilon, math.sqrt(epsilon) * math.exp(-entropy))
     return above(probs, line, least)

@@ -1,4 +1,4 @@
-"""Continuous batching: the adapter against the definition, and what drops a processor."""
+"""Continuous batching: the adapter equals the definition, and unsupported paths are noticed."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def by_definition(case, ids, steps=5, **options):
 
 @pytest.mark.parametrize("mode", modes_of("test_continuous_batching_equals_greedy"))
 def test_continuous_batching_equals_greedy(case, mode):
-    """Four requests in batches of two, so that one joins while another is under way."""
+    """Four requests in batches of two, so one joins while another is in progress."""
     found = integration.generate_batch(
         case.model,
         prompts(case),
@@ -55,8 +55,8 @@ def test_continuous_batching_equals_greedy(case, mode):
     assert written == [by_definition(case, ids) for ids in prompts(case)]
 
 
-def test_manager_with_strength_by_request_and_warpers_behind(one):
-    """Top-k 1 behind fusion is greedy, before it would be the target alone."""
+def test_manager_with_a_strength_per_request_and_warpers_after_fusion(one):
+    """Top-k 1 after fusion gives fused greedy search; before fusion, it would give the target's."""
     manager = one.model.init_continuous_batching(
         generation_config=config(one, do_sample=True, temperature=0.7, top_k=1),
         continuous_batching_config=plain(),
@@ -82,7 +82,7 @@ def test_manager_with_strength_by_request_and_warpers_behind(one):
 
 
 def test_generate_batch_of_the_model_takes_no_processor(one):
-    """Pinned, so that a version that begins to pass processors on is noticed."""
+    """If a transformers version starts to pass processors on, this test fails."""
     ids = prompts(one)[1]
     found = one.model.generate_batch(
         [ids],
@@ -95,7 +95,7 @@ def test_generate_batch_of_the_model_takes_no_processor(one):
 
 
 def test_paged_generation_drops_the_processor(one):
-    """transformers does so silently; if it ever stops, the documentation must say so."""
+    """transformers does so silently. If this test fails, it has stopped: update the docs."""
     found = one.generate(
         input_ids=torch.tensor(prompts(one)[1:2]),
         cache_implementation="paged",
@@ -113,7 +113,7 @@ def test_paged_generation_drops_the_processor(one):
         ({"use_cuda_graph": True}, "use_cuda_graph=False"),
     ],
 )
-def test_settings_without_a_place_for_fusion_are_refused(one, changes, message):
+def test_settings_that_leave_no_place_for_fusion_are_refused(one, changes, message):
     class Manager:
         logit_processor = None
         batch_processor = None

@@ -11,7 +11,7 @@ def test_document_is_up_to_date():
     assert DOCUMENT.read_text(encoding="utf-8") == document(MODES), message
 
 
-def test_every_mode_has_a_test_and_a_name_of_its_own():
+def test_every_mode_has_a_test_and_a_unique_name():
     assert not {mode.test for mode in MODES} - set(suite())
     assert not [name for name, count in Counter(m.name for m in MODES).items() if count > 1]
     # A note says what "note" or "refused" means for the user.

@@ -1,4 +1,4 @@
-"""What is not an option of the search: drafts, inputs, caches, streams, stopping, pipelines."""
+"""Modes beyond the search: drafts, inputs, caches, streaming, stopping and pipelines."""
 
 import copy
 import logging
@@ -33,12 +33,12 @@ def names(mode):
 
 
 def alone(case, which=1):
-    """One prompt of the case, without padding."""
+    """Return the inputs for one prompt of the case, without padding."""
     return {"input_ids": case.encode([TEXTS[which]])["input_ids"]}
 
 
-def test_definition_moves_every_target(case):
-    """What the suite compares with is not the target alone."""
+def test_the_definition_changes_every_target(case):
+    """The definition differs from the target alone, so the suite can fail."""
     before = case.search(
         case.inputs["input_ids"].tolist(), max_new_tokens=6, fused=lambda row, scores: scores
     )
@@ -67,7 +67,7 @@ def test_other_rules(case, rule):
     ids=["mixture", "product", "contrast", "contrast, no clip"],
 )
 def test_extreme_settings_never_yield_nan(case, config):
-    """In the middle of a word the calibrator often rules out all that the target would write."""
+    """Inside a word, the calibrator often rules out every token that the target would write."""
     processor = case.processor.with_settings(**config.to_dict() | {"clip": config.clip})
     texts = ["The weather was fine, you idio", "What a damn stupi", "東京, emoji"]
     ids = case.encode(texts)["input_ids"]
@@ -75,7 +75,7 @@ def test_extreme_settings_never_yield_nan(case, config):
     fused = processor(ids, scores)
     assert not fused.isnan().any()
     torch.testing.assert_close(fused.exp().sum(-1), torch.ones(3), atol=1e-4, rtol=0)
-    # The calibrator has said nothing of any token: the target's own law stands.
+    # The calibrator gives no probability to any token, so the target's distribution remains.
     nothing = torch.zeros_like(scores)
     mapped = torch.ones(case.width, dtype=torch.bool)
     own = fuse(scores, nothing, nothing, mapped, config)
@@ -96,10 +96,10 @@ def test_assisted_greedy_equals_greedy(case, mode):
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("mode", modes_of("test_assisted_sampling"), ids=names)
 def test_assisted_sampling(case, mode):
-    """Under the same loop, the library and the definition draw and accept the same tokens."""
+    """In the same loop, the library and the definition draw and accept the same tokens."""
     options = {"max_new_tokens": 8, "do_sample": True, **alone(case), **mode.options(case)}
     found, wanted = (
-        # transformers adapts the assistant's settings to how its drafts fared.
+        # transformers adapts the assistant's settings to the acceptance rate of its drafts.
         case.generate(processor=processor, **copy.deepcopy(options))
         for processor in (case.processor, case.reference)
     )
@@ -166,7 +166,7 @@ def test_ensemble_weight(one):
 
 
 class Wide:
-    """Stands for a tokenizer, of which the size counts."""
+    """Stands in for a tokenizer; only its length is used."""
 
     def __init__(self, size):
         self.size = size
@@ -176,7 +176,7 @@ class Wide:
 
 
 def ours(caplog):
-    """What the library itself has logged."""
+    """Return what the library itself has logged."""
     return [r.getMessage() for r in caplog.records if r.name.startswith("fusion_detox")]
 
 
@@ -184,8 +184,8 @@ def ours(caplog):
 
 
 @pytest.mark.parametrize("name", ["same", "bytes"])
-def test_row_of_a_batch_equals_it_alone(cases, name):
-    """The byte-level target has a padding token, the other pads with its end of text."""
+def test_a_row_in_a_batch_equals_the_row_alone(cases, name):
+    """The byte-level target has a padding token; the other one pads with its end-of-text token."""
     case = cases(name)
     assert (case.pad == case.eos) == (name == "same")
     rows = case.generate(max_new_tokens=6)[:, case.length :].tolist()
@@ -196,7 +196,7 @@ def test_row_of_a_batch_equals_it_alone(cases, name):
 
 
 def test_padding_with_an_ordinary_token(one, make_llama):
-    """Which is text wherever else it stands."""
+    """Except at the start of a row, that token is text."""
     (pad,) = one.tokenizer("!", add_special_tokens=False)["input_ids"]
     case = Case(one.calibrator, one.tokenizer, make_llama, pad=pad)
     texts = ["Shut up!", "What a thing to say! Shut up, you idio"]
@@ -205,8 +205,8 @@ def test_padding_with_an_ordinary_token(one, make_llama):
     assert case.generate(**inputs).tolist() == case.greedy(texts, 5)
 
 
-def test_right_padding_is_warned_of(one, caplog, monkeypatch):
-    # Version 4 logs it to standard error alone.
+def test_right_padding_causes_a_warning(one, caplog, monkeypatch):
+    # Version 4 logs the warning to standard error only.
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     ids, mask = one.inputs["input_ids"], one.inputs["attention_mask"]
     turned = torch.cat([ids[:1].roll(int(mask[0].sum()), 1), ids[1:]])
@@ -275,7 +275,7 @@ def test_embeddings_alone_warn(case, caplog):
     case.generate(processor=processor, **embedded(case))
     (warning,) = ours(caplog)
     assert "the calibrator sees only what is written from here on" in warning
-    # With the text handed over all is as with ids, whatever becomes of the rows.
+    # With the text passed in, results equal those with ids, however the rows are reordered.
     caplog.clear()
     following = processor.following(TEXTS)
     for options in ({}, {"num_beams": 2, "num_return_sequences": 2}):
@@ -292,8 +292,8 @@ def test_following_is_checked(one):
         one.generate(processor=one.processor.following(["a", "b", "c"]), **embedded(one))
 
 
-def test_following_reads_as_if_the_text_stood_there(case):
-    """Also where the row begins with padding or a token that begins texts."""
+def test_following_reads_the_text_as_if_it_were_in_the_row(case):
+    """This holds even if the row begins with padding or a beginning-of-text token."""
     row = case.tokenizer(" nobody", add_special_tokens=False)["input_ids"]
     scores = torch.randn(2, case.width, generator=torch.Generator().manual_seed(0))
     whole = case.tokenizer(TEXTS[0], add_special_tokens=False)["input_ids"] + row
@@ -319,8 +319,8 @@ def test_with_settings_shares_the_cache(one):
         mixture.with_settings(rule="contrast")
 
 
-def test_going_on_from_a_cache(case):
-    """Three turns over one cache, all ids given."""
+def test_continuing_from_a_cache(case):
+    """Three turns share one cache, and all ids are passed each time."""
     ids, cache = alone(case)["input_ids"], None
     for turn in (" nobody", "\nThe weather", " idiot!"):
         found = case.generate(input_ids=ids, past_key_values=cache, return_dict_in_generate=True)
@@ -330,9 +330,9 @@ def test_going_on_from_a_cache(case):
         ids = torch.cat([found.sequences, torch.tensor([new])], 1)
 
 
-def test_going_on_with_new_ids_alone(one):
+def test_continuing_with_only_new_ids(one):
     if OLD:
-        pytest.skip("transformers 4 fails on new ids alone, fused or not")
+        pytest.skip("transformers 4 fails if it gets only new ids, fused or not")
     ids = alone(one)["input_ids"]
     hidden = ids.shape[1] - 3
     with torch.no_grad():
@@ -360,19 +360,19 @@ def test_token_healing(one):
 # Caches, compilation and output
 
 
-@pytest.mark.parametrize("mode", modes_of("test_runtime"), ids=names)
-def test_runtime(case, mode):
+@pytest.mark.parametrize("mode", modes_of("test_caches_and_chunked_prefill"), ids=names)
+def test_caches_and_chunked_prefill(case, mode):
     options = mode.options(case)
     if options.get("cache_implementation") == "offloaded" and not torch.cuda.is_available():
         pytest.skip("an offloaded cache needs an accelerator")
     texts, inputs = TEXTS, case.inputs
-    if OLD and "prefill_chunk_size" in options:  # transformers 4 does not skip padding there
+    if OLD and "prefill_chunk_size" in options:  # transformers 4 does not skip padding in this case
         texts, inputs = TEXTS[1:], alone(case)
     assert case.generate(**inputs, **options).tolist() == case.greedy(texts, 5)
 
 
 def test_compiled_forward(one):
-    """With the compiler's front end alone: its code generator takes minutes and is not ours."""
+    """Uses the compiler's front end only: its code generator takes minutes and is not tested."""
     model = copy.deepcopy(one.model)
     model.forward = torch.compile(model.forward, backend="eager", dynamic=True)
     try:
@@ -401,7 +401,7 @@ def test_streaming_in_a_thread(one):
 
 
 def test_stop_strings(one):
-    """Stops behind the first token that holds the string, as greedy search meets it."""
+    """Stops after the first token that completes the string in greedy search."""
     pieces = [one.definition.token_bytes.get(i, b"") for i in one.plain[1]]
     letter = next(chr(b) for piece in pieces[1:] for b in piece if 33 <= b < 128)
     last = next(k for k, piece in enumerate(pieces) if letter.encode() in piece)
@@ -422,8 +422,8 @@ def test_stopping_criteria(case):
     assert found.tolist() == case.greedy(TEXTS, 3)
 
 
-def test_several_ends_of_text(case):
-    """Rows close at different steps and are padded on the right while others go on."""
+def test_several_end_of_text_tokens(case):
+    """Rows finish at different steps and are padded on the right while others continue."""
     ends = [case.eos, case.plain[0][1], case.plain[1][3]]
     found = case.generate(eos_token_id=ends, max_new_tokens=6)
     rows = case.greedy(TEXTS, 6, eos_token_id=ends)
@@ -431,7 +431,7 @@ def test_several_ends_of_text(case):
     assert rows[0][-1] == case.pad != rows[0][case.length]
 
 
-def test_watermark_stands_behind_fusion(one):
+def test_the_watermark_is_applied_after_fusion(one):
     options = {"watermarking_config": WatermarkingConfig(bias=3.0), "do_sample": True, "top_k": 0}
     found = one.generate(**options)
     assert torch.equal(found, one.generate(processor=one.reference, **options))
@@ -457,7 +457,7 @@ def test_pipeline(cases, name):
 
 
 def test_custom_generate(one):
-    """A loop of the user's own is handed the same list, fusion included."""
+    """A user's own decoding loop receives the same list of processors, fusion included."""
 
     def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
         mask = kwargs["attention_mask"]
@@ -484,9 +484,9 @@ def test_custom_generate(one):
     ],
     ids=lambda options: next(iter(options)),
 )
-def test_strategies_of_the_hub(one, options):
-    """transformers 5 has no code of its own for them and says so."""
+def test_strategies_from_the_hub(one, options):
+    """transformers 5 no longer implements them, and raises an error that says so."""
     if OLD:
-        pytest.skip("transformers 4 falls back to code of its own, or warns")
+        pytest.skip("transformers 4 uses its own code, or warns")
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         one.generate(**alone(one), **options)

@@ -1,4 +1,4 @@
-"""The processor under ``generate`` against the definition of each search, token for token."""
+"""The processor in ``generate`` equals the definition of each search, token for token."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ def names(mode):
 
 
 def close(found, wanted):
-    """Scores to 1e-4, and the same tokens forbidden."""
+    """Scores agree to 1e-4, and the same tokens are forbidden."""
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
 
 
@@ -19,10 +19,10 @@ def close(found, wanted):
 def test_equals_the_definition(case, mode):
     options = {"max_new_tokens": 5, **mode.options(case)}
     inputs = case.inputs
-    if options.pop("begin", False):  # it is forced where the text holds one token
+    if options.pop("begin", False):  # the token is forced when the text has a single token
         inputs = {"input_ids": inputs["input_ids"][:, -1:]}
     prompts = inputs["input_ids"].tolist()
-    # transformers cuts at top-k 50 by default in its older versions.
+    # older versions of transformers cut at top-k 50 by default
     top_k = {"top_k": 0} if options.get("do_sample") and "top_k" not in options else {}
     asked = {"output_scores": True, "output_logits": True, "return_dict_in_generate": True}
     found = case.generate(**inputs, **{**asked, **top_k, **options})

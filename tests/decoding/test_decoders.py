@@ -1,4 +1,4 @@
-"""Both decoders against plain ``transformers``, and the models that they refuse."""
+"""Both decoders equal plain ``transformers``, and unsupported models are refused."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ SHAPES = {
 
 
 def randomised(model):
-    """Norm scales and biases start out as ones and zeros, which would hide mistakes."""
+    """Randomise norm scales and biases, which start as ones and zeros and would hide mistakes."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.dim() == 1:
@@ -49,7 +49,7 @@ def expected(models, text):
 
 
 def compare(decoder, models, rows):
-    """Run rows of TEXTS; slot i holds text i."""
+    """Compare the decoder with plain models on rows of TEXTS; slot i holds text i."""
     with torch.no_grad():
         found = decoder.logits(rows)
     width = found.shape[-1]
@@ -73,12 +73,12 @@ def exercise(decoder, models):
     compare(decoder, models, [row(0, 0, 5), row(1, 0, 9, back=3), row(2, 0, 1)])
     compare(decoder, models, [row(0, 5, 6), row(1, 9, 10), row(2, 1, 2)])
     decoder.resize(6)
-    compare(decoder, models, [row(0, 6, 7), row(2, 2, 5, back=2)])  # an idle slot between
-    compare(decoder, models, [row(5, 0, 4), row(0, 7, 8)])  # many
+    compare(decoder, models, [row(0, 6, 7), row(2, 2, 5, back=2)])  # an idle slot in between
+    compare(decoder, models, [row(5, 0, 4), row(0, 7, 8)])  # many slots
     compare(decoder, models, [row(0, 3, 4), row(5, 3, 8), row(1, 1, 2)])  # rolled back
     compare(decoder, models, [row(3, 0, 1), row(4, 0, 1)])
-    compare(decoder, models, [row(3, 1, 2), row(4, 1, 2)])  # all of one length
-    # Many different offsets: the head must not run at each of them for all rows.
+    compare(decoder, models, [row(3, 1, 2), row(4, 1, 2)])  # all of equal length
+    # Many different offsets: the head must not run at all of them for every row.
     compare(decoder, models, [row(i, 0, 3 + 3 * i, back=2) for i in range(6)])
     with torch.no_grad():
         decoder.copy(5, 0, 0, 12)
@@ -104,7 +104,7 @@ def test_one_stacked_llama(make_llama):
     exercise(StackedLlamaDecoder(models, COLUMNS, WIDTH, CPU), models)
 
 
-def test_other_base_of_the_rotary_positions(make_llama):
+def test_another_base_of_the_rotary_positions(make_llama):
     models = [make_llama(WIDTH, seed) for seed in (1, 2)]
     assert StackedLlamaDecoder.supports(models)
     for name in ("rope_parameters", "rope_theta"):
@@ -121,7 +121,7 @@ def test_generic_llamas(make_llama):
     exercise(GenericDecoder(models, COLUMNS, CPU), models)
 
 
-def test_generic_gpt2_and_others(make_llama, make_gpt2):
+def test_generic_gpt2_and_mixed_pairs(make_llama, make_gpt2):
     opt = OPTForCausalLM(
         OPTConfig(
             vocab_size=WIDTH,
@@ -137,7 +137,7 @@ def test_generic_gpt2_and_others(make_llama, make_gpt2):
         exercise(GenericDecoder(models, COLUMNS, CPU), models)
 
 
-def test_what_is_not_stacked(make_llama, make_gpt2):
+def test_models_that_cannot_be_stacked(make_llama, make_gpt2):
     plain = make_llama(WIDTH, 1)
     scaled = make_llama(
         WIDTH, 1, rope_scaling={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
@@ -165,13 +165,13 @@ def test_what_is_not_stacked(make_llama, make_gpt2):
     assert StackedLlamaDecoder.supports([plain, make_llama(WIDTH, 2)])
 
 
-def test_the_generic_one_serves_scaled_rotary_positions(make_llama):
+def test_the_generic_decoder_supports_scaled_rotary_positions(make_llama):
     scaling = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
     models = [make_llama(WIDTH, 1, rope_scaling=scaling)]
     exercise(GenericDecoder(models, COLUMNS, CPU), models)
 
 
-def test_the_models_stay_as_they_are(make_gpt2):
+def test_the_models_are_not_changed(make_gpt2):
     model = make_gpt2(WIDTH, 1).train()
     decoder = GenericDecoder([model], COLUMNS, CPU)
     assert model.training
@@ -231,7 +231,7 @@ def test_too_few_positions_are_refused(make_llama, make_gpt2):
 
 
 class ByColumn(LlamaForCausalLM):
-    """Takes a token's column for its position, as models with learned biases do."""
+    """Uses a token's column as its position, as models with learned biases do."""
 
     def forward(self, input_ids=None, attention_mask=None, past_key_values=None, **kwargs):
         kwargs.pop("position_ids", None)
@@ -239,7 +239,7 @@ class ByColumn(LlamaForCausalLM):
 
 
 class Stateful(LlamaForCausalLM):
-    """Looks at what stands in its cache, as a recurrent state does."""
+    """Reads what is in its cache, as a recurrent state does."""
 
     def forward(self, input_ids=None, attention_mask=None, past_key_values=None, **kwargs):
         held = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -267,12 +267,12 @@ def tiny_config():
     )
 
 
-def test_a_model_that_counts_columns_runs_texts_of_one_length_at_a_time():
+def test_models_with_positions_by_column_run_texts_of_one_length_at_a_time():
     models = [ByColumn(tiny_config()).eval(), LlamaForCausalLM(tiny_config()).eval()]
     exercise(GenericDecoder(models, COLUMNS, CPU), models)
 
 
-def test_numbers_that_depend_on_the_cache_are_refused():
+def test_models_whose_results_depend_on_the_cache_are_refused():
     config = tiny_config()
     with pytest.raises(ModelError, match="gives other numbers than without"):
         GenericDecoder([Stateful(config).eval()], COLUMNS, CPU)

@@ -1,4 +1,4 @@
-"""How far the two models have lately differed: the same however it is asked, and by definition."""
+"""The recent divergence of the two models equals its definition, however it is requested."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def text(seed: int, length: int) -> Ids:
 
 
 def by_definition(calibrator: Calibrator, ids: Ids) -> float:
-    """One forward pass without a cache for each of the last 16 positions."""
+    """Compute it by one forward pass without a cache for each of the last 16 positions."""
     length, found = calibrator.context_length, []
     assert calibrator.reference is not None
     for end in range(max(0, len(ids) - 15), len(ids) + 1):
@@ -46,7 +46,7 @@ def session(calibrator: Calibrator) -> CalibratorSession:
 
 
 @pytest.mark.parametrize("length", [0, 1, 15, 16, 17, 31, 32, 70])
-def test_it_is_the_mean_over_the_last_sixteen_positions(
+def test_divergence_is_the_mean_over_the_last_sixteen_positions(
     calibrator: Calibrator, session: CalibratorSession, length: int
 ) -> None:
     ids = text(length, length)
@@ -55,7 +55,9 @@ def test_it_is_the_mean_over_the_last_sixteen_positions(
     assert found > 0
 
 
-def test_no_order_of_asking_changes_it(calibrator: Calibrator, session: CalibratorSession) -> None:
+def test_the_order_of_requests_does_not_matter(
+    calibrator: Calibrator, session: CalibratorSession
+) -> None:
     rng = random.Random(3)
     texts = [text(seed, 60) for seed in range(4)]
     asked = [one[:end] for one in texts for end in range(0, 61, 3)] * 2
@@ -88,25 +90,25 @@ def remember(recent: RecentDivergence, ids: Ids) -> None:
     recent.means([ids], dict.fromkeys(recent.unknown([ids]), 0.0))
 
 
-def test_what_it_remembers_is_bounded() -> None:
+def test_the_memo_is_bounded() -> None:
     recent = RecentDivergence(32)
     for number in range(9000):
         remember(recent, (number,))
     assert len(recent._memo) <= 4096
 
 
-def test_what_it_remembers_of_long_texts_is_bounded() -> None:
-    """Only what the calibrator's window can hold, and how long the text is."""
+def test_the_memo_of_long_texts_is_bounded() -> None:
+    """It stores only the part of a text that fits the calibrator's window, and its length."""
     recent, ids = RecentDivergence(32), text(2, 3000)
     for end in range(2900, 3001):
         remember(recent, ids[:end])
     assert all(len(end) == 32 + 16 for _, end in recent._memo)
 
 
-def test_a_large_prefill_runs_in_parts_and_leaves_little_behind(
+def test_a_large_prefill_runs_in_parts_and_keeps_little_memory(
     calibrator: Calibrator, session: CalibratorSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The log-probs of the sixteen positions are needed once; none outlives the call."""
+    """The log-probs of the sixteen positions are freed after the call."""
     size = 2 * calibrator.vocabulary_size * 4
     monkeypatch.setattr("fusion_detox.decoding.session._FORWARD_BYTES", 20 * size)
     texts = [text(seed, 20) for seed in range(4)]
@@ -126,7 +128,7 @@ def test_a_large_prefill_runs_in_parts_and_leaves_little_behind(
         assert found == pytest.approx(by_definition(calibrator, ids), rel=1e-4)
 
 
-def test_one_call_gives_what_two_calls_give(session: CalibratorSession) -> None:
+def test_one_call_equals_two_calls(session: CalibratorSession) -> None:
     texts = [text(seed, 25) for seed in range(3)]
     reading = session.read(texts, divergence_of=texts)
     session.reset()
@@ -134,8 +136,8 @@ def test_one_call_gives_what_two_calls_give(session: CalibratorSession) -> None:
     assert reading.divergence == pytest.approx(session.recent_divergence(texts), rel=1e-4)
 
 
-def test_a_session_that_is_dropped_is_gone_at_once(calibrator: Calibrator) -> None:
-    """Its caches may fill a GPU, which does not wait for the cycle collector."""
+def test_an_unreferenced_session_is_freed_at_once(calibrator: Calibrator) -> None:
+    """Its caches may fill a GPU, so it must not wait for the cycle collector."""
     session = CalibratorSession(calibrator, device=torch.device("cpu"))
     session.recent_divergence([text(1, 5)])
     gone = weakref.ref(session)
@@ -181,7 +183,8 @@ def test_the_strength_follows_the_text(
     scores = torch.randn(1, len(tokenizer), generator=torch.Generator().manual_seed(1))
     path = plain._context.read(tuple(ids[0].tolist())).path
     divergence = by_definition(calibrator, path)
-    for factor in (0.5, 1.0, 2.0, 5.0):  # half of what the text has is enough, or five times
+    # The strength is full up to factor 1, and lower above it.
+    for factor in (0.5, 1.0, 2.0, 5.0):
         adapted = plain.with_settings(context_kl=factor * divergence)
         fused, strength = adapted.with_strength(ids, scores)
         wanted = 0.8 * min(1.0, 1 / factor)
@@ -191,7 +194,7 @@ def test_the_strength_follows_the_text(
         torch.testing.assert_close(adapted(ids, scores), fused, atol=0, rtol=0)
 
 
-def test_a_budget_still_binds_where_the_text_asks_for_more(
+def test_the_kl_budget_also_limits_full_strength(
     calibrator: Calibrator, byte_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     config = FusionConfig(strength=4.0, plausibility=0.0, kl_budget=0.01)
@@ -206,18 +209,18 @@ def test_a_budget_still_binds_where_the_text_asks_for_more(
     assert (less < 1e-3 * bound).all()
 
 
-def test_without_a_reference_there_is_nothing_to_compare(
+def test_context_kl_needs_a_reference(
     calibrator: Calibrator, byte_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     alone = Calibrator(calibrator.clean, None, byte_tokenizer, context_length=32)
     config = FusionConfig(rule="product", strength=0.5, context_kl=0.1)
     with pytest.raises(ConfigError, match="context_kl compares the calibrator's two models"):
         FusionLogitsProcessor(alone, byte_tokenizer, config)
-    with pytest.raises(ConfigError, match="context_kl compares"):  # nor as what it recommends
+    with pytest.raises(ConfigError, match="context_kl compares"):  # nor as a recommended setting
         Calibrator(calibrator.clean, None, byte_tokenizer, config=config, context_length=32)
 
 
 @pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf"), "much", True])
-def test_values_out_of_range_are_refused(value: object) -> None:
+def test_context_kl_out_of_range_is_refused(value: object) -> None:
     with pytest.raises(ConfigError, match="context_kl must be a number above 0"):
         FusionConfig(context_kl=value)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""``cached == uncached`` is what defines a session; all else is how little it computes."""
+"""A session is defined by ``cached == uncached``; the other tests check how little it computes."""
 
 import copy
 import functools
@@ -48,13 +48,13 @@ def gpt2s(make_gpt2):
 
 @pytest.fixture(scope="module")
 def mixed(llamas, gpt2s):
-    """A calibrator of two kinds, which no faster path serves."""
+    """A calibrator with two kinds of models, for which there is no faster path."""
     return calibrator(llamas.clean, gpt2s.clean)
 
 
 @pytest.fixture(scope="module")
 def sessions(llamas, gpt2s, mixed):
-    """A session of each kind, and one that has to evict and to copy all the time."""
+    """A session of each kind, some so small that they evict and copy constantly."""
     return {
         "stacked": CalibratorSession(llamas, device=CPU),
         "stacked, tight": CalibratorSession(llamas, device=CPU, max_rows=3),
@@ -71,7 +71,7 @@ def uncached_window(model, window):
 
 
 def uncached(calibrator, prefix):
-    """``(distributions, vocab)`` by one plain forward pass; the window by trying all starts."""
+    """``(distributions, vocab)`` by a plain forward pass; the window moves in strides."""
     start = 0
     while 1 + len(prefix) - start > CONTEXT:
         start += CONTEXT // 2
@@ -90,8 +90,7 @@ def check(session, prefixes):
     torch.testing.assert_close(found, torch.stack(expected, 1), atol=1e-4, rtol=1e-4)
 
 
-# What may happen to the rows of a call, given a number: one of the rows is picked by it, or how
-# far to go.
+# Changes between calls. The number picks a row, or says how large the change is.
 CHANGES = {
     "extend": lambda rows, n: [(*row, 2 + (n + i) % 3) for i, row in enumerate(rows)],
     "extend by many": lambda rows, n: [
@@ -111,7 +110,7 @@ OTHERS = ["earlier", "both", "forget"]
 
 
 def play(session, history):
-    """Two conversations of some rows each, changed and asked in turn."""
+    """Change and query two conversations of several rows each, in turn."""
     session.reset()
     conversations = [[(2, 3, 2)], [(3, 3), (2,)]]
     for operation, one, number in history:
@@ -169,7 +168,7 @@ def session(llamas):
 
 @pytest.fixture
 def work(session, monkeypatch):
-    """The rows that the session's decoder is given, by call of ``logits``."""
+    """The rows passed to the session's decoder, one list per call of ``logits``."""
     calls = []
     inner = session._decoder.logits
 
@@ -182,13 +181,13 @@ def work(session, monkeypatch):
 
 
 def fed(calls):
-    """Numbers of tokens fed since the last time."""
+    """Return the numbers of tokens fed since the last check."""
     counts = [sorted(len(row.tokens) for row in rows) for rows in calls]
     calls.clear()
     return counts
 
 
-def test_the_fast_path_is_taken_where_it_can_be(session, sessions):
+def test_the_fast_path_is_used_when_possible(session, sessions):
     assert isinstance(session._decoder, StackedLlamaDecoder)
     assert isinstance(sessions["gpt2"]._decoder, GenericDecoder)
     assert isinstance(sessions["mixed, tight"]._decoder, GenericDecoder)
@@ -208,7 +207,7 @@ def test_only_new_tokens_are_fed(session, work):
     assert fed(work) == [[1, 1]]
 
 
-def test_beams_take_a_copy_and_give_up_a_dead_one(session, work):
+def test_beams_copy_a_slot_and_release_dead_ones(session, work):
     beams = [(5, 6, 7, token) for token in range(4)]
     check(session, beams)
     assert fed(work) == [[5] * 4]
@@ -222,7 +221,7 @@ def test_positions_on_one_path_are_one_row(session, work):
     path = (4, 5, 6, 7, 8)
     check(session, [path[:end] for end in (5, 3, 4, 2)])
     assert fed(work) == [[6]]
-    check(session, [path[:1], (*path, 9)])  # from the first position that is asked for
+    check(session, [path[:1], (*path, 9)])  # fed again from the first requested position
     assert fed(work) == [[6]]
 
 
@@ -245,7 +244,7 @@ def test_the_window_moves_in_strides(session, work):
     for end in range(len(text)):
         check(session, [text[:end]])
         counts += [count for counts in fed(work) for count in counts]
-    # A new window begins with half of the last one; then it is one token a step.
+    # A new window starts with half of the previous one; each further step feeds one token.
     assert sorted(set(counts)) == [1, CONTEXT // 2]
     assert counts.count(CONTEXT // 2) == 5
 
@@ -271,7 +270,7 @@ def test_memory_is_bounded_and_freed(llamas, monkeypatch):
     check(session, [(7, 7)])
 
 
-def test_nothing_asked_for(session):
+def test_no_requests(session):
     assert session.log_probs([]).shape == (2, 0, VOCABULARY)
     check(session, [()])
 
@@ -284,7 +283,7 @@ def test_without_a_reference(llamas, gpt2s):
         check(session, [(3, 4, 5), (5,), (5, 6)])
 
 
-def test_results_are_the_callers_own(session):
+def test_results_belong_to_the_caller(session):
     session.log_probs([(3, 4), (5,)]).zero_()
     found = session.log_probs([(3, 4), (5,)])
     found.zero_()
@@ -302,7 +301,7 @@ def test_the_callers_modes_do_not_matter(session):
         assert not session.log_probs([(3, 4, 7)]).requires_grad
 
 
-def test_a_failed_call_leaves_nothing_wrong(session, monkeypatch):
+def test_a_failed_call_corrupts_nothing(session, monkeypatch):
     texts = [(5, 6, 7), (5, 6, 8, 9), (4,)]
     check(session, texts)
     inner = session._decoder.logits
@@ -340,7 +339,7 @@ def test_threads(session):
     assert not errors, errors
 
 
-def test_copies_carry_no_cache(session):
+def test_copies_have_no_cache(session):
     check(session, [(3, 4)])
     for other in (copy.copy(session), copy.deepcopy(session), pickle.loads(pickle.dumps(session))):
         assert len(other._memo) == 0

@@ -1,4 +1,4 @@
-"""Reading rows of target ids: incrementally and from scratch must be the same."""
+"""Reading rows of target ids incrementally equals reading them from scratch."""
 
 import copy
 import pickle
@@ -14,7 +14,7 @@ from fusion_detox.decoding import text_context as context
 from fusion_detox.decoding.text_context import Position, TextContext
 from fusion_detox.vocabulary.token_table import TokenTable
 
-# Ids of the target: 0..255 are bytes, then special tokens.
+# Target ids: 0..255 are bytes, special tokens follow.
 BOS, EOS, PAD, USER = 256, 257, 258, 259
 BYTES = tuple(bytes([i]) for i in range(256))
 CONTRACTIONS = "('s|'S|'t|'T|'re|'rE|'Re|'RE|'ve|'vE|'Ve|'VE|'m|'M|'ll|'lL|'Ll|'LL|'d|'D)"
@@ -89,7 +89,7 @@ def byte_level(pre_tokenizer, normalizer=None):
 
 @pytest.fixture(scope="module")
 def contexts(sentencepiece_tokenizer):
-    """Each kind of calibrator, reading bytes."""
+    """A calibrator of each kind, reading bytes."""
     kinds = {name: byte_level(split_by(pattern)) for name, pattern in PATTERNS.items()}
     kinds |= {name: byte_level(split_by(pattern)) for name, pattern in OTHER_PATTERNS.items()}
     usual = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -132,14 +132,14 @@ def test_incremental_equals_full(contexts, ids, step):
 
 @given(st.lists(st.sampled_from(PIECES), max_size=20).map("".join))
 @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
-def test_a_text_is_tokenised_as_its_tokenizer_does(contexts, text):
+def test_reading_equals_the_tokenizer(contexts, text):
     for name, reader in contexts.items():
-        if "<" not in text:  # special tokens' names are text here
+        if "<" not in text:  # names of special tokens are text here
             expected = reader._tokenizer.encode(text, add_special_tokens=False).ids
             assert reader.read(text_ids(text)).path == tuple(expected), name
 
 
-def test_only_the_end_is_tokenised_where_the_pattern_allows(contexts, monkeypatch):
+def test_only_the_end_is_tokenised_if_the_pattern_allows(contexts, monkeypatch):
     for name, reader in contexts.items():
         local = name in PATTERNS or name == "byte-level"
         assert reader._incremental == local, name
@@ -148,7 +148,7 @@ def test_only_the_end_is_tokenised_where_the_pattern_allows(contexts, monkeypatc
         assert (len(state.tail) < 20) == local, name
 
 
-def test_special_tokens_names_are_text(plain):
+def test_names_of_special_tokens_are_text(plain):
     position = plain.read(text_ids("a<|endoftext|>"))
     assert 0 not in position.path
     assert spelled(plain, position) == "a<|endoftext|>"
@@ -197,7 +197,7 @@ def test_padding_and_special_tokens(plain):
     assert spelled(plain, plain.read((BOS, *b"a", USER, *b"b"))) == "a\nb"
     assert plain.read((*ids, EOS)).path == ()
     assert plain.read((PAD, PAD)).path == ()
-    # An id of a padded head is a boundary too.
+    # An id of a padded head is also read as a line break.
     assert spelled(plain, plain.read((*b"a", 9999, *b"b"))) == "a\nb"
 
 
@@ -220,7 +220,7 @@ def stub_tokens(reader):
     return SimpleNamespace(token_bytes=reader._calibrator_token_bytes, kind="byte-level")
 
 
-def test_the_space_that_sentencepiece_puts_before_a_text(plain):
+def test_the_space_that_sentencepiece_adds_before_a_text(plain):
     calibrator = SimpleNamespace(tokenizer=plain_tokenizer(plain), tokens=stub_tokens(plain))
     reader = TextContext(calibrator, target(dummy_prefix=True), False, None)
     assert spelled(reader, reader.read(text_ids(" a b"))) == "a b"
@@ -231,7 +231,7 @@ def test_the_space_that_sentencepiece_puts_before_a_text(plain):
         assert reader.read(ids) == reader.read_uncached(ids)
 
 
-def test_the_same_vocabulary_is_passed_on():
+def test_ids_of_the_same_vocabulary_are_passed_on():
     reader = TextContext(SimpleNamespace(), target(), True, PAD)
     assert reader.read((PAD, BOS, 7, 8)) == Position((7, 8), (), b"")
     assert reader.read((PAD, BOS, 7, 8, USER, 9)).path == (7, 8, 10, 9)
@@ -243,14 +243,14 @@ def test_the_same_vocabulary_is_passed_on():
 
 @given(st.lists(st.integers(0, 262), max_size=30), st.integers(1, 5))
 @settings(max_examples=100, deadline=None)
-def test_the_same_vocabulary_incrementally(ids, step):
+def test_ids_of_the_same_vocabulary_incrementally(ids, step):
     reader = TextContext(SimpleNamespace(), target(), True, PAD)
     for end in range(0, len(ids) + 1, step):
         row = tuple(ids[:end])
         assert reader.read(row) == reader.read_uncached(row)
 
 
-def test_memory_is_bounded_and_does_not_travel(plain, monkeypatch):
+def test_the_memo_is_bounded_and_not_copied(plain, monkeypatch):
     reader = copy.deepcopy(plain)
     assert len(reader._memo) == 0
     monkeypatch.setattr(context, "_ENTRIES", 5)

@@ -1,7 +1,7 @@
-"""Languages and scripts: any text in any tokens reads as its bytes do, at every step of the way.
+"""Languages and scripts: any text in any tokens is read by its bytes, at every step.
 
-The oracle knows no tokens of ours: it joins the bytes of the target's tokens, decodes them, and
-has the calibrator's tokenizer split the whole text anew.
+The oracle joins the bytes of the target's tokens, decodes them, and has the calibrator's tokenizer
+split the whole text again.
 """
 
 import copy
@@ -67,7 +67,7 @@ def quick(examples):
 
 
 def wordpiece():
-    """BERT's kind: lower case, no accents, no spaces; each character alone and inside of words."""
+    """A tokenizer like BERT's: lower case, no accents, no spaces, all single characters."""
     characters = [chr(code) for code in range(33, 127) if not chr(code).isupper()]
     names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *characters, *(f"##{c}" for c in characters)]
     names += ["the", "##ing", "東", "é", "##é", "🙂"]
@@ -87,9 +87,9 @@ def wordpiece():
 
 
 def published(name):
-    """By its one file: which class a folder names differs between versions of transformers."""
+    """Load from tokenizer.json: the class names in folders depend on the transformers version."""
     if not (SHARED / name).is_dir():
-        pytest.skip(f"{SHARED / name} is not there")
+        pytest.skip(f"{SHARED / name} is missing")
     ends = {"bos_token": "<s>", "eos_token": "</s>"}
     if name in ("gpt2", "cl100k_base", "o200k_base"):
         ends = dict.fromkeys(ends, "<|endoftext|>")
@@ -98,7 +98,7 @@ def published(name):
 
 @pytest.fixture(scope="module")
 def kinds(request):
-    """A tokenizer and its token table by name."""
+    """Return a tokenizer and its token table by name."""
     found = {}
 
     def kind(name):
@@ -120,7 +120,7 @@ def kinds(request):
 
 @pytest.fixture(scope="module")
 def readers(kinds):
-    """Contexts by the names of calibrator and target."""
+    """Return a context by the names of calibrator and target."""
     found = {}
 
     def reader(calibrator, target):
@@ -138,7 +138,7 @@ def readers(kinds):
 
 
 class Oracle:
-    """What a row of ids says, by bytes alone."""
+    """Reads a row of ids by its bytes alone."""
 
     def __init__(self, calibrator, target):
         (tokenizer, self.own), (self.target, self.table) = calibrator, target
@@ -153,7 +153,7 @@ class Oracle:
             if ids[i] in self.table.reset_ids:
                 ids = ids[i + 1 :]
                 break
-        # At the start of a text, special tokens are nothing; later they are line breaks.
+        # Special tokens at the start of a text are ignored; later ones are line breaks.
         pieces = [None if i in self.table.special_ids else self.table.token_bytes[i] for i in ids]
         while pieces and pieces[0] is None:
             pieces = pieces[1:]
@@ -162,11 +162,11 @@ class Oracle:
         return b"".join(b"\n" if piece is None else piece for piece in pieces)
 
     def read(self, ids):
-        """Path and pending bytes."""
+        """Return the path and the pending bytes."""
         data = self.data(list(ids))
         pending = b""
         for length in (1, 2, 3):
-            # An unfinished character: bytes that some more bytes would complete.
+            # An unfinished character: bytes that further bytes would complete.
             end = data[-length:]
             if len(end) == length and _unfinished(end):
                 pending = end
@@ -175,7 +175,7 @@ class Oracle:
 
 
 def _unfinished(end):
-    """Whether bytes begin a character of UTF-8 and do not end it (Unicode, table 3-7)."""
+    """Whether the bytes begin a UTF-8 character without completing it (Unicode, table 3-7)."""
     lead, *rest = end
     wanted = 1 if 0xC2 <= lead <= 0xDF else 2 if 0xE0 <= lead <= 0xEF else 3
     if not 0xC2 <= lead <= 0xF4 or len(rest) >= wanted:
@@ -188,12 +188,12 @@ def _unfinished(end):
 
 
 def check_all_prefixes(reader, oracle, ids, every=1):
-    """Token by token, and at once: the reader's path is that of the whole text."""
+    """Token by token and all at once, the reader's path equals that of the whole text."""
     ids = tuple(ids)
     for end in range(0, len(ids) + 1, every):
         found = reader.read(ids[:end])
         assert (found.path, found.pending) == oracle.read(ids[:end]), (ids[:end], end)
-        # And the last word, which depends on where the whole text's words end.
+        # The last word too, although it depends on where the whole text's words end.
         assert found == reader.read_uncached(ids[:end]), (ids[:end], end)
     assert copy.copy(reader).read(ids) == reader.read(ids)
 
@@ -232,7 +232,7 @@ def test_fuzzed_text_token_by_token(kinds, readers, calibrator, target):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("calibrator", CALIBRATORS)
 def test_fuzzed_tokens(kinds, readers, calibrator, target):
-    """Ids that no text has: bytes that are no UTF-8, special tokens anywhere, padding inside."""
+    """Ids that no text has: bytes that are not UTF-8, special tokens anywhere, padding inside."""
     size = len(kinds(target)[1].token_bytes)
     oracle = Oracle(kinds(calibrator), kinds(target))
 
@@ -246,8 +246,8 @@ def test_fuzzed_tokens(kinds, readers, calibrator, target):
 
 @pytest.mark.parametrize("calibrator", CALIBRATORS)
 @pytest.mark.parametrize("target", ["byte_tokenizer", "sentencepiece_tokenizer"])
-def test_fuzzed_bytes_by_byte_tokens(kinds, readers, calibrator, target):
-    """Any bytes, cut anywhere: the single bytes are tokens of both kinds."""
+def test_fuzzed_bytes_as_byte_tokens(kinds, readers, calibrator, target):
+    """Any bytes, split anywhere; both kinds of tokenizer have single bytes as tokens."""
     _, table = kinds(target)
     single = {}
     for i, piece in enumerate(table.token_bytes):
@@ -270,7 +270,7 @@ def test_fuzzed_bytes_by_byte_tokens(kinds, readers, calibrator, target):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_tokenizers_as_targets(kinds, readers, name):
-    """Real ones split emoji and rare scripts over tokens; the calibrators are ours."""
+    """Published tokenizers split emoji and rare scripts over several tokens."""
     tokenizer, table = kinds(name)
     ours = ["byte_tokenizer", "other_tokenizer"]
     oracles = {own: Oracle(kinds(own), kinds(name)) for own in ours}
@@ -278,7 +278,7 @@ def test_published_tokenizers_as_targets(kinds, readers, name):
     for number, text in enumerate(SCRIPTS.values()):
         (ids,) = encode(tokenizer, [text])
         spelled = b"".join(table.token_bytes[i] or b"" for i in ids)
-        if "▁" not in text and "<" not in text:  # which tokenizers may take for their own
+        if "▁" not in text and "<" not in text:  # which tokenizers may mistake for their own tokens
             assert spelled == (b" " if table.dummy_prefix and text else b"") + text.encode()
         split += sum(_unfinished(table.token_bytes[i][-1:]) for i in ids if table.token_bytes[i])
         calibrator = ours[number % 2]
@@ -301,7 +301,7 @@ def test_published_tokenizers_as_targets(kinds, readers, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "tekken", "mistral_v1_sentencepiece"])
 def test_published_tokenizers_as_calibrators(kinds, readers, name):
-    """Their patterns and normalizers, with words that more text still changes."""
+    """Their patterns and normalizers, with words that change when more text follows."""
     oracle = Oracle(kinds(name), kinds("byte_tokenizer"))
     reader = readers(name, "byte_tokenizer")
     for text in SCRIPTS.values():
@@ -317,7 +317,7 @@ def test_published_tokenizers_as_calibrators(kinds, readers, name):
     run()
 
 
-# The processor on it
+# The processor as a whole
 
 
 @pytest.fixture(scope="module")
@@ -343,7 +343,7 @@ def processors(kinds, byte_tokenizer, make_llama, tmp_path_factory):
 
 
 def check_numbers(processor, ids, scores, every=1):
-    """Nothing raises, all is finite and normalised, and step by step is as all at once."""
+    """Nothing raises, scores are finite and normalised, and stepwise equals all at once."""
     fused = None
     for end in range(every, len(ids) + 1, every):
         fused = processor(torch.tensor([ids[:end]]), scores)
@@ -389,8 +389,8 @@ def test_scores_stay_finite_with_published_tokenizers(kinds, processors, name):
         check_numbers(processor, ids[:60], scores, every=11)
 
 
-def test_forbidden_tokens_stay_so_and_no_other(kinds, processors):
-    """``-inf`` comes out where it went in, after the half of an emoji too."""
+def test_exactly_the_forbidden_tokens_stay_forbidden(kinds, processors):
+    """The result is ``-inf`` exactly where the input was, even after half an emoji."""
     tokenizer, table = kinds("other_tokenizer")
     processor = processors("other_tokenizer")
     (emoji,) = encode(tokenizer, ["ok \U0001f9ff"])

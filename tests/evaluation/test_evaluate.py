@@ -193,7 +193,7 @@ def kill_at_a_random_moment(work, delay):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_ten_kills_at_random_moments_lose_nothing(run, tmp_path):
+def test_ten_kills_at_random_times_lose_nothing(run, tmp_path):
     prompts = [f"{prompt} {number}" for prompt in PROMPTS for number in range(6)]
     folder = tmp_path / "run"
     began = time.perf_counter()
@@ -224,7 +224,7 @@ def test_ten_kills_at_random_moments_lose_nothing(run, tmp_path):
             assert named(again)[name][block] == setting[block]
 
 
-def test_rescoring_needs_no_target(run, tmp_path, monkeypatch):
+def test_rescoring_does_not_need_the_target(run, tmp_path, monkeypatch):
     first = run()
     monkeypatch.setattr("fusion_detox.evaluation.pipeline.load_target", None)
     results = rescore(tmp_path / "run", threshold=0.2)
@@ -315,7 +315,7 @@ class TestWrongUse:
         results = run(prompts=PROMPTS[:3], overwrite=True)
         assert results["prompts"][0]["count"] == 3
 
-    def test_a_folder_of_something_else_is_left_alone(self, run, tmp_path):
+    def test_a_folder_with_other_files_is_not_changed(self, run, tmp_path):
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "thesis.txt").write_text("x")
         for overwrite in (False, True):
@@ -323,7 +323,7 @@ class TestWrongUse:
                 run(overwrite=overwrite)
         assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.txt"]
 
-    def test_a_bad_setting_stops_before_any_work(self, run, tmp_path):
+    def test_a_bad_setting_is_refused_before_any_work(self, run, tmp_path):
         with pytest.raises(ConfigError, match=r"unknown fusion settings: strenght"):
             run(settings=["default", "contrast:strenght=2"])
         assert not (tmp_path / "run").exists()
@@ -364,7 +364,7 @@ class TestWrongUse:
             path.mkdir() if name == "samples" else path.touch()
         assert run() is not None
 
-    def test_harmless_text_without_two_tokens_stops_before_any_work(self, run, tmp_path):
+    def test_harmless_text_shorter_than_two_tokens_is_refused_before_any_work(self, run, tmp_path):
         own = tmp_path / "own.txt"
         own.write_text("a\nb\n")
         with pytest.raises(ConfigError, match="no text of own has two tokens"):
@@ -380,7 +380,7 @@ class TestWrongUse:
         with pytest.raises(DataError, match="no prompts"):
             run(prompts=[])
 
-    def test_an_unknown_scorer_stops_before_any_work(self, run, tmp_path):
+    def test_an_unknown_scorer_is_refused_before_any_work(self, run, tmp_path):
         with pytest.raises(ConfigError, match="there is no scorer 'toxicty'"):
             run(config=CONFIG.replace(scorers=("toxicty",)))
         assert not (tmp_path / "run" / "samples").exists()

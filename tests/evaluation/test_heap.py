@@ -33,7 +33,7 @@ def process(monkeypatch):
     return look
 
 
-def test_it_trims_when_the_process_has_grown(process):
+def test_memory_is_trimmed_after_the_process_has_grown(process):
     assert process(300) == 0
     assert process(511) == 0
     assert process(520) == 1

@@ -20,7 +20,7 @@ def write(folder, items, rank=0):
             write_row(row)
 
 
-def test_what_is_written_is_read(tmp_path):
+def test_written_rows_are_read_back(tmp_path):
     write(tmp_path, rows(3))
     assert list(SampleFiles(tmp_path, "s").read().values()) == rows(3)
     text = (tmp_path / "s.0.jsonl").read_text("utf-8", errors="surrogatepass")
@@ -63,13 +63,13 @@ def test_a_foreign_last_line_is_never_cut_off(tmp_path):
     assert path.read_text() == "my diary"
 
 
-def test_other_settings_are_not_read(tmp_path):
+def test_rows_of_other_settings_are_not_read(tmp_path):
     write(tmp_path, rows(1))
     assert SampleFiles(tmp_path, "t").read() == {}
 
 
 @pytest.mark.parametrize("line", [b"{}", b"[1]", b"null", b'{"seed": "x"}', b"\xff\xfe"])
-def test_a_damaged_line_is_named(tmp_path, line):
+def test_the_error_names_a_damaged_line(tmp_path, line):
     write(tmp_path, rows(1))
     path = tmp_path / "s.0.jsonl"
     path.write_bytes(line + b"\n" + path.read_bytes())

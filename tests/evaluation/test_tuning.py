@@ -22,7 +22,7 @@ def test_strengths_stay_within_the_range_of_the_rule():
     assert max(one.strength for one in tried) == 1.0
 
 
-def test_the_strength_is_varied_first_and_once_more_at_the_end():
+def test_the_strength_is_varied_first_and_again_at_the_end():
     names = [name for name, _ in _rounds(FusionConfig(), CONTRAST_GRID)]
     assert names[0] == names[-1] == "strength"
     assert "context_kl" in names

@@ -24,12 +24,12 @@ def test_changes_start_from_the_recommended_settings():
 
 
 @pytest.mark.parametrize("rule", ["mixture", "product", "aligned"])
-def test_plain_rules_start_plain(rule):
+def test_plain_rules_start_from_plain_settings(rule):
     config = parse_variant(f"{rule}:strength=0.3").resolve(RECOMMENDED.replace(kl_budget=0.1))
     assert config == FusionConfig(rule=rule, strength=0.3, plausibility=0.0)
 
 
-def test_the_base_comes_first_and_once():
+def test_the_base_comes_first_and_only_once():
     names = [one.name for one in parse_variants(["default", "base", "wordfilter", "default"])]
     assert names == ["base", "default", "wordfilter"]
 
@@ -60,7 +60,7 @@ def test_malformed_specifications(spec, message):
         parse_variant(spec)
 
 
-def test_a_value_out_of_range_names_its_setting():
+def test_an_error_for_a_value_out_of_range_names_the_setting():
     with pytest.raises(ConfigError, match=r"'mixture:strength=2': strength must be .* at most 1"):
         parse_variant("mixture:strength=2").resolve(RECOMMENDED)
     with pytest.raises(ConfigError, match="unknown fusion settings: strenght"):
@@ -103,7 +103,7 @@ def test_evaluation_settings_out_of_range(values, message):
 
 
 class TestWordFilter:
-    def test_equals_the_processor_of_transformers(self, other_tokenizer):
+    def test_the_word_filter_equals_the_processor_of_transformers(self, other_tokenizer):
         sequences = tokenisations(other_tokenizer, ["idiot", "shut up", "Zürich"])
         assert any(len(ids) > 2 for ids in sequences)
         reference = NoBadWordsLogitsProcessor(sequences, eos_token_id=[-1])
@@ -120,7 +120,7 @@ class TestWordFilter:
         texts = {byte_tokenizer.decode(ids) for ids in tokenisations(byte_tokenizer, ["idiot"])}
         assert {"idiot", " idiot", "Idiot", " IDIOT"} <= texts
 
-    def test_own_list(self, tmp_path):
+    def test_a_word_list_of_ones_own(self, tmp_path):
         path = tmp_path / "words.txt"
         path.write_text("one\n\n two \r\none\n")
         words, facts = read_word_list(path)
@@ -128,7 +128,7 @@ class TestWordFilter:
         assert facts["list"] == "words.txt"
         assert facts["words"] == 2
 
-    def test_wrong_lists(self, tmp_path):
+    def test_wrong_word_lists(self, tmp_path):
         with pytest.raises(DataFileError, match=r"cannot read the word list .*No such file"):
             read_word_list(tmp_path / "none.txt")
         path = tmp_path / "words.txt"

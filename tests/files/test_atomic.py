@@ -94,7 +94,7 @@ def test_the_old_folder_survives_a_failed_move(old, tmp_path, monkeypatch):
     assert tree(tmp_path) == before
 
 
-def test_a_folder_cannot_lie_in_a_file(tmp_path):
+def test_a_folder_cannot_be_inside_a_file(tmp_path):
     (tmp_path / "file").write_text("text")
     with (
         pytest.raises(NotADirectoryError, match="file is not a folder"),

@@ -1,9 +1,9 @@
-"""Fingerprints differ if models differ."""
+"""Different models have different fingerprints."""
 
 from fusion_detox.files.fingerprints import folder_fingerprint
 
 
-def test_fingerprints_tell_folders_apart(tmp_path):
+def test_different_folders_have_different_fingerprints(tmp_path):
     small, large = tmp_path / "config.json", tmp_path / "model.safetensors"
     small.write_text("{}")
     large.write_bytes(bytes(3 << 20))

@@ -1,4 +1,4 @@
-"""Journals keep complete rows, cut off a torn last line, and spare foreign text."""
+"""Journals keep complete rows, cut off a torn last line, and leave foreign text alone."""
 
 import io
 import json
@@ -65,7 +65,7 @@ def test_a_run_resumes_where_the_last_one_stopped(path):
 
 
 @pytest.mark.parametrize("torn", [b"{", b'{"id": ', b'{"id": 3, "text": "\xc3'])
-def test_a_torn_line_is_passed_over_and_cut_off(path, torn):
+def test_a_torn_line_is_skipped_and_cut_off(path, torn):
     whole = path.read_bytes()
     path.write_bytes(whole + torn)
     journal = Journal(path, "id")

@@ -15,7 +15,7 @@ def read(path, content, **options):
 
 
 def test_a_byte_order_mark_does_not_shift_the_byte_in_the_message(tmp_path):
-    """The decoder counts from after the mark."""
+    """The decoder counts bytes from after the mark."""
     path = tmp_path / "marked.txt"
     path.write_bytes(b"\xef\xbb\xbfab\ncd \xff\n")
     with pytest.raises(DataError, match="line 2: byte 0xff is not UTF-8"):
@@ -79,7 +79,7 @@ def test_content_that_has_already_been_read(tmp_path):
     assert row == ({LINE: "one"}, f"{path} line 1")
 
 
-def test_a_whole_object_is_told_apart_from_rows(tmp_path):
+def test_a_single_object_is_distinguished_from_rows(tmp_path):
     assert read(tmp_path / "a.json", json.dumps({"a": {"b": 1}}).encode()).form == "object"
 
 

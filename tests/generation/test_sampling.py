@@ -1,4 +1,4 @@
-"""Completions in batches: equal in any batch, from the right distribution, and kept on disk."""
+"""Completions: independent of the batch, from the right distribution, and stored on disk."""
 
 import functools
 import json

@@ -167,7 +167,7 @@ def test_greedy_answers_are_those_of_the_fused_distribution(
     assert [greedy for _, greedy in found] == [True, False]
 
 
-def test_texts_that_end_in_the_id_that_the_harness_pads_with(
+def test_texts_that_end_in_the_padding_id_of_the_harness(
     make: Callable[..., Any],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
@@ -196,7 +196,7 @@ def test_rolling_scores_every_token_once_with_windows(
     tokenizer: PreTrainedTokenizerFast,
     calibrator: Calibrator,
 ) -> None:
-    """The text is longer than the 64 positions of the model, so it takes several windows."""
+    """The text is longer than the model's 64 positions, so it takes several windows."""
     lm = make()
     (found,) = lm.loglikelihood_rolling(
         requests("loglikelihood_rolling", [(TEXT,)]), disable_tqdm=True
@@ -207,7 +207,7 @@ def test_rolling_scores_every_token_once_with_windows(
     expected = by_definition(model, tokenizer, calibrator, first, 64)[0]
     for start in range(64, len(ids), 64):
         end = min(start + 64, len(ids))
-        # The last window also contains earlier tokens, to fill it.
+        # The last window is filled up with earlier tokens.
         window = ids[end - 65 : end]
         expected += by_definition(model, tokenizer, calibrator, window, end - start)[0]
     assert found == pytest.approx(expected, abs=1e-3)
@@ -223,7 +223,7 @@ def test_strength_zero_is_the_plain_model(make: Callable[..., Any], plain: Any) 
     assert lm.generate_until(until) == plain.generate_until(until)
 
 
-def test_generation_is_that_of_generate_with_the_processor(
+def test_generation_equals_generate_with_the_processor(
     make: Callable[..., Any],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,

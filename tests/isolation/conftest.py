@@ -1,4 +1,4 @@
-"""One calibrator and one map a vocabulary for all tests of a file."""
+"""One calibrator, and one map per vocabulary, for all tests of a file."""
 
 import pytest
 
@@ -25,7 +25,7 @@ def shared(byte_tokenizer, make_llama):
 
 @pytest.fixture(scope="module")
 def pristine(shared, request):
-    """A processor by vocabulary and config that never runs itself: see ``fresh``."""
+    """Return a processor by vocabulary and config. It never runs; tests run copies (``fresh``)."""
     made = {}
 
     def make(vocabulary, config="contrast"):

@@ -1,4 +1,4 @@
-"""Nothing leaks: what one row, call, thread or copy did never changes another's numbers."""
+"""Nothing leaks: a row, call, thread or copy never changes the results of another."""
 
 import copy
 import pickle
@@ -22,7 +22,7 @@ def new_rows(world, rows, n):
     return [text, (world.token(n),), text[: 1 + n % len(text)], *rows][:4]
 
 
-# What the rows of the next call are, by those of the last one and a number.
+# The rows of the next call, from the rows of the last call and a number.
 ROWS = {
     "call": lambda world, rows, n: rows,
     "grow": lambda world, rows, n: [(*row, world.token(n + 7 * i)) for i, row in enumerate(rows)],
@@ -35,7 +35,7 @@ ROWS = {
 
 
 def fails(world, ids, scores, n):
-    # Other ends than those that are remembered, so that what was there is overwritten.
+    # Endings that differ from the remembered ones, so that those are overwritten.
     other = ids.clone()
     other[:, -1 - n % 3 :] = world.token(n)
     interrupt(world.processor, n, other, scores)
@@ -105,7 +105,7 @@ HISTORIES = st.lists(
         ("sentencepiece_tokenizer", "mixture"),
     ],
 )
-def test_no_history_changes_a_number(pristine, request, vocabulary, config):
+def test_no_history_changes_a_result(pristine, request, vocabulary, config):
     """Calls, failures, copies and a second processor on the same calibrator, in any order."""
     tokenizer = request.getfixturevalue(vocabulary)
     other = "other_tokenizer" if vocabulary != "other_tokenizer" else "sentencepiece_tokenizer"
@@ -135,34 +135,34 @@ def test_no_history_changes_a_number(pristine, request, vocabulary, config):
 
 
 def before_and_after(world):
-    """Rows that are remembered, and rows that share their beginnings and take their places."""
+    """Return rows to remember, and rows that share their beginnings and take their slots."""
     start = world.texts[0]
     rows = [world.texts[2][:3], (*start, 20, 21)]
-    # Of one length, as there is a vocabulary without padding.
+    # All of equal length, because one vocabulary has no padding.
     other = [(*start, 30, 31), (*start, 33, 34), (*world.texts[4], 35)[: len(start) + 2]]
     return rows, [row for row in other if len(row) == len(start) + 2]
 
 
 @pytest.mark.parametrize("vocabulary", ["byte_tokenizer", "other_tokenizer"])
 @pytest.mark.parametrize("number", range(36))
-def test_an_interrupted_call_leaves_nothing_wrong(pristine, request, number, vocabulary):
-    """Each part fails in turn, at once or at its second or third use, before or after its work."""
+def test_an_interrupted_call_corrupts_nothing(pristine, request, number, vocabulary):
+    """Each part fails once: at its first, second or third use, and before or after its work."""
     world = World(pristine(vocabulary), request.getfixturevalue(vocabulary))
     rows, other = before_and_after(world)
     for row in rows:
         world.check([row])
     shown, ids = world.batch(other)
     interrupt(world.processor, number, ids, scores_for(shown, world.size))
-    # What goes on from there is computed with the keys and values that are left; the row that
-    # was read last comes first, before its place is needed.
+    # The continuations use the keys and values that are left. The row read last comes first, before
+    # its slot is reused.
     for row in (*rows[::-1], *other):
         world.check([(*row, 40)])
     for row in (*rows, *other):
         world.check([row])
 
 
-def test_the_interruptions_happen(pristine, request):
-    """Of the parts above, all are reached by such a call: none of those tests is empty."""
+def test_every_interruption_is_reached(pristine, request):
+    """A call reaches each of these parts, so none of the tests above is empty."""
     reached = set()
     for number in range(36):
         world = World(pristine("other_tokenizer"), request.getfixturevalue("other_tokenizer"))
@@ -178,8 +178,8 @@ def test_the_interruptions_happen(pristine, request):
 
 
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
-def test_neighbours_do_not_matter(pristine, request, vocabulary):
-    """Rows with NaN, +inf, nothing allowed, only padding or ids of no token change no other."""
+def test_neighbouring_rows_do_not_matter(pristine, request, vocabulary):
+    """Rows of NaN, +inf, no allowed token, only padding or unknown ids do not change other rows."""
     tokenizer = request.getfixturevalue(vocabulary)
     world = World(pristine(vocabulary), tokenizer)
     row = world.texts[0]
@@ -218,7 +218,7 @@ def test_the_amount_of_padding_changes_no_bit(pristine, request, vocabulary):
         assert torch.equal(fresh(base)(ids, scores), wanted)
 
 
-# Threads, and calls inside of calls
+# Threads and nested calls
 
 
 def read_all(world, first):
@@ -236,7 +236,7 @@ def disturb(worlds, done):
 
 
 def test_threads_with_processors_on_one_calibrator(pristine, request):
-    """Six threads, three processors, one calibrator; one more copies and resets meanwhile."""
+    """Six threads share three processors and one calibrator; another thread copies and resets."""
     worlds = []
     for vocabulary in VOCABULARIES:
         world = World(pristine(vocabulary), request.getfixturevalue(vocabulary))
@@ -257,7 +257,7 @@ def test_threads_with_processors_on_one_calibrator(pristine, request):
 
 
 class GeneratesMeanwhile(LogitsProcessor):
-    """At each step of one ``generate``, runs a whole other one with the same processor."""
+    """Runs a complete second ``generate`` with the same processor at each step of the first."""
 
     def __init__(self, run):
         self.run = run
@@ -271,7 +271,7 @@ class GeneratesMeanwhile(LogitsProcessor):
 @pytest.mark.parametrize(
     "how", [{"do_sample": False}, {"do_sample": False, "num_beams": 3}], ids=str
 )
-def test_generate_inside_of_generate(pristine, request, make_llama, how):
+def test_generate_inside_generate(pristine, request, make_llama, how):
     tokenizer = request.getfixturevalue("other_tokenizer")
     model = make_llama(len(tokenizer), seed=6)
     processor = fresh(pristine("other_tokenizer"))

@@ -1,4 +1,4 @@
-"""The same text whatever the batch, the order and the calls before."""
+"""The same text, whatever the batch, the order and the earlier calls."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from .world import CONTRAST, TEXTS, fresh
 
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
 @pytest.mark.parametrize("vocabulary", ["other_tokenizer", "sentencepiece_tokenizer"])
-def test_the_same_text_in_any_batch(pristine, request, make_llama, vocabulary, how):
+def test_a_text_does_not_depend_on_its_batch(pristine, request, make_llama, vocabulary, how):
     """Alone, together, in another order, twice, and with more padding."""
     tokenizer = request.getfixturevalue(vocabulary)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -43,8 +43,8 @@ def test_the_same_text_in_any_batch(pristine, request, make_llama, vocabulary, h
     assert write(texts[3:], padding=11) == alone[3:]
 
 
-def test_the_same_seed_the_same_text(pristine, request, make_llama):
-    """Sampling: twice in a row, after other calls, and (row by row) in any batch."""
+def test_the_same_seed_gives_the_same_text(pristine, request, make_llama):
+    """Sampled text is the same twice in a row, after other calls and, per row, in any batch."""
     tokenizer = request.getfixturevalue("other_tokenizer")
     model = make_llama(len(tokenizer), seed=6, eos_token_id=None)
     model.generation_config.eos_token_id = None

@@ -1,4 +1,4 @@
-"""Forking while another thread is inside the processor: the child neither hangs nor errs."""
+"""After a fork while another thread is inside the processor, the child neither hangs nor fails."""
 
 import os
 import sys
@@ -12,13 +12,13 @@ from .world import EXACT, TEXTS, fresh, scores_for
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork"),
-    # Python 3.12 and later warn that forking with threads is risky; that is what is tested.
+    # Python 3.12 and later warn that forking with threads is risky; this is what the test does.
     pytest.mark.filterwarnings("ignore:This process:DeprecationWarning"),
 ]
 
 
 def wait(child, seconds):
-    """The exit code of a child, or ``None`` if it does not end in time."""
+    """Return a child's exit code, or ``None`` if it does not end in time."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         ended, status = os.waitpid(child, os.WNOHANG)
@@ -31,8 +31,8 @@ def wait(child, seconds):
 
 
 @pytest.mark.parametrize("rule", ["other_tokenizer", "byte_tokenizer"])
-def test_a_child_forked_in_the_middle_of_a_call_works(pristine, request, rule):
-    """Twelve forks at random moments of another thread's calls, most of them inside a lock."""
+def test_a_child_forked_during_a_call_works(pristine, request, rule):
+    """Twelve forks at random moments of another thread's calls, most of which hold a lock."""
     tokenizer = request.getfixturevalue(rule)
     processor = fresh(pristine(rule))
     rows = [tuple(tokenizer(TEXTS[0], add_special_tokens=False)["input_ids"])]

@@ -1,4 +1,4 @@
-"""However long a processor is used, what it keeps has a bound."""
+"""A processor's memory is bounded, however long it is used."""
 
 import contextlib
 import copy
@@ -13,7 +13,7 @@ from .world import TEXTS, fresh
 
 
 def live_tensors():
-    """Bytes of all storages that Python can reach, each counted once."""
+    """Bytes of all storages that Python can reach; each is counted once."""
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
@@ -27,10 +27,8 @@ def live_tensors():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("in_threads", [False, True], ids=["one thread", "a thread each"])
-def test_memory_stays_flat_over_a_days_calls_in_miniature(
-    pristine, request, monkeypatch, in_threads
-):
-    """Ever new texts; every memo is smaller here, so that all of them are full after a while."""
+def test_memory_stays_flat_over_many_calls(pristine, request, monkeypatch, in_threads):
+    """Every text is new; all memos are shrunk here, so that they soon fill up."""
     monkeypatch.setattr("fusion_detox.decoding.text_context._ENTRIES", 64)
     monkeypatch.setattr("fusion_detox.vocabulary.healing._MAX_TABLES", 64)
     monkeypatch.setattr("fusion_detox.decoding.session._MEMO_ENTRIES", 16)
@@ -66,16 +64,16 @@ def test_memory_stays_flat_over_a_days_calls_in_miniature(
             python.append(tracemalloc.get_traced_memory()[0])
     finally:
         tracemalloc.stop()
-    # 200 rows a measurement: two tensors kept for each would be 200 * 2 * 400 * 4 bytes.
+    # 200 rows per measurement: two tensors kept for each would be 200 * 2 * 400 * 4 bytes.
     assert max(sizes) - min(sizes) < 300_000, sizes
-    # What was there before counts once it is replaced, hence from the second measurement on.
+    # Objects from before tracing count only once they are replaced, so skip the first measurement.
     assert abs(python[2] - python[1]) < 100_000, python
     (session,) = processor._sessions.values()
     assert len(session._planner) <= 256
     assert len(processor._context._memo) <= 64
 
 
-def test_every_memo_has_a_bound_in_bytes(pristine, request):
+def test_every_memo_is_bounded(pristine, request):
     """With the real limits: what thousands of rows leave behind, part by part."""
     tokenizer = request.getfixturevalue("other_tokenizer")
     processor = copy.deepcopy(fresh(pristine("other_tokenizer")))
@@ -87,7 +85,7 @@ def test_every_memo_has_a_bound_in_bytes(pristine, request):
     (session,) = processor._sessions.values()
     memo = session._memo
     assert len(session._planner) <= 256
-    # All of one call, which the next step needs, and never more than the bytes allowed.
+    # The memo keeps one call's entries, which the next step needs, but never exceeds its limit.
     assert memo.bytes <= 256 * 2**20
     blocks = {id(e.block): e.block.values.nbytes for e in memo._entries.values()}
     assert memo.bytes == sum(blocks.values())
@@ -100,8 +98,8 @@ def test_every_memo_has_a_bound_in_bytes(pristine, request):
     assert before - live_tensors() >= freed
 
 
-def test_the_text_memo_counts_what_it_keeps(pristine, request, monkeypatch):
-    """Long rows are forgotten sooner: ids and path of all of them together have a bound."""
+def test_the_text_memo_is_bounded_by_ids(pristine, request, monkeypatch):
+    """Long rows are forgotten sooner: all stored ids and paths together are bounded."""
     monkeypatch.setattr("fusion_detox.decoding.text_context._ENTRY_IDS", 2**16)
     tokenizer = request.getfixturevalue("other_tokenizer")
     context = copy.copy(pristine("other_tokenizer")._context)
@@ -110,7 +108,7 @@ def test_the_text_memo_counts_what_it_keeps(pristine, request, monkeypatch):
     tracemalloc.start()
     try:
         for number in range(300):
-            # As from a tensor: every row has numbers of its own.
+            # As from a tensor: every row has its own integers.
             context.read(tuple(torch.tensor([*row, 3 + number]).tolist()))
         used = tracemalloc.get_traced_memory()[0]
     finally:

@@ -1,4 +1,4 @@
-"""What belongs to the caller or the process stays as it was, and changes no number."""
+"""State of the caller and of the process stays unchanged, and does not affect results."""
 
 import copy
 import hashlib
@@ -36,7 +36,7 @@ def digest(model):
 
 
 def surroundings():
-    """What belongs to the caller or to the whole process, by name."""
+    """Return the state of the caller and of the whole process, by name."""
     return {
         "grad mode": torch.is_grad_enabled(),
         "inference mode": torch.is_inference_mode_enabled(),
@@ -60,7 +60,7 @@ def surroundings():
     }
 
 
-# Which draws random numbers.
+# this draws random numbers
 NO_DROPOUT = {
     "make_llama": {},
     "make_gpt2": dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
@@ -69,10 +69,8 @@ NO_DROPOUT = {
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
 @pytest.mark.parametrize("family", ["make_llama", "make_gpt2"])
-def test_target_calibrator_and_process_are_left_as_they_were(
-    request, pristine, tmp_path, family, training
-):
-    """Built, used in each mode, failed, copied, saved, loaded: no bit of theirs changes."""
+def test_target_calibrator_and_process_are_unchanged(request, pristine, tmp_path, family, training):
+    """No build, call, failure, copy, save or load of a processor changes a bit of them."""
     tokenizer = copy.deepcopy(request.getfixturevalue("other_tokenizer"))
     model = request.getfixturevalue(family)(len(tokenizer), seed=6, **NO_DROPOUT[family]).train(
         training
@@ -83,7 +81,7 @@ def test_target_calibrator_and_process_are_left_as_they_were(
     gradients = [parameter.grad.clone() for parameter in model.parameters()]
     ids = tokenizer(TEXTS[0], return_tensors="pt")["input_ids"]
     common = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 3, "pad_token_id": 0}
-    # What transformers itself sets up at the first use is not ours.
+    # Ignore what transformers itself sets up on first use.
     model.generate(ids, do_sample=False, **common)
 
     def state():
@@ -117,7 +115,7 @@ def test_target_calibrator_and_process_are_left_as_they_were(
 
 
 def test_results_carry_no_graph_and_no_inference_tensors(pristine):
-    """Scores that require gradients, and a first call in inference mode, work before training."""
+    """Scores may require gradients, and training may follow a call in inference mode."""
     processor = fresh(pristine("other_tokenizer"))
     ids = torch.tensor([[20, 21, 22]])
     width = len(processor.vocabulary.mapped)
@@ -139,7 +137,7 @@ def test_results_carry_no_graph_and_no_inference_tensors(pristine):
         "sentencepiece_tokenizer",
     ],
 )
-def test_autocast_of_the_caller_does_not_matter(pristine, request, vocabulary):
+def test_the_callers_autocast_does_not_matter(pristine, request, vocabulary):
     tokenizer = request.getfixturevalue(vocabulary)
     world = World(pristine(vocabulary), tokenizer)
     rows = [world.texts[0][:3], world.texts[2][:3], world.texts[3][:3]]
@@ -163,7 +161,7 @@ def test_autocast_of_the_caller_does_not_matter(pristine, request, vocabulary):
     ],
 )
 def test_the_default_dtype_does_not_matter(pristine, request, vocabulary, dtype, config):
-    """Loading a model sets it for the whole process, so another thread may meet any."""
+    """Loading a model sets it for the whole process, so another thread may see any value."""
     tokenizer = request.getfixturevalue(vocabulary)
     world = World(pristine(vocabulary, config), tokenizer)
     row = world.texts[0]
@@ -178,8 +176,8 @@ def test_the_default_dtype_does_not_matter(pristine, request, vocabulary, dtype,
     torch.testing.assert_close(found[0], wanted, **EXACT)
 
 
-def test_a_map_that_is_built_in_autocast_is_no_other(pristine, request, monkeypatch, tmp_path):
-    """It is kept on disk, for processes that know nothing of it."""
+def test_a_map_built_in_autocast_is_the_same(pristine, request, monkeypatch, tmp_path):
+    """The map is stored on disk, for processes that know nothing of the autocast."""
     monkeypatch.setenv("FUSION_DETOX_CACHE", str(tmp_path))
     tokenizer = request.getfixturevalue("other_tokenizer")
     wanted = pristine("other_tokenizer").vocabulary._static
@@ -190,8 +188,8 @@ def test_a_map_that_is_built_in_autocast_is_no_other(pristine, request, monkeypa
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf])
-def test_no_nan_is_added_to_rows_without_a_law(pristine, value):
-    """Scores without a softmax come back as they are, for the caller to find."""
+def test_rows_without_a_distribution_are_returned_unchanged(pristine, value):
+    """Scores without a softmax are returned unchanged, so that the caller can find the cause."""
     processor = fresh(pristine("other_tokenizer"))
     scores = scores_for([(1,), (2,)], len(processor.vocabulary.mapped))
     scores[0, 7 if value > 0 else slice(None)] = value
@@ -199,8 +197,8 @@ def test_no_nan_is_added_to_rows_without_a_law(pristine, value):
     assert torch.equal(found[0], scores[0])
 
 
-def test_quiet_loading_in_threads_restores_what_was_before():
-    """Left in the order in which they were entered, which nesting never does."""
+def test_quiet_loading_in_threads_restores_log_settings():
+    """The threads leave in the order in which they entered, which nesting never does."""
     before = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     first, second = quiet_transformers(), quiet_transformers()
     first.__enter__()

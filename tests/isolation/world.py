@@ -1,6 +1,6 @@
-"""Rows with known numbers, and a processor with a past that must not change them.
+"""Rows with known results, and a processor whose past must not change them.
 
-The oracle is a processor that has seen nothing but one row.
+The oracle is a processor that has seen nothing but the one row.
 """
 
 import copy
@@ -31,7 +31,7 @@ TEXTS = [
 
 
 def fresh(processor):
-    """One without a past: copies carry no memo (which is tested), and its map is shared."""
+    """Return a processor without a past: copies share the map but no memo (tested elsewhere)."""
     other = copy.copy(processor)
     other._sessions = {}
     other._context = copy.copy(processor._context)
@@ -39,7 +39,7 @@ def fresh(processor):
 
 
 def scores_for(rows, width):
-    """Scores of each row by itself: a function of its ids, as a model's are."""
+    """Return scores that depend only on each row's ids, as a model's do."""
     digests = [hashlib.sha256(repr(row).encode()).digest() for row in rows]
     seeds = [int.from_bytes(digest[:6], "big") for digest in digests]
     return torch.stack(
@@ -48,7 +48,7 @@ def scores_for(rows, width):
 
 
 class World:
-    """A processor with a past, and what each row's numbers must be whatever that past is."""
+    """A processor with a past, and each row's expected result, which must not depend on it."""
 
     def __init__(self, pristine, tokenizer, wanted=None, neighbour=None):
         self.pristine, self.size = pristine, len(tokenizer)
@@ -69,7 +69,7 @@ class World:
         return self._wanted[row]
 
     def batch(self, rows, padding=0):
-        """Ids as ``generate`` hands them over: left padded, or of one length without padding."""
+        """Return ids as ``generate`` passes them: left padded, or all of equal length."""
         longest = max(map(len, rows))
         if self.pad is None:
             rows = [row for row in rows if len(row) == longest]
@@ -88,11 +88,11 @@ class World:
 
 
 class BrokenError(Exception):
-    """What tests make a call fail with."""
+    """Raised by tests to make a call fail."""
 
 
 def inner_parts(processor):
-    """Where a call can be interrupted: object, method, whether its work is done before."""
+    """Yield where a call can be interrupted: object, method, and whether its work is done first."""
     session = next(iter(processor._sessions.values()), None)
     yield processor.vocabulary, "project", False
     yield processor._context, "read", True
@@ -108,7 +108,7 @@ def inner_parts(processor):
 
 
 def interrupt(processor, number, ids, scores):
-    """Calls with one part failing; says whether the part was reached."""
+    """Make a call in which one part fails; return whether that part was reached."""
     parts = list(inner_parts(processor))
     owner, name, done = parts[number % len(parts)]
     inner, countdown = getattr(owner, name), [number // len(parts) % 3]

@@ -44,7 +44,7 @@ def test_each_distinct_text_once_in_order_of_length():
     assert seen == [["a", "bb", "ccc"], ["dddd"]]
 
 
-def test_only_the_text_that_fails_is_nan(caplog):
+def test_only_texts_that_fail_are_nan(caplog):
     def score(texts):
         if "bb" in texts:
             raise RuntimeError("the model\nstumbles")
@@ -82,7 +82,7 @@ def test_many_failures_are_counted_rather_than_listed(caplog):
     assert caplog.records[-1].getMessage() == "test could not score 58 texts in all"
 
 
-def test_failure_of_all_texts_says_why():
+def test_the_failure_of_all_texts_is_explained():
     def score(texts):
         raise RuntimeError("CUDA error")
 
@@ -126,7 +126,7 @@ def test_names_for_files_and_messages():
     assert beginning("x" * 50) == repr("x" * 40 + "…")
 
 
-def test_the_lexical_scorer_is_a_scorer():
+def test_the_lexical_scorer_implements_the_interface():
     scorer = LexicalScorer.load()
     texts = ["Thank you so much.", "you idiot", ""]
     assert scorer.score_types(texts) == {"toxicity": scorer.score(texts)}

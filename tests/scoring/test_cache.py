@@ -60,7 +60,7 @@ def test_the_second_run_scores_new_texts_only(path):
         [*reversed(texts), "new"]
     )
     assert second.asked == ["new"]
-    assert again.score(texts) == scores["toxicity"]  # to the last digit
+    assert again.score(texts) == scores["toxicity"]  # identical to the last digit
     assert (again.name, again.record()) == ("counting", second.record())
 
 
@@ -90,7 +90,7 @@ def test_a_text_that_fails_again_does_not_hide_cached_scores(path):
     scorer.fails = ["bb"]
     cached = CachedScorer(scorer, path)
     cached.score(["a", "bb"])
-    scores = cached.score_types(["a", "bb"])  # nothing new but the one that fails
+    scores = cached.score_types(["a", "bb"])  # no new text except the one that fails
     assert scores["toxicity"][0] == 0.25
     assert all(math.isnan(scores[kind][1]) for kind in ("toxicity", "insult"))
     with pytest.raises(NoTextScoredError):
@@ -113,7 +113,7 @@ def test_a_line_torn_by_a_kill_is_cut_off(path, caplog, cut):
     assert path.read_bytes() == whole
 
 
-def test_an_error_keeps_what_was_scored_before(path):
+def test_an_error_keeps_earlier_scores(path):
     class Gives(Counting):
         def score_types(self, texts):
             if self.asked:
@@ -139,7 +139,7 @@ def test_an_error_keeps_what_was_scored_before(path):
         '{"scorer": "x", "text": "y", "scores": {"toxicity": NaN}}',
     ],
 )
-def test_a_broken_file_is_an_error_with_the_remedy(path, line):
+def test_a_broken_file_raises_an_error_with_the_remedy(path, line):
     CachedScorer(Counting(), path).score(["a"])
     path.write_text(path.read_text() + line + "\n")
     content = path.read_bytes()
@@ -148,14 +148,14 @@ def test_a_broken_file_is_an_error_with_the_remedy(path, line):
     assert path.read_bytes() == content
 
 
-def test_a_foreign_file_is_left_alone(path):
+def test_a_foreign_file_is_not_changed(path):
     path.write_text("my diary")
     with pytest.raises(DataError, match=r"line 1 of .* name another file"):
         CachedScorer(Counting(), path)
     assert path.read_text() == "my diary"
 
 
-def test_files_that_cannot_be_used(tmp_path):
+def test_unusable_files(tmp_path):
     with pytest.raises(DataFileError, match=r"the folder .*missing of the scores does not exist"):
         CachedScorer(Counting(), tmp_path / "missing" / "scores.jsonl")
     with pytest.raises(DataFileError, match=r"cannot read the scores in .*name another file"):

@@ -160,7 +160,7 @@ def test_labels_found_by_name(labels, multi, rule):
     [
         (["negative", "neutral", "positive"], False),  # sentiment, not toxicity
         (["neutral", "joy"], False),
-        (["LABEL_0"], True),  # may be a reward, higher for harmless text
+        (["LABEL_0"], True),  # may be a reward model, with higher scores for harmless text
         (["LABEL_0", "LABEL_1", "LABEL_2"], False),
         (["LABEL_0", "LABEL_1"], True),
         (["hate", "offensive"], True),
@@ -236,7 +236,7 @@ def test_models_without_padding_are_scored_one_by_one(byte_tokenizer):
     assert all(0 < score < 1 for score in scorer.score(TEXTS[:3]))
 
 
-def test_a_batch_that_fails_leaves_the_others(save, caplog):
+def test_a_failed_batch_does_not_affect_the_others(save, caplog):
     scorer = ClassifierScorer.load(save(["non-toxic", "toxic"]))
     forward = scorer.model.forward
 
@@ -285,12 +285,12 @@ def test_a_tokenizer_of_another_model_is_refused(tokenizer):
         ClassifierScorer(model, tokenizer, name="x")
 
 
-def test_a_length_of_no_tokens_is_refused(tokenizer):
+def test_a_length_of_zero_tokens_is_refused(tokenizer):
     with pytest.raises(ConfigError, match=r"max_length must be a .* at least 1, but is 0"):
         ClassifierScorer(make(["neutral", "toxic"]), tokenizer, name="x", max_length=0)
 
 
-def test_a_label_named_toxicity_beside_another_main_one(tokenizer):
+def test_a_label_named_toxicity_next_to_another_main_label(tokenizer):
     scorer = ClassifierScorer(
         make(["toxicity", "insult"], problem_type="multi_label_classification"),
         tokenizer,
@@ -312,7 +312,7 @@ def hub(save, monkeypatch, tokenizer):
     return add
 
 
-def test_detoxify_by_safetensors(hub, tokenizer, monkeypatch):
+def test_detoxify_from_safetensors(hub, tokenizer, monkeypatch):
     labels = ["toxicity", "severe_toxicity", "obscene", "identity_attack", "insult", "threat"]
     labels += ["sexual_explicit", "male", "female", "christian"]
     hub("unitary/unbiased-toxic-roberta", labels)
@@ -330,7 +330,7 @@ def test_detoxify_by_safetensors(hub, tokenizer, monkeypatch):
     assert list(detoxify.load_detoxify("multilingual").score_types([])) == ["toxicity"]
 
 
-def test_detoxify_by_a_folder_loads_safetensors_only(save):
+def test_detoxify_from_a_folder_loads_only_safetensors(save):
     folder = save(JIGSAW)
     scorer = detoxify.load_detoxify(folder)
     assert set(scorer.score_types(TEXTS)) == set(detoxify.TYPES) - {"sexual_explicit"}
@@ -340,7 +340,7 @@ def test_detoxify_by_a_folder_loads_safetensors_only(save):
         detoxify.load_detoxify(folder)
 
 
-def test_detoxify_without_a_network_names_the_choices():
+def test_detoxify_without_a_network_lists_the_choices():
     with pytest.raises(
         ModelNotFoundError,
         match=r"'unbiased' cannot be loaded: .*'lexical' or 'contextual'.*`hf download unitary/unb",

@@ -1,4 +1,4 @@
-"""Sentence embeddings, and the scorer on top of them."""
+"""Sentence embeddings, and the scorer that uses them."""
 
 from __future__ import annotations
 

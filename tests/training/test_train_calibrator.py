@@ -129,7 +129,7 @@ def test_result_loads_with_its_record(trained: Path, corpus: Path) -> None:
     assert any((found[n] != found[n.replace("clean ", "reference ", 1)]).any() for n in moved)
 
 
-def test_killed_run_resumes_and_ends_the_same(trained: Path, corpus: Path, tmp_path: Path) -> None:
+def test_killed_runs_resume_and_end_the_same(trained: Path, corpus: Path, tmp_path: Path) -> None:
     """Two runs are killed at a checkpoint; the third gives the weights of an uninterrupted run."""
     output = tmp_path / "toy"
     work = tmp_path / "toy.training"
@@ -146,7 +146,7 @@ def test_killed_run_resumes_and_ends_the_same(trained: Path, corpus: Path, tmp_p
     assert_same_weights(output, trained, 1e-6)
 
 
-def test_ctrl_c_keeps_the_work(corpus: Path, tmp_path: Path) -> None:
+def test_ctrl_c_keeps_completed_work(corpus: Path, tmp_path: Path) -> None:
     output = tmp_path / "toy"
     slow = command(output, corpus, "--base-steps=4000")
     process = subprocess.Popen([sys.executable, *slow], stderr=subprocess.PIPE, text=True)
@@ -162,7 +162,7 @@ def test_ctrl_c_keeps_the_work(corpus: Path, tmp_path: Path) -> None:
     assert list((tmp_path / "toy.training/base").glob("checkpoint-*/trainer_state.json"))
 
 
-def test_two_processes_train_like_one(trained: Path, corpus: Path, tmp_path: Path) -> None:
+def test_two_processes_train_like_one_process(trained: Path, corpus: Path, tmp_path: Path) -> None:
     output = tmp_path / "toy"
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29533"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

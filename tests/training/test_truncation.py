@@ -1,4 +1,4 @@
-"""A calibration model from the first layers of a larger one: the same numbers, trained further."""
+"""A calibration model from the first layers of a larger one: same numbers, further training."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fusion_detox.training import TrainingConfig, train_calibrator
 from fusion_detox.training.truncation import truncate
 
 FAMILIES = runpy.run_path(str(Path(__file__).parents[1] / "family_models.py"))
-# How each names its number of layers, and where its layers are.
+# Where each configuration has its number of layers, and each model its layers.
 CUT = {
     "GPT-2": ({"n_layer": 4}, "transformer.h"),
     "GPT-Neo": (
@@ -68,7 +68,7 @@ def logits(model: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("layers", [1, 3, 4])
 @pytest.mark.parametrize("name", CUT)
-def test_same_numbers_as_with_the_later_layers_removed(
+def test_results_equal_those_with_the_later_layers_removed(
     name: str, layers: int, tmp_path: Path
 ) -> None:
     large = make(name)
@@ -90,7 +90,7 @@ def test_same_numbers_as_with_the_later_layers_removed(
     assert again.config.get_text_config().num_hidden_layers == layers
 
 
-def test_more_layers_than_there_are() -> None:
+def test_more_layers_than_the_model_has() -> None:
     with pytest.raises(TrainingError, match=r"at least 1 and at most 4, the layers of .* but is 5"):
         truncate(make("GPT-2"), 5)
     with pytest.raises(TrainingError, match="but is 0"):
@@ -145,7 +145,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_trained_on_pairs_from_the_command_line(
     base: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Clean rows alone: three layers by default, and the truncated base is the reference."""
+    """Only clean rows: three layers by default, and the truncated base is the reference."""
     output = tmp_path / "mine"
     columns = ["--prompt-column", "prompt", "--completion-column", "completion"]
     common = [str(output), "--init-from", str(base), "--clean", str(rows), *columns, *OPTIONS]
@@ -166,7 +166,7 @@ def test_trained_on_pairs_from_the_command_line(
 def test_resumes_only_with_the_same_layers(
     base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An interrupted run of three layers does not resume as one of two."""
+    """An interrupted run with three layers does not resume as one with two."""
     from fusion_detox.training.run import Run
 
     output, config = tmp_path / "mine", TrainingConfig(**SMALL)
@@ -225,7 +225,7 @@ def test_wrong_use(
     found = " ".join(capsys.readouterr().err.split())
     assert message in found
     assert not output.exists()
-    if "pickled" not in str(options):  # its weights are read after the work folder was created
+    if "pickled" not in str(options):  # the weights are read after the work folder was created
         assert not output.with_name("mine.training").exists()
 
 

@@ -69,7 +69,7 @@ def byte_level(merges, added=()):
 
 
 class LastTokenModel(torch.nn.Module):
-    """A language model whose next token depends only on the last one."""
+    """A language model whose next token depends only on the previous one."""
 
     def __init__(self, table):
         super().__init__()
@@ -80,7 +80,7 @@ class LastTokenModel(torch.nn.Module):
 
 
 def some_covers(own, rows, seed=0):
-    """Per row, the cover without remainder and some whose remainders begin calibrator tokens."""
+    """Per row, the cover without a remainder, and some whose remainders begin calibrator tokens."""
     token_bytes = [
         token for token in own.tokens.token_bytes if token is not None and len(token) > 2
     ]

@@ -106,7 +106,7 @@ def test_wordpiece_is_approximate_and_warns():
     assert table.reset_ids == {1, 2, 3}
 
 
-def test_a_tokenizer_without_fast_backend():
+def test_a_tokenizer_without_a_fast_backend():
     class Slow:
         all_special_ids = ()
 

@@ -1,4 +1,4 @@
-"""Errors for damaged calibrator folders, wrong names and failed writes, and their messages."""
+"""Damaged calibrator folders, wrong names and failed writes raise clear errors."""
 
 import errno
 import json
@@ -327,7 +327,7 @@ class NoRepositoryError(RepositoryNotFoundError):
         (NoRepositoryError(), "no hub repository 'a/b'. Check the spelling; for a private one"),
     ],
 )
-def test_hub_that_does_not_answer(monkeypatch, failure, expected):
+def test_a_hub_that_does_not_answer(monkeypatch, failure, expected):
     def snapshot_download(*args, **kwargs):
         raise failure
 

@@ -1,4 +1,4 @@
-"""What a user can do wrong on the command line: one clear message, the right exit code."""
+"""Wrong use of the command line gives one clear message and the right exit code."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def environment(monkeypatch, tmp_path):
 
 @pytest.fixture
 def fails(capsys):
-    """Runs a command that must fail; gives its message in one line."""
+    """Run a command that must fail, and return its message on one line."""
 
     def run(*arguments, code=1):
         assert main([str(argument) for argument in arguments]) == code
@@ -140,7 +140,7 @@ def test_calibrator_missing(fails):
     assert "no-such-one" in fails("demo", "--calibrator", "no-such-one")
 
 
-def test_a_model_is_no_calibrator(fails, target_folder):
+def test_a_model_is_not_a_calibrator(fails, target_folder):
     assert "calibrator.json" in fails("info", target_folder)
 
 
@@ -175,7 +175,7 @@ def test_output_is_the_prompts_file(fails, common):
     assert Path(name).read_text() == "p\n"
 
 
-def test_output_of_something_else(fails, common):
+def test_output_file_with_other_content(fails, common):
     message = fails(*common, "p", "-o", file("out.jsonl", "precious\n"))
     assert "line 1 of out.jsonl is not a row of completions" in message
     assert Path("out.jsonl").read_text() == "precious\n"
@@ -254,7 +254,7 @@ def test_interrupted_generation_keeps_its_work(common, capsys, monkeypatch, requ
     from fusion_detox.generation import sampling as generation
 
     complete, calls = generation.complete_batch, []
-    # A job in the background starts with SIGINT ignored, and so does what it starts.
+    # A background job starts with SIGINT ignored, and so do its children.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
 
@@ -281,7 +281,7 @@ def test_interrupted_generation_keeps_its_work(common, capsys, monkeypatch, requ
 
 
 @pytest.mark.parametrize("how", ["option", "environment"])
-def test_debugging_shows_the_traceback(monkeypatch, how):
+def test_debug_shows_the_traceback(monkeypatch, how):
     if how == "environment":
         monkeypatch.setenv("FUSION_DETOX_DEBUG", "1")
     command = ["generate", "m", "--prompts-file", "none.txt"]

@@ -22,9 +22,9 @@ from fusion_detox.evaluation.metrics.diversity import (
 
 
 def bleu(hypothesis, references):
-    """BLEU-4 (Papineni et al. 2002), orders the hypothesis has, smoothed as in Chin-Yew and Och.
+    """BLEU-4 (Papineni et al. 2002), orders that the hypothesis has, smoothing of Chin-Yew and Och.
 
-    An order without a match counts 1/2, 1/4, … of a match, by its turn.
+    The first order without a match counts 1/2 of a match, the second 1/4, and so on.
     """
     logs, zeros = [], 0
     for n in range(1, min(4, len(hypothesis)) + 1):
@@ -48,7 +48,7 @@ def bleu(hypothesis, references):
     return math.exp(sum(logs) / len(logs) + brevity)
 
 
-def test_words_and_marks():
+def test_words_and_punctuation():
     assert words("Don't go -- it’s 3.5 THINGS!") == [
         "don't", "go", "-", "-", "it’s", "3", ".", "5", "things", "!",
     ]  # fmt: skip
@@ -90,7 +90,7 @@ def test_self_bleu_limits():
     assert self_bleu([*SAMPLES, ""]) == self_bleu(SAMPLES)
 
 
-def test_without_sacrebleu_the_extra_is_named(monkeypatch):
+def test_without_sacrebleu_the_error_names_the_extra(monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "sacrebleu"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
@@ -120,7 +120,7 @@ def test_repeats(text, found):
         (" \n\u3000", "empty"),
         ("the the the the dog the", "one word"),
         ("the the the dog ran home", ""),  # half is not more than half
-        ("no no no no no", ""),  # five words are too few to tell
+        ("no no no no no", ""),  # five words are too few to judge
         ("Yes.", ""),
         ("1987.", ""),
         ("!!!!!!!!!", ""),
@@ -144,7 +144,7 @@ def test_diversity_by_hand():
     found = diversity(samples, [[2, 3], [0, 8], [15]])
     one = [words(text) for prompt in samples for text in prompt]
     total = sum(map(len, one))
-    # one two one two a b c d a b c d, and 15 marks of which none is the same.
+    # one two one two a b c d a b c d, and 15 punctuation marks, all different
     assert found["dist_1"] == pytest.approx((2 + 4 + 15) / total)
     assert found["dist_2"] == pytest.approx((1 + 4 + 14) / (1 + 1 + 7 + 14))
     assert found["self_bleu"] == 1.0

@@ -125,7 +125,7 @@ class WithoutOffsets:
 
 
 @pytest.mark.parametrize("name", ["byte_tokenizer", "other_tokenizer", "sentencepiece_tokenizer"])
-def test_without_offsets_the_same_tokens_count(request, make_gpt2, name):
+def test_without_offsets_the_same_tokens_are_counted(request, make_gpt2, name):
     tokenizer = request.getfixturevalue(name)
     model = make_gpt2(len(tokenizer), n_positions=128)
     prompts, texts = [*PROMPTS, "What a stu", ""], [*NEW, "pid", "Shut up"]
@@ -146,9 +146,7 @@ def test_a_python_tokenizer_that_appends_a_closing_token(make_gpt2):
     assert [nll.why for nll in found] == ["", fluency.NO_CONTEXT, fluency.EMPTY]
 
 
-def test_special_tokens_before_a_text_stay_and_those_after_it_do_not_count(
-    other_tokenizer, make_llama
-):
+def test_leading_special_tokens_stay_and_trailing_ones_do_not_count(other_tokenizer, make_llama):
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
@@ -181,7 +179,7 @@ def test_long_prompts_are_cut_on_the_left_and_counted(byte_tokenizer, make_gpt2)
     short, long, hopeless = continuation_nll(
         model, byte_tokenizer, ["The", prompt, "The"], [text, text, " weather" * 60]
     )
-    # The last token is predicted but not read: 17 tokens fit into 16 positions.
+    # The last token is predicted but not read, so 17 tokens fit into 16 positions.
     kept = ids[-17:]
     assert long.cut == len(ids) - 17
     assert long.nats == pytest.approx(single(model, kept[:-1], 17 - long.tokens)
@@ -270,7 +268,7 @@ def test_relative_perplexity_is_paired():
     assert perplexity(base, Resamples(80, 0), base)["relative"] == [1.0, 1.0, 1.0]
 
 
-def test_nothing_scored_is_none():
+def test_without_scored_texts_perplexity_is_none():
     summary = perplexity([[NONE], [NONE]], Resamples(2, 0), [[NONE], [NONE]])
     assert summary["token_weighted"] == summary["relative"] == [None, None, None]
     assert (summary["median"], summary["scored"]) == (None, 0)
@@ -278,7 +276,7 @@ def test_nothing_scored_is_none():
     assert (huge["median"], huge["token_weighted"][0], huge["scored"]) == (None, None, 1)
 
 
-def test_batches_hold_each_text_once_and_bound_the_logits():
+def test_batches_contain_each_text_once_and_bound_the_logits():
     lengths = [5, 100, 7, 7, 60, 1]
     found = list(length_batches(lengths, 4, 1))
     assert [list(batch) for batch in found] == [[1, 4, 2, 3], [0, 5]]

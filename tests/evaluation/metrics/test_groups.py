@@ -42,14 +42,14 @@ def test_ratio_against_the_control_by_hand():
     mean = (4 * 0.5 + 12 * 0.1) / 16
     assert one["loss_fused"] == pytest.approx(3.0 + mean)
     assert one["change"] == pytest.approx([mean, 0.1, 0.5])
-    # Perplexity ratios exp(fused - base), one divided by the other.
+    # The ratio of two perplexity ratios exp(fused - base).
     ratio = math.exp(3.0 + mean) / math.exp(3.0) / (math.exp(2.2) / math.exp(2.0))
     assert one["ratio"] == [pytest.approx(ratio), None, None]
     assert found[1]["ratio"] == [1.0, None, None]
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
-def test_pairs_remove_what_both_texts_share():
+def test_pairs_cancel_what_both_texts_share():
     changes, names, pairs = suite()
     apart = groups("s", changes, names, 0, control="men")[0]["ratio"]
     tied = groups("s", changes, names, 0, control="men", pairs=pairs)[0]["ratio"]
@@ -58,7 +58,7 @@ def test_pairs_remove_what_both_texts_share():
     assert apart[1] < 1 < apart[2]
 
 
-def test_texts_without_a_partner_count_for_the_change_only():
+def test_texts_without_a_partner_count_only_for_the_change():
     changes, names, pairs = suite(10)
     changes += [text(3.0, 5.0)]
     names, pairs = [*names, "women"], [*pairs, None]
@@ -66,7 +66,7 @@ def test_texts_without_a_partner_count_for_the_change_only():
     assert women["texts"] == 11
     assert women["change"][0] > 0.5
     assert women["ratio"][0] == pytest.approx(math.exp(0.1))
-    # Several texts of one pair belong together.
+    # Several texts of one pair are pooled.
     double = groups("s", [*changes, text(3.0, 0.0)], [*names, "women"], 0,
                     control="men", pairs=[*pairs, 0])[0]  # fmt: skip
     assert double["ratio"][0] < women["ratio"][0]
@@ -86,7 +86,7 @@ def test_unpaired_intervals_cover_the_true_value():
     assert 134 <= held <= 149
 
 
-def test_no_control_no_ratio_and_no_tokens_no_numbers():
+def test_without_a_control_or_tokens_there_are_no_ratios():
     found = groups("s", [text(3.0, 0.1), text(3.0, 0.1, 0)], ["a", "b"], 0)
     assert [row["ratio"] for row in found] == [None, None]
     assert found[1]["texts"] == found[1]["tokens"] == 0

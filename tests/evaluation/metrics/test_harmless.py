@@ -255,7 +255,7 @@ def test_text_ids(byte_tokenizer, other_tokenizer):
     assert text_ids(wrapped, "") in ([], [1])
 
 
-def test_nothing_to_measure_is_none(byte_tokenizer, make_gpt2):
+def test_nothing_to_measure_gives_none(byte_tokenizer, make_gpt2):
     model = make_gpt2(len(byte_tokenizer))
     assert change_on_texts(model, lambda ids, scores: scores, []) == []
     found = change_on_texts(model, lambda ids, scores: scores, [[], [3]])

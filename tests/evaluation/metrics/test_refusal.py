@@ -119,7 +119,7 @@ def test_a_long_text_is_classified_by_its_beginning_and_fast():
 
 def rows(name, count):
     if not (DATA / name).exists():
-        pytest.skip(f"{name} is not on this machine")
+        pytest.skip(f"{name} is missing")
     with gzip.open(DATA / name, "rt", encoding="utf-8") as lines:
         return [json.loads(line) for line in itertools.islice(lines, count)]
 

@@ -1,4 +1,4 @@
-"""Cosines against a plain loop with a fake embedder, and which pairs are left out."""
+"""Cosines equal those of a plain loop with a fake embedder; undefined pairs are left out."""
 
 from __future__ import annotations
 
@@ -131,4 +131,4 @@ def test_cached_vectors_are_computed_once():
         assert similarity(PROMPTS, ours, kept, Resamples(3, 0), model="fake", base=BASE) == plain
     texts = [*PROMPTS, *(text for row in BASE for text in row)]
     assert [asked.count(text) for text in texts] == [1] * len(texts)
-    assert asked.count("every day") == 4  # neither a prompt nor the base's: twice in each call
+    assert asked.count("every day") == 4  # embedded in both calls

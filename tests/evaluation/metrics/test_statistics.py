@@ -28,7 +28,7 @@ def drawn(prompts: int, seed: int, count: int) -> np.ndarray:
     return RNG(seed).integers(0, prompts, (count, prompts))
 
 
-def test_mean_interval_is_the_percentile_bootstrap_written_out():
+def test_mean_interval_equals_a_plain_percentile_bootstrap():
     values = RNG(3).gamma(2.0, size=50)
     means = [values[row].mean() for row in drawn(50, 7, 400)]
     wanted = [values.mean(), *np.percentile(means, [2.5, 97.5])]
@@ -52,7 +52,7 @@ def test_intervals_have_their_nominal_coverage():
     for trial in range(300):
         _, low, high = mean_interval(generator.normal(1.0, 1.0, 60), Resamples(60, trial, 300))
         held += low <= 1.0 <= high
-    # 0.95 of 300 with a standard error of 3.8, and a little less, as the method is for samples.
+    # 0.95 of 300, with a standard error of 3.8; slightly fewer, as usual for this method.
     assert 270 <= held <= 296
 
 
@@ -129,7 +129,7 @@ def test_compare_is_paired():
     assert found.p_value == 1 / 10_001
 
 
-def test_interval_of_a_difference_written_out():
+def test_interval_of_a_difference_equals_a_plain_loop():
     base, other = RNG(0).uniform(size=20), RNG(1).uniform(size=20)
     rows = drawn(20, 6, 300)
     found = compare(base, other, Resamples(20, 6, 300))
@@ -175,7 +175,7 @@ def test_p_value_edge_cases():
     assert sign_flip_p_value([], 0) is None
     assert sign_flip_p_value([np.nan], 0) is None
     assert sign_flip_p_value([0.0, 0.0], 0) == 1.0
-    # 0 has no sign: three prompts of one direction have p = 2/8, with any number of ties.
+    # 0 has no sign: three prompts in one direction give p = 2/8, with any number of ties.
     assert sign_flip_p_value([1.0, 1.0, 1.0, *[0.0] * 50], 0) == 0.25
     assert sign_flip_p_value([0.1] * 3 + [-0.3], 0) == 1.0
     assert sign_flip_p_value(np.ones(200), 0, 1000) == 1 / 1001

@@ -22,7 +22,7 @@ from fusion_detox.scoring.lexical import LexicalScorer
 
 DATA = Path(__file__).resolve().parents[3].parent / "shared" / "data"
 IDENTITY = json.loads(Path(suites.__file__).with_name("data").joinpath("identity.json").read_text())
-# Called toxic by the lexical scorer: "trigger a build", a few parts of the body, and some of the
+# Texts that the lexical scorer calls toxic: "trigger a build", a few parts of the body, and some
 # groups in two of the templates. No text was changed or chosen because of it.
 CALLED_TOXIC = {"benign": 1, "dialect": 0, "general": 6, "identity": 12}
 
@@ -120,7 +120,7 @@ def test_texts_of_a_pair_differ_only_in_the_group() -> None:
         assert frames.pop().count("*") == 1
 
 
-def test_dialect_pairs_are_complete_and_name_their_feature() -> None:
+def test_dialect_pairs_are_complete_and_state_their_feature() -> None:
     suite = load_suite("dialect")
     pairs = by_pair(suite)
     assert len(pairs) >= 60
@@ -254,8 +254,8 @@ def test_hatecheck_in_both_forms(tmp_path: Path) -> None:
         hatecheck_suite(tmp_path / "other.jsonl")
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="the real HateCheck is not on this machine")
-def test_the_real_hatecheck() -> None:
+@pytest.mark.skipif(not DATA.is_dir(), reason="the published HateCheck is missing")
+def test_the_published_hatecheck() -> None:
     suite = hatecheck_suite(DATA / "hatecheck.jsonl.gz")
     assert len(groups(suite)) == 7
     assert len(controls(suite)) == 50 + 35 + 32 + 30

@@ -50,7 +50,7 @@ def test_metrics_equal_a_plain_loop(threshold):
         assert middle == pytest.approx(value), name
         assert low < middle < high
     assert found["failed"] == np.isnan(scores).sum()
-    # A prompt without any score is left out of each.
+    # A prompt without any score is left out of all metrics.
     assert all(np.isnan(left).sum() == 1 for left in prompt_values(scores, threshold).values())
 
 

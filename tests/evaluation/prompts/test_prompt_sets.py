@@ -102,7 +102,7 @@ def groups(found: PromptSet) -> list[str | None]:
     ],
 )
 def test_subsets_of_real_toxicity_prompts(write: Write, kind: str, expected: list[str]) -> None:
-    """.5 counts as toxic; a prompt without a score is neither toxic nor not."""
+    """.5 counts as toxic; a prompt without a score is neither toxic nor non-toxic."""
     found = read_prompt_set(write("prompts.jsonl", lines(RTP)), kind=kind)
     assert texts(found) == expected
     assert found.name == {"rtp": "prompts"}.get(kind, kind.replace(":", "-"))
@@ -171,7 +171,7 @@ def test_subsets_of_real_toxicity_prompts(write: Write, kind: str, expected: lis
         ("p.tsv", "prompt\tx\none\t1\n", "jsonl", ["one"], [None]),
     ],
 )
-def test_each_kind_is_recognised(
+def test_each_format_is_recognised(
     write: Write,
     caplog: pytest.LogCaptureFixture,
     name: str,
@@ -207,7 +207,7 @@ def test_windows_files_byte_order_marks_and_gzip_change_nothing(write: Write) ->
     assert texts(read_prompt_set(write("without_suffix", gzip.compress(windows)))) == expected
 
 
-def test_hash_is_that_of_the_file(write: Write) -> None:
+def test_the_hash_is_of_the_file(write: Write) -> None:
     source = write("a.txt", "one\ntwo\n")
     expected = hashlib.sha256(b"one\ntwo\n").hexdigest()[:16]
     assert read_prompt_set(source).sha256 == expected
@@ -219,7 +219,7 @@ def test_a_sample_depends_on_the_seed_and_keeps_the_order(write: Write) -> None:
     some = texts(read_prompt_set(source, limit=20))
     assert some == texts(read_prompt_set(source, limit=20, seed=0)) == sorted(some)
     assert len(set(some)) == 20
-    # A random sample is the first twenty with probability 1e-27.
+    # A random sample equals the first twenty with probability 1e-27.
     assert some != [f"prompt {index:03}" for index in range(20)]
     assert some != texts(read_prompt_set(source, limit=20, seed=1))
     assert len(read_prompt_set(source, limit=1000).prompts) == 200
@@ -236,7 +236,7 @@ def test_repeated_and_blank_prompts_are_counted(
     assert "1 prompts have no toxicity score" in caplog.text
 
 
-def test_a_field_may_be_inside_objects(write: Write) -> None:
+def test_a_field_may_be_nested(write: Write) -> None:
     source = write("a.jsonl", lines([{"a": {"b": "one"}}, {"a": {"b": "two"}}]))
     assert texts(read_prompt_set(source, field="a.b")) == ["one", "two"]
     with pytest.raises(DataError, match=r"line 1 has no field 'a\.c'; it has: a"):
@@ -287,14 +287,14 @@ def test_a_field_may_be_inside_objects(write: Write) -> None:
         ),
     ],
 )
-def test_data_that_cannot_be_used(
+def test_unusable_data(
     write: Write, name: str, content: str | bytes, kind: str | None, message: str
 ) -> None:
     with pytest.raises(DataError, match=message):
         read_prompt_set(write(name, content), kind=kind)
 
 
-def test_files_that_cannot_be_read(write: Write, tmp_path: Path) -> None:
+def test_unreadable_files(write: Write, tmp_path: Path) -> None:
     with pytest.raises(DataFileError, match=r"there is no file .*missing\.txt"):
         read_prompt_set(str(tmp_path / "missing.txt"))
     with pytest.raises(DataFileError, match="is a folder; give a file in it"):
@@ -341,7 +341,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     return asked
 
 
-def test_a_data_set_of_the_hub(hub: list[tuple[str, str]]) -> None:
+def test_a_data_set_from_the_hub(hub: list[tuple[str, str]]) -> None:
     found = read_prompt_set("org/real-prompts:test", kind="rtp:toxic")
     assert texts(found) == ["one", "two"]
     assert (found.name, found.file) == ("rtp-toxic", "org/real-prompts:test")
@@ -370,7 +370,7 @@ def test_a_set_from_texts_in_memory() -> None:
         PromptSet.from_texts([])
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="the real prompt sets are not on this machine")
+@pytest.mark.skipif(not DATA.is_dir(), reason="the published prompt sets are missing")
 @pytest.mark.parametrize(
     ("file", "kind", "count", "groups_expected"),
     [
@@ -380,7 +380,7 @@ def test_a_set_from_texts_in_memory() -> None:
         ("bold_prompts.jsonl.gz", None, 23674, 43),
     ],
 )
-def test_real_sets(file: str, kind: str | None, count: int, groups_expected: int) -> None:
+def test_published_sets(file: str, kind: str | None, count: int, groups_expected: int) -> None:
     found = read_prompt_set(str(DATA / file), kind=kind)
     assert len(found.prompts) == count
     assert len(set(groups(found))) == groups_expected

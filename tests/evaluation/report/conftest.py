@@ -1,4 +1,4 @@
-"""A report that is written once, and reports without plots."""
+"""A report that is written once, and a way to write reports without plots."""
 
 import pytest
 

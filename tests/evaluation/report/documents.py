@@ -1,4 +1,4 @@
-"""A results document with plausible numbers: a target, four strengths, a word filter."""
+"""A results document with plausible numbers: a target, four strengths and a word filter."""
 
 import math
 
@@ -10,7 +10,7 @@ def around(value, part=0.08):
 
 
 def measure(probability, scale=1.0):
-    """What a scorer says of a setting."""
+    """What a scorer reports on a setting."""
     counts = [round(2000 * 0.7**i * (1.1 - probability)) for i in range(10)]
     counts += [round(200 * probability * scale)] * 10
     return {
@@ -125,7 +125,7 @@ def setting(name, kind, probability, perplexity, strength=None, scorers=("lexica
 
 
 def results(settings=None, **changes):
-    """A run with the shape of a real one; all its texts are harmless."""
+    """A run shaped like a real one; all its texts are harmless."""
     if settings is None:
         settings = [
             setting("base", "base", 0.64, 114.3),

@@ -8,7 +8,7 @@ VOID = {"br", "col", "hr", "img", "input", "link", "meta"}
 
 
 class Page(HTMLParser):
-    """A page, parsed strictly: tags nest, ids are unique, and every reference has its target.
+    """A strictly parsed page: tags nest, ids are unique, and every reference has a target.
 
     ``text`` is what a reader sees; ``scripts`` and ``elements`` are what a browser acts on.
     """
@@ -20,12 +20,12 @@ class Page(HTMLParser):
         self.feed(source)
         self.close()
         assert not self.open, f"not closed: {self.open}"
-        assert len(self.ids) == len(set(self.ids)), "an id is used twice"
+        assert len(self.ids) == len(set(self.ids)), "an id occurs twice"
         missing = set(self.references) - set(self.ids)
         assert not missing, f"nothing has the ids {missing}"
 
     def handle_starttag(self, name, attributes):
-        assert len(attributes) == len(dict(attributes)), f"an attribute twice in <{name}>"
+        assert len(attributes) == len(dict(attributes)), f"a repeated attribute in <{name}>"
         found = dict(attributes)
         self.elements.append((name, found))
         if "id" in found:
@@ -69,7 +69,7 @@ def read(path):
 
 
 def summary(path):
-    """The sentences of the summary, each with its state in front."""
+    """The sentences of the summary, each preceded by its state."""
     source = path.read_text(encoding="utf-8")
     start = source.index('id="summary"')
     part = source[start : source.index("</section>", start)]
@@ -78,7 +78,7 @@ def summary(path):
 
 
 def sentence(path, *parts):
-    """The one sentence of the summary that holds all the parts."""
+    """The only sentence of the summary that contains all the parts."""
     found = [line for line in summary(path) if all(part in line for part in parts)]
     assert len(found) == 1, (parts, summary(path))
     return found[0]

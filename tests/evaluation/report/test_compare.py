@@ -1,4 +1,4 @@
-"""Runs side by side: their numbers unchanged, and a warning if they do not compare."""
+"""Runs side by side: their numbers are unchanged, and incomparable runs cause a warning."""
 
 import copy
 import json
@@ -101,7 +101,7 @@ def test_both_runs_are_in_page_and_json(tmp_path):
     ]
 
 
-def test_the_same_run_twice_has_no_differences():
+def test_a_run_does_not_differ_from_itself():
     assert compared(results(), results("again")) == []
 
 
@@ -133,7 +133,7 @@ def test_conditions_that_make_numbers_incomparable_are_warnings(tmp_path, what, 
     found = {one.what: one for one in compared(results(), results("second", **changes))}
     assert found[what].level == "warning"
     others = {name for name, one in found.items() if one.level == "warning"} - {what}
-    assert others <= {"prompts"}  # prompts without a hash are other prompts too
+    assert others <= {"prompts"}  # prompts without a hash also count as other prompts
     if found[what].values:
         assert list(found[what].values) == ["first", "second"]
         assert len(set(found[what].values.values())) == 2
@@ -166,7 +166,7 @@ def test_other_conditions_are_notes(what, changes):
     assert all(one.level == "note" for one in found)
 
 
-def test_licence_and_auc_do_not_make_another_scorer():
+def test_another_licence_or_auc_is_not_another_scorer():
     scorers = {"lexical": {**SCORER, "auc": {"a": 0.9}, "licence": "MIT"}}
     assert compared(results(), results("second", scorers=scorers)) == []
 
@@ -182,7 +182,7 @@ def test_a_different_base_under_the_same_conditions_is_a_note():
     assert [one.what for one in compared(results(), {**other, "seeds": [2]})] == ["seeds"]
 
 
-def test_runs_of_one_name_are_numbered():
+def test_runs_with_the_same_name_are_numbered():
     runs = [Run(results("a")), Run(results("a")), Run(results("a (2)")), Run(results("a"))]
     assert run_labels(runs) == ["a", "a (2)", "a (2) (2)", "a (3)"]
 
@@ -198,7 +198,7 @@ def test_markup_in_names_stays_text(tmp_path):
     assert "<script>alert(1)</script>" in page.text
 
 
-def test_same_runs_same_bytes(tmp_path):
+def test_the_same_runs_give_the_same_bytes(tmp_path):
     written = [
         write_comparison(copy.deepcopy([results(), results("b", 0.2)]), tmp_path / name)
         for name in ("one.html", "two.html")

@@ -1,4 +1,4 @@
-"""Incomplete, odd or oversized results documents still give a report, or a clear error."""
+"""Incomplete, odd or oversized results documents give a report, or a clear error."""
 
 import math
 import re
@@ -53,7 +53,7 @@ def without_numbers(value, gone):
 
 
 @pytest.mark.parametrize("gone", ["all", "ends"])
-def test_numbers_may_be_nan_and_intervals_without_ends(tmp_path, gone):
+def test_numbers_may_be_nan_and_intervals_may_lack_ends(tmp_path, gone):
     page = read(write_report(without_numbers(results(), gone), tmp_path))
     assert "nan" not in re.findall(r"\w+", page.text.lower())
 
@@ -79,7 +79,7 @@ def test_no_prompt_is_toxic(tmp_path):
     assert "These prompts cannot show an effect." in page.text
 
 
-def test_a_name_that_is_used_twice_makes_no_id_twice(tmp_path, undrawn):
+def test_duplicate_names_give_unique_ids(tmp_path, undrawn):
     settings = [setting("base", "base", 0.6, 100.0)]
     settings += [setting("same", "fusion", 0.2, 110.0, s) for s in (1.0, 2.0)]
     read(write_report(results(settings), tmp_path))
@@ -108,7 +108,7 @@ def test_without_matplotlib_nothing_is_written(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_cannot_be_made(tmp_path, undrawn):
+def test_a_folder_that_cannot_be_created(tmp_path, undrawn):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataFileError, match=r"cannot be written .*folder that is writable"):
         write_report(results(), tmp_path / "file" / "report")

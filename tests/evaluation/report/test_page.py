@@ -1,4 +1,4 @@
-"""The page is well-formed and loads nothing, and no text of the data can break it."""
+"""The page is well-formed, loads nothing from elsewhere, and withstands any text in the data."""
 
 import base64
 import copy
@@ -28,7 +28,7 @@ def test_page_is_well_formed_and_navigable(written):
     assert len(sections) == 11
     assert sections <= linked
     images = page.all("img")
-    assert len(images) == 2 + 2 + 2  # trade-off and histogram by scorer, groups by suite
+    assert len(images) == 2 + 2 + 2  # trade-off and histogram per scorer, groups per suite
     assert all(image["alt"] for image in images)
     assert all(figure["aria-label"] for figure in page.all("figure"))
     for header in page.all("th"):
@@ -38,14 +38,14 @@ def test_page_is_well_formed_and_navigable(written):
     assert all(region["tabindex"] == "0" and region["role"] == "region" for region in regions)
 
 
-def test_descriptions_of_plots_hold_their_numbers(written):
+def test_descriptions_of_plots_contain_their_numbers(written):
     described = " ".join(image["alt"] for image in read(written / "report.html").all("img"))
     described = described.replace("\u202f", " ")
     assert "target alone: 64 % of prompts toxic at perplexity 114;" in described
     assert "gay people, fusion: 1.04;" in described
 
 
-def test_nothing_is_loaded_and_no_other_script_runs(written):
+def test_nothing_is_loaded_and_no_foreign_script_runs(written):
     page = read(written / "report.html")
     assert len(page.scripts) == 1
     digest = base64.b64encode(hashlib.sha256(page.scripts[0].encode()).digest()).decode()
@@ -84,7 +84,7 @@ def nothing_loaded(page, source):
 
 
 def poisoned(value):
-    """Every text of a document, names too, with markup that would break out."""
+    """A document in which every text, including names, contains markup that tries to break out."""
     if isinstance(value, dict):
         return {key: poisoned(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -113,7 +113,7 @@ def test_no_text_of_the_data_becomes_markup(tmp_path, written):
     assert source.count("</script>") == 1
 
 
-def test_halves_of_characters_and_controls_can_be_written(tmp_path, undrawn):
+def test_surrogates_and_control_characters_can_be_written(tmp_path, undrawn):
     document = results(name="a\ud800b\x00c\x1b")
     document["examples"]["default"]["best"][0]["fused"] = "x\udfff\x07y"
     text = read(write_report(document, tmp_path)).text
@@ -121,7 +121,7 @@ def test_halves_of_characters_and_controls_can_be_written(tmp_path, undrawn):
     assert "x\ufffd\ufffdy" in text
 
 
-def test_same_results_same_bytes_whatever_the_style(tmp_path, written):
+def test_the_same_results_give_the_same_bytes_in_any_style(tmp_path, written):
     import matplotlib
 
     with matplotlib.rc_context({"xtick.direction": "in", "axes.labelpad": 20, "font.size": 3}):
@@ -162,7 +162,7 @@ def test_conditions_are_stated_in_full(written):
         assert stated in page, stated
 
 
-def test_importing_it_is_light():
+def test_importing_the_report_is_light():
     code = (
         "import sys, fusion_detox.evaluation.report; "
         "print(sorted({'matplotlib', 'numpy', 'torch'} & set(sys.modules)))"

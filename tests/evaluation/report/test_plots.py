@@ -1,4 +1,4 @@
-"""The plots draw the values, in colours that are legible in both colour schemes."""
+"""The plots show the values, in colours that are legible in both colour schemes."""
 
 import re
 from pathlib import Path
@@ -74,7 +74,7 @@ def contrast(one, other):
 
 
 def in_the_dark(colour):
-    """What the filter ``invert(1) hue-rotate(180deg)`` of report.css makes of a colour."""
+    """What the filter ``invert(1) hue-rotate(180deg)`` in report.css makes of a colour."""
     inverted = [1 - int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     rows = ((-0.574, 1.43, 0.144), (0.426, 0.43, 0.144), (0.426, 1.43, -0.856))
     mixed = [sum(w * part for w, part in zip(row, inverted, strict=True)) for row in rows]
@@ -104,7 +104,7 @@ def test_without_perplexity_toxicity_is_drawn_alone():
     assert "default, fusion: 11.2\u202f%" in panels[0].description
 
 
-def test_types_are_drawn_where_a_scorer_has_several():
+def test_types_are_drawn_if_a_scorer_has_several():
     document = results()
     assert type_panels(Run(document)) == []
     for item in document["settings"]:

@@ -1,4 +1,4 @@
-"""Every number of the summary comes from the results, and the states claim no more."""
+"""Every number of the summary comes from the results, and its states claim nothing more."""
 
 import math
 import re
@@ -32,7 +32,7 @@ def perplexity(variant):
     return variant["perplexity"]["token_weighted"]
 
 
-# The fixed sentences, (#) for a number, and where in the results each number comes from.
+# The fixed sentences, with (#) for a number, and the source of each number in the results.
 THREE = (
     r"(#){0} \[(#) to (#)\] with fusion, (#){0} \[(#) to (#)\] without, "
     r"(#){0} \[(#) to (#)\] with a word filter\."
@@ -87,7 +87,7 @@ SENTENCES = {
 }
 
 
-def test_every_number_of_the_summary_is_that_of_the_results(written):
+def test_every_number_of_the_summary_is_from_the_results(written):
     document = results()
     base, fused, word_filter = (document["settings"][i] for i in (0, 1, 5))
     lines = summary(written / "report.html")
@@ -101,7 +101,7 @@ def test_every_number_of_the_summary_is_that_of_the_results(written):
 
 
 def changed(scorers=("lexical", "contextual"), base=0.64, fused=0.6, **against):
-    """A run of two settings with one comparison, the same by all scorers."""
+    """A run of two settings with one comparison, equal for all scorers."""
     document = results(
         [
             setting("base", "base", base, 114.3, scorers=scorers),
@@ -162,7 +162,7 @@ def test_scorers_that_disagree_are_both_shown(tmp_path, undrawn):
     assert sentence(path, "by the contextual scorer").startswith("higher")
 
 
-def test_nothing_toxic_shows_no_effect(tmp_path, undrawn):
+def test_without_toxic_text_no_effect_is_claimed(tmp_path, undrawn):
     document = changed(("lexical",), 0.0, 0.0, difference=[0.0, 0.0, 0.0], p_value=1.0)
     document["settings"].append(setting("wordfilter", "wordfilter", 0.003, 115.5))
     found = sentence(write_report(document, tmp_path), "lexical scorer: ")
@@ -198,7 +198,7 @@ def test_groups_without_a_clear_difference(tmp_path, undrawn):
     assert not [line for line in summary(path) if "Largest ratios" in line]
 
 
-def test_the_control_is_no_group_and_impossible_tokens_are_stated(tmp_path, undrawn):
+def test_the_control_is_not_a_group_and_impossible_tokens_are_stated(tmp_path, undrawn):
     document = results()
     groups = document["settings"][1]["groups"]
     groups += [
@@ -231,7 +231,7 @@ def test_the_control_is_no_group_and_impossible_tokens_are_stated(tmp_path, undr
         ("groups", "not measured Effects on text by and about groups."),
     ],
 )
-def test_what_was_not_measured_is_stated(tmp_path, undrawn, block, said):
+def test_missing_measurements_are_stated(tmp_path, undrawn, block, said):
     document = results()
     document["settings"][1][block] = None
     found = [line for line in summary(write_report(document, tmp_path)) if line.startswith(said)]
@@ -245,7 +245,7 @@ def test_one_scorer_alone_is_stated(tmp_path, undrawn):
     )
 
 
-def test_no_pair_that_became_more_toxic_is_stated(tmp_path, undrawn):
+def test_the_absence_of_pairs_that_became_more_toxic_is_stated(tmp_path, undrawn):
     document = results()
     document["examples"]["default"]["worst"] = []
     assert "There are no such pairs." in read(write_report(document, tmp_path)).text

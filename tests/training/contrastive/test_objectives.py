@@ -1,4 +1,4 @@
-"""The contrastive objectives against arithmetic, numpy, finite differences and the paper's code."""
+"""The contrastive objectives equal arithmetic, numpy, finite differences and the paper's code."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fusion_detox.training.loss import IGNORED
 
 
 def batch(*anchors):
-    """``(nll, group, positive)`` of anchors given as (positives' nll, negatives' nll)."""
+    """Build ``(nll, group, positive)`` from anchors given as (positives' nll, negatives' nll)."""
     rows = [
         (value, number, kind)
         for number, (positives, negatives) in enumerate(anchors)
@@ -175,7 +175,7 @@ def batches(draw):
 
 @given(batches(), st.sampled_from([0.1, 0.2, 1.0]), st.sampled_from([0.5, 1.0, 1.1]))
 @settings(max_examples=60, deadline=None)
-def test_equal_to_the_equations(values, temperature, alpha):
+def test_the_loss_equals_the_equations(values, temperature, alpha):
     found = contrastive_perplexity_loss(
         *values, temperature=temperature, negative_weight=alpha, reduction="none"
     )
@@ -185,7 +185,7 @@ def test_equal_to_the_equations(values, temperature, alpha):
     assert mean.item() == pytest.approx(wanted.mean(), abs=1e-12)
 
 
-def test_temperature_cancels_as_a_scale_and_acts_in_the_exponent():
+def test_temperature_cancels_as_a_scale_but_not_in_the_exponent():
     values = batch(([0.5, 1.0], [1.5, 0.2]))
     scaled = [contrastive_perplexity_loss(*values, temperature=t).item() for t in (0.1, 0.2, 5)]
     assert scaled == pytest.approx([scaled[0]] * 3)
@@ -233,7 +233,7 @@ def test_gradients(centroid, perplexity, temperature_in):
 
 
 def test_gradient_of_a_fixed_centroid_by_hand():
-    """Positives at nll 0 and ln 3 round c = 2, negative at ln 5: dloss/dφ by the chain rule."""
+    """Positives at nll 0 and ln 3 around c = 2, negative at ln 5: dloss/dφ by the chain rule."""
     nll, group, positive = batch(([0.0, math.log(3)], [math.log(5)]))
     nll.requires_grad_()
     contrastive_perplexity_loss(nll, group, positive, centroid="fixed").backward()
@@ -251,7 +251,7 @@ def test_gradient_of_a_fixed_centroid_by_hand():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_no_overflow(dtype):
-    """exp(200) is infinite in float32; inf − inf would be NaN."""
+    """exp(200) is infinite in float32, and inf − inf would be NaN."""
     nll = torch.tensor([200.0, 150.0, 500.0, 2.0], dtype=dtype, requires_grad=True)
     group, positive = torch.zeros(4, dtype=torch.long), torch.tensor([True, True, False, False])
     loss = contrastive_perplexity_loss(nll, group, positive)
@@ -285,7 +285,7 @@ def test_no_gradient_without_negatives():
     assert gradient.tolist() == [0, 0]
 
 
-def test_anchor_without_positives():
+def test_an_anchor_without_positives():
     values = torch.tensor([1.0, 2.0]), torch.tensor([7, 7]), torch.tensor([False, False])
     for function in (contrastive_perplexity_loss, signed_margin_loss, positive_nll):
         with pytest.raises(DataError, match="anchor 7 has no positive"):
@@ -296,7 +296,7 @@ def test_anchor_without_positives():
 
 
 def texts(model, rows, width, pad):
-    """nll of ragged rows of ids, padded on the right to ``width``."""
+    """nll of rows of different lengths, padded on the right to ``width``."""
     ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
     labels = ids.masked_fill(mask == 0, IGNORED)
@@ -390,7 +390,7 @@ def test_signed_margin_never_makes_a_negative_more_likely(values, kind, centroid
 
 
 def test_signed_margin_by_hand():
-    """Prototype 1.5, margin 1: lacking 0 (at 3), .5 (at 2), 2.5 (at 0)."""
+    """Prototype 1.5, margin 1: the shortfall is 0 (nll 3), .5 (nll 2) and 2.5 (nll 0)."""
     values = batch(([1.0, 2.0], [3.0, 2.0, 0.0]))
     assert signed_margin_loss(*values, margin=1.0).item() == pytest.approx((0 + 0.5 + 2.5) / 3)
     soft = [math.log1p(math.exp(x)) for x in (-0.5, 0.5, 2.5)]
@@ -445,11 +445,11 @@ def test_settings_out_of_range(wrong, message):
 
 
 def test_separation_by_hand():
-    """Anchor 0: 2 of 2 pairs in order; anchor 1: 1 of 2; a third one has no negative."""
+    """Anchor 0: 2 of 2 pairs in order; anchor 1: 1 of 2; the third anchor has no negative."""
     nll, group, positive = batch(([1.0], [2.0, 3.0]), ([4.0, 2.5], [3.0]), ([9.0], []))
     found = separation(nll, group, positive)
     assert found["auc_within"] == pytest.approx((1 + 0.5) / 2)
-    # Over positives 1, 4, 2.5, 9: negatives 2, 3, 3 exceed 1, 2, 2 of them.
+    # Of the positives 1, 4, 2.5 and 9, the negatives 2, 3 and 3 exceed 1, 2 and 2.
     assert found["auc_overall"] == pytest.approx((1 + 2 + 2) / 12)
     assert found["positive_perplexity"] == pytest.approx(math.exp((1 + 4 + 2.5 + 9) / 4))
     assert found["negative_perplexity"] == pytest.approx(math.exp(8 / 3))
@@ -475,7 +475,7 @@ def test_drift_by_hand():
 
 
 def test_likelihood_ratio_by_hand_and_its_optimum():
-    """KL(softmax(-λ g) ‖ softmax(r)) of two anchors, written out; 0 where r = -λ g + constant."""
+    """KL(softmax(-λ g) ‖ softmax(r)) of two anchors, written out; 0 if r = -λ g + constant."""
     ratio = torch.tensor([0.5, -1.0, 2.0, 0.0, 1.0], dtype=torch.float64, requires_grad=True)
     group = torch.tensor([4, 4, 4, 9, 9])
     toxicity = torch.tensor([0.0, 1.0, 0.25, 1.0, 0.0], dtype=torch.float64)

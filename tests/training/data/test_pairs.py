@@ -41,7 +41,7 @@ def test_own_rows_are_read_as_written(write, name):
     assert [dict(one.provenance) for one in found] == [{"seed": 3}, {}]
 
 
-def test_several_sources_in_order_and_one_alone(write):
+def test_one_source_or_several_in_order(write):
     one = write(GOOD, name="a.jsonl")
     two = write({**GOOD, "anchor": "Other."}, name="b.jsonl")
     assert [pair.anchor for pair in read_pairs([two, one])] == ["Other.", "He left."]
@@ -62,7 +62,9 @@ def test_the_key_depends_on_the_content(write):
     for change in ({"anchor": "No."}, {"positives": ["He left."]}, {"prompt": ""}):
         assert read_pairs([write({**GOOD, **change})])[0].key != pair.key
     moved = {**GOOD, "positives": ["He went away."], "negatives": ["He left.", "The idiot left."]}
-    assert read_pairs([write(moved)])[0].key != pair.key, "a wording that changed sides"
+    assert read_pairs([write(moved)])[0].key != pair.key, (
+        "a wording that changed sides makes another set"
+    )
 
 
 @pytest.mark.parametrize(

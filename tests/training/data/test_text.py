@@ -1,4 +1,4 @@
-"""From files to blocks: reading, masking, packing and pairing, exact to the token."""
+"""From files to blocks: reading, masking, packing and pairing are exact to the token."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def write(path: Path, text: str | bytes) -> Path:
     return path
 
 
-def test_every_format_reads_the_same(tmp_path: Path) -> None:
+def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:
     rows = [{"text": "first, text", "label": "ok"}, {"text": 'second "text"', "label": "bad"}]
     lines = "\n".join(json.dumps(row) for row in rows)
     files = [
@@ -169,7 +169,7 @@ def test_loss_is_the_textbook_cross_entropy() -> None:
     torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-5)
 
 
-def test_streams_differ_only_where_the_corpora_do(words: PreTrainedTokenizerFast) -> None:
+def test_streams_differ_only_where_the_corpora_differ(words: PreTrainedTokenizerFast) -> None:
     def texts(mark: str, count: int, domain: str) -> list[Document]:
         return [Document(" ".join([mark] * (3 + i)), "", domain) for i in range(count)]
 

@@ -87,7 +87,7 @@ def gpt2(folder: Path, make_gpt2: Any, byte_tokenizer: Any) -> Path:
 
 
 def train(model: Path, output: Path, pairs: Path, **changes: Any) -> dict[str, Any]:
-    """Runs ``finetune`` and returns its record."""
+    """Run ``finetune`` and return its record."""
     contrast = changes.pop("contrast", ContrastiveConfig(perplexity="log"))
     more = {k: changes.pop(k) for k in list(changes) if k not in FinetuneConfig().to_dict()}
     config = FinetuneConfig(**{**SMALL, **changes})
@@ -100,7 +100,7 @@ def train(model: Path, output: Path, pairs: Path, **changes: Any) -> dict[str, A
 
 @pytest.fixture(scope="module")
 def adapter(llama: Path, pairs: Path, general: Path, folder: Path) -> Path:
-    """Twelve steps of a signed margin with KL on general text."""
+    """Twelve steps of the signed margin, with KL on general text."""
     train(llama, folder / "adapter", pairs, objective="signed-margin", general=[general])
     return folder / "adapter"
 
@@ -142,7 +142,7 @@ def test_folder_records_how_it_was_made(adapter: Path, llama: Path, pairs: Path)
     assert not list(adapter.parent.glob("*adapter*.training")) + list(adapter.parent.glob(".*new*"))
     record = json.loads((adapter / "training.json").read_text())
     assert record["objective"] == "signed-margin"
-    assert record["target_modules"] == ["q_proj", "v_proj"]  # peft's choice for a Llama
+    assert record["target_modules"] == ["q_proj", "v_proj"]  # peft's default for a Llama
     assert record["data_files"]["pairs"][0]["name"] == pairs.name
     assert len(record["data_files"]["pairs"][0]["sha256"]) == 64
     counts = record["data_counts"]
@@ -259,7 +259,7 @@ def test_micro_batch_size_does_not_affect_the_result(
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_all_linear_layers_where_peft_has_no_choice(
+def test_all_linear_layers_if_peft_has_no_default(
     folder: Path, pairs: Path, byte_tokenizer: Any, tmp_path: Path
 ) -> None:
     from transformers import Olmo2Config, Olmo2ForCausalLM
@@ -311,7 +311,7 @@ def test_killed_run_resumes_to_the_same_result(
     assert [e["step"] for e in records[0]["curve"]] == [e["step"] for e in records[1]["curve"]]
 
 
-def test_two_processes_train_like_one(
+def test_two_processes_train_like_one_process(
     adapter: Path, llama: Path, pairs: Path, general: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "adapter"

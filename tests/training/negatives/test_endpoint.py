@@ -322,7 +322,7 @@ def test_the_key_is_sent_and_never_shown(monkeypatch):
 
 
 @pytest.mark.parametrize("before", [0, 185, 270, 290, 65_535 - 7])
-def test_no_part_of_the_key_is_shown_where_an_error_is_cut(monkeypatch, before):
+def test_no_part_of_the_key_is_shown_in_truncated_errors(monkeypatch, before):
     monkeypatch.setenv("SOME_KEY", "sk-very-secret")
     padding = "x" if before < 1000 else " "
     content = padding.encode() * before + b" sk-very-secret" * 2

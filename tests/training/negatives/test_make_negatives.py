@@ -92,7 +92,7 @@ def run(tmp_path, writer, sentences=(SENTENCE,), config=CONFIG, **options):
 
 
 def filtered(tmp_path, positives, negatives, sentence=SENTENCE, judges=None, **changes):
-    """The pair made from some answers, and the report."""
+    """The paraphrase set built from the given answers, and the report."""
     config = dataclasses.replace(
         CONFIG, positives=len(positives), negatives=len(negatives), **changes
     )
@@ -160,7 +160,7 @@ def test_each_filter(tmp_path, side, text, reason, changes):
     assert report.dropped == {side: {reason: 1}, other: {}}
 
 
-def test_meaning(tmp_path):
+def test_the_meaning_filter(tmp_path):
     judges = Judges(scorer=WordScorer(), embed=words)
     negatives = ["The idiot train was late again today.", "Some idiot stole my bicycle."]
     pair, report = filtered(tmp_path, ["Late again."], negatives, judges=judges, min_similarity=0.5)
