@@ -42,7 +42,7 @@ class FusionLogitsProcessor(LogitsProcessor):
     One instance serves any number of calls, batches, beams and threads, and needs no reset.
 
     ``generate`` runs it before temperature, top-k and top-p and passes it no attention mask, so
-    left padding is recognised by ``pad_token_id``. Text that ``generate`` does not show it
+    left padding is recognised by ``pad_token_id``. Text that ``generate`` does not pass
     (``inputs_embeds``, an encoder's source, the ids behind ``past_key_values``) can be supplied
     with :meth:`following`. ``generate(cache_implementation="paged")`` drops all logits processors;
     use ``fusion_detox.integrations.continuous_batching`` instead.
@@ -61,12 +61,12 @@ class FusionLogitsProcessor(LogitsProcessor):
             by default the alignment that ``fusion-detox align`` saved for the two.
 
     Raises:
-        AlignmentError: An aligned rule has no alignment, or one of other models.
+        AlignmentError: An aligned rule has no alignment, or one for other models.
         CalibratorError: The calibrator cannot be used.
-        ConfigError: A contrast rule or ``context_kl`` needs a reference that the calibrator lacks,
-            or an aligned rule needs a target.
-        ModelError: The calibrator's models cannot run with a cache that can be rolled back, or the
-            target's hidden states cannot be fused.
+        ConfigError: A contrast rule or ``context_kl`` needs a reference and the calibrator has
+            none, or an aligned rule is used without a target.
+        ModelError: A model of the calibrator cannot run with a cache that can be rolled back, or
+            the target's hidden states cannot be fused.
         VocabularyError: The two vocabularies cannot be mapped onto each other.
     """
 
@@ -127,7 +127,7 @@ class FusionLogitsProcessor(LogitsProcessor):
             itself at strength 0.
 
         Raises:
-            DataError: ``input_ids`` is not two-dimensional, or has another number of rows than
+            DataError: ``input_ids`` is not two-dimensional, or has more or fewer rows than
                 ``scores``.
             VocabularyError: The scores are far wider than the tokenizer's vocabulary.
         """
@@ -151,7 +151,7 @@ class FusionLogitsProcessor(LogitsProcessor):
         return self._step(rows, scores).fused()
 
     def with_strength(self, input_ids: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Fuses one step and says how strongly each row was fused.
+        """Fuses one step and also returns how strongly each row was fused.
 
         Args:
             input_ids: See ``__call__``.
@@ -171,7 +171,7 @@ class FusionLogitsProcessor(LogitsProcessor):
         return step.fused(), step.strength()
 
     def following(self, text: str | Sequence[str]) -> FusionLogitsProcessor:
-        """A processor for rows that continue text which ``generate`` does not show it.
+        """A processor for rows that continue text that ``generate`` does not pass to it.
 
         Use it for prompts given only as ``inputs_embeds``, for the source of an encoder-decoder,
         and for the ids behind ``past_key_values`` if only new ids are passed. It shares this
@@ -224,7 +224,7 @@ class FusionLogitsProcessor(LogitsProcessor):
             session.reset()
 
     def _step(self, rows: Sequence[Sequence[int]], scores: Tensor) -> Fusion:
-        """Rows, text ends, the calibrator's log-probs and divergence, vocabulary map, rule."""
+        """Prepares one step: reads the rows, runs the calibrator and projects its output."""
         positions = [self._context.read(ids) for ids in self._texts(rows)]
         paths = [position.path for position in positions]
         divergence_of = paths if self.config.context_kl is not None else []
@@ -257,7 +257,7 @@ class FusionLogitsProcessor(LogitsProcessor):
         )
 
     def _session(self, device: torch.device) -> CalibratorSession:
-        """The session of a device; without the reference model if these settings ignore it."""
+        """The session for a device; without the reference model if these settings ignore it."""
         reference = self.config.contrasts or self.config.context_kl is not None
         session = self._sessions.get((device, reference))
         if session is None:
@@ -274,7 +274,7 @@ class FusionLogitsProcessor(LogitsProcessor):
         return torch.tensor(scales, dtype=torch.float32, device=scores.device)
 
     def _acts_on(self, scores: Tensor, rows: int) -> bool:
-        """Whether there is anything to fuse; refuses scores that do not belong to the rows."""
+        """Whether there is anything to fuse; rejects scores that do not belong to the rows."""
         if self.config.strength == 0:
             return False
         if scores.dim() != 2 or len(scores) != rows:
@@ -302,7 +302,7 @@ class FusionLogitsProcessor(LogitsProcessor):
             self._warned.add("no ids")
             logger.warning(
                 "input_ids are empty, as with inputs_embeds alone, so the prompt cannot be read "
-                "and the calibrator sees only what is written from here on. Pass input_ids beside "
+                "and the calibrator sees only what is generated from here on. Pass input_ids with "
                 "inputs_embeds, or use processor.following(text)"
             )
         rows: list[list[int]] = input_ids.tolist()

@@ -204,7 +204,7 @@ def find_alignment(
     """Find the saved alignment of a calibrator with a target, preferably of output embeddings.
 
     Raises:
-        AlignmentError: None was found for these two models with their present weights.
+        AlignmentError: No saved alignment matches these two models and their current weights.
     """
     found: list[Alignment] = []
     refused: list[str] = []
@@ -222,7 +222,7 @@ def find_alignment(
     reasons = f" (rejected {'; '.join(refused)})" if refused else ""
     raise AlignmentError(
         f"no alignment of the calibrator {calibrator.name or 'given'} with {name} was found: make "
-        "one with `fusion-detox align --calibrator CALIBRATOR --target MODEL`, or with "
+        "one with `fusion-detox align --calibrator CALIBRATOR --target MODEL`, or make it with "
         f"fusion_detox.align() and pass it as alignment={reasons}"
     )
 

@@ -35,7 +35,7 @@ def find_calibrator(
     Args:
         name_or_path: A folder, the name of a shipped calibrator, or a hub id, tried in this order.
         revision: Branch, tag or commit of a hub repository.
-        token: For private hub repositories; by default the one of ``hf auth login``.
+        token: Token for private hub repositories; by default, the one of ``hf auth login``.
         cache_dir: Where downloads are stored; by default the hub's cache.
         local_files_only: Take a hub repository from the cache only.
 
@@ -92,7 +92,7 @@ def demo_target_path() -> Path:
     Raises:
         ModelNotFoundError: This installation does not include it.
     """
-    # In an installed package, or in a checkout beside its training script.
+    # In an installed package, or in a checkout of the repository.
     candidates = (
         _PACKAGE / "_shipped" / "demo_target",
         _PACKAGE.parent / "examples" / "demo_target" / "model",

@@ -48,7 +48,7 @@ def check_sources(
     contrastive: bool,
     continues: bool,
 ) -> None:
-    """Refuse missing, useless or contradictory sources; ``continues`` from a calibrator or not."""
+    """Refuse missing, useless or contradictory sources; ``continues`` means from a calibrator."""
     if continues:
         if not contrastive:
             raise TrainingError(
@@ -64,7 +64,7 @@ def check_sources(
         if useless:
             raise TrainingError(
                 f"a calibrator has its own models and tokenizer, so {', '.join(useless)} cannot be "
-                "used with it; give text on which the model must not change with --clean"
+                "used with it; use --clean for text on which the model must not change"
             )
     else:
         if not has_clean and not contrastive:

@@ -1,7 +1,7 @@
 """Cut a model to its first layers, with its embeddings, final norm and head.
 
-The calibration model of arXiv 2506.01266 is made of the first three layers of a Llama model with
-7 billion parameters, and trained further.
+The calibration model of arXiv 2506.01266 consists of the first three layers of a Llama model with
+7 billion parameters and is trained further.
 """
 
 from __future__ import annotations

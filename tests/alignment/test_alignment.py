@@ -289,7 +289,9 @@ def test_unusable_targets_raise(
     config = BertConfig(vocab_size=len(other_tokenizer), intermediate_size=16, **settings)
     BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
     other_tokenizer.save_pretrained(tmp_path / "bert")
-    with pytest.raises(ModelError, match=r"is an encoder \(bert\), which sees text both ways"):
+    with pytest.raises(
+        ModelError, match=r"is an encoder \(bert\), which reads text in both directions"
+    ):
         align(calibrator, tmp_path / "bert")
     with pytest.raises(ModelNotFoundError, match="there is no such folder"):
         align(calibrator, tmp_path / "nowhere")

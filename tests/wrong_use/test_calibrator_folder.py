@@ -239,12 +239,14 @@ def test_tokenizer_of_another_calibrator(calibrator_folder, tmp_path):
     # Swap two letters: same size, same tokens, different ids.
     vocabulary["A"], vocabulary["B"] = vocabulary["B"], vocabulary["A"]
     path.write_text(json.dumps(values))
-    with pytest.raises(CalibratorError, match=r"tokenizer\.json holds other tokens than"):
+    with pytest.raises(CalibratorError, match=r"the tokens in tokenizer\.json do not match"):
         Calibrator.from_pretrained(calibrator_folder)
 
 
 def test_tokenizer_larger_than_the_models(calibrator, other_tokenizer):
-    with pytest.raises(CalibratorError, match=r"441 ids, but the models only 400 logits.*other"):
+    with pytest.raises(
+        CalibratorError, match=r"441 ids, but the models have only 400 logits.*other"
+    ):
         Calibrator(calibrator.clean, calibrator.reference, other_tokenizer)
 
 
@@ -439,7 +441,7 @@ def test_full_disk(calibrator, calibrator_folder, monkeypatch, failure, target):
     message = str(raised.value)
     assert str(directory) in message
     assert "No space left on device" in message
-    assert "make room" in message
+    assert "free some space" in message
     assert sorted(calibrator_folder.parent.rglob("*")) == before
     Calibrator.from_pretrained(calibrator_folder)
 
@@ -487,7 +489,7 @@ def test_interrupted_saving(calibrator, calibrator_folder, monkeypatch):
 
 def test_record_that_is_not_json(calibrator, tmp_path):
     calibrator.record = {"when": object()}
-    with pytest.raises(CalibratorError, match=r"training.json cannot be written.*JSON values only"):
+    with pytest.raises(CalibratorError, match=r"training.json cannot be written.*only JSON values"):
         calibrator.save_pretrained(tmp_path / "new")
     assert not list(tmp_path.iterdir())
 

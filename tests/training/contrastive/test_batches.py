@@ -159,7 +159,7 @@ def test_general_text_goes_with_each_anchor(many):
         ([ParaphraseSet("Hello", (), ("x",))], "the anchor 'Hello' has no positive"),
         (
             [MILD, ParaphraseSet("Hello", ("a b",), ("a  b\n",))],
-            "the anchor 'Hello' has 'a b' as a positive and as a negative: remove it",
+            "the anchor 'Hello' has 'a b' as both a positive and a negative: remove it",
         ),
     ],
 )

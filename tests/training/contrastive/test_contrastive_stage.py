@@ -176,7 +176,7 @@ def test_what_does_not_go_together(texts, made, tmp_path):
         ({"clean": clean, "general": general}, "learns from paraphrase sets: give some with --pa"),
         (
             {"calibrator": made, "pairs": pairs, "general": general},
-            "--general cannot be used with it; give text on which .* not change with --clean",
+            "--general cannot be used with it; use --clean for text .* must not change",
         ),
         (
             {"calibrator": made, "pairs": pairs, "base": made, "tokenizer": made},
