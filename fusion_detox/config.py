@@ -116,7 +116,7 @@ def replace_settings(settings: _Settings, changes: dict[str, Any], kind: str) ->
     unknown = sorted(set(changes) - set(known))
     if unknown:
         raise ConfigError(
-            f"unknown {kind} settings: {', '.join(unknown)}; known are {', '.join(known)}"
+            f"unknown {kind} settings: {', '.join(unknown)}; the known ones are {', '.join(known)}"
         )
     return dataclasses.replace(settings, **changes)  # type: ignore[type-var]
 

@@ -22,7 +22,7 @@ Columns = Callable[[Tensor], Tensor]
 _MAX_LOG = 104.0
 """In nats: no finite ratio of two float32 numbers is larger than e to this power."""
 _SATURATED = 1 - 1e-6
-"""Largest share of a soft cap that is inverted; beyond it float32 cannot separate logits."""
+"""Scores up to this fraction of a soft cap are inverted; float32 cannot separate higher ones."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +223,7 @@ def log_ratio(clean: Tensor, reference: Tensor, config: FusionConfig) -> Tensor:
         config: ``floor``, ``threshold`` and ``clip`` are used.
 
     Returns:
-        Nats within ``±clip``; negative where the clean model holds back.
+        Nats within ``±clip``; negative for tokens that the clean model makes less likely.
     """
     ratio = torch.log((clean + config.floor) / (reference + config.floor))
     if not config.floor:  # 0 / 0 carries no information
@@ -250,7 +250,7 @@ def _select(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Log-probs, the candidates, and the tokens to remove.
 
-    Plausible tokens have at least a fraction of the top probability (Li et al. 2023, eq. 3).
+    A token is plausible from a fraction of the top probability on (Li et al. 2023, eq. 3).
     """
     log_probs = torch.log_softmax(scores.float(), dim=-1)
     plausible = log_probs > -math.inf

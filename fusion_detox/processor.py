@@ -50,11 +50,11 @@ class FusionLogitsProcessor(LogitsProcessor):
     Args:
         calibrator: A ``Calibrator``, or the path, hub id or shipped name of one.
         tokenizer: The target's tokenizer.
-        config: Fusion settings; by default those recommended by the calibrator.
+        config: Fusion settings; by default, those recommended by the calibrator.
         device: Where the calibrator runs; by default on the device of the scores.
-        pad_token_id: The target's padding; by default the tokenizer's.
+        pad_token_id: The target's padding token; by default, the tokenizer's.
         assistant_tokenizer: The tokenizer given to ``generate`` under the same name, if any. Drafts
-            in its vocabulary pass unchanged, and the target's check of them is fused.
+            in its vocabulary are not fused; the scores by which the target checks them are.
         target: The target itself. Only the aligned rules need it, for its output layer; it is run
             once on a few tokens.
         alignment: How the aligned rules project the calibrator's vectors into the target's space;
@@ -179,7 +179,7 @@ class FusionLogitsProcessor(LogitsProcessor):
 
         Args:
             text: The text before every row, or one text for each prompt of the batch. It is joined
-                as it is; end it with a line break if the rows begin a text of their own.
+                as it is; end it with a line break if each row begins a new text.
 
         Raises:
             ConfigError: No text is given, or (when called) the number of rows is not a multiple of

@@ -210,13 +210,13 @@ def _read_tensor(
     with _open(path) as tensors:
         if name not in tensors.keys():  # noqa: SIM118 - not a dictionary
             raise ModelError(
-                f"{path} lacks the tensor {name}, which {_INDEX} lists; get the files again"
+                f"{path} lacks the tensor {name}, which {_INDEX} lists; download the files again"
             )
         found = list(tensors.get_slice(name).get_shape())
         if found != list(shape):
             raise AlignmentError(
                 f"{source}: the tensor {name} has the shape {found}, but config.json says "
-                f"{list(shape)}: the files belong to different models; get them again"
+                f"{list(shape)}: the files belong to different models; download them again"
             )
         tensor: Tensor = tensors.get_tensor(name)
     if not tensor.is_floating_point():
@@ -235,10 +235,10 @@ def _weight_map(path: Path) -> dict[str, str] | None:
         found = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         files = {str(name): str(file) for name, file in found.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{path} is damaged: {first_line(error)}; get it again") from error
+        raise ModelError(f"{path} is damaged: {first_line(error)}; download it again") from error
     outside = [file for file in files.values() if Path(file).name != file]
     if outside:
-        raise ModelError(f"{path} points outside its folder: {outside[0]!r}; get it again")
+        raise ModelError(f"{path} points outside its folder: {outside[0]!r}; download it again")
     return files
 
 
@@ -248,10 +248,10 @@ def _open(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as tensors:
             yield tensors
     except FileNotFoundError as error:
-        raise ModelError(f"{path} is missing, but {_INDEX} lists it; get it again") from error
+        raise ModelError(f"{path} is missing, but {_INDEX} lists it; download it again") from error
     except (SafetensorError, OSError) as error:
         raise ModelError(
-            f"{path} is truncated or not a safetensors file: {first_line(error)}; get it again"
+            f"{path} is truncated or not a safetensors file: {first_line(error)}; download it again"
         ) from error
 
 

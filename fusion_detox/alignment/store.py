@@ -74,7 +74,7 @@ def save_alignment(
         alignment: The result of ``align``.
         calibrator: The calibrator that it was learned for.
         directory: An empty or new folder, or one that holds an alignment, which is replaced. By
-            default a folder beside the calibrator or, if the calibrator is shipped, downloaded or
+            default, a folder beside the calibrator or, if the calibrator is shipped, downloaded or
             read-only, in the user's cache.
 
     Returns:
@@ -201,7 +201,7 @@ def _check(folder: Path, found: Alignment) -> None:
 def find_alignment(
     calibrator: Calibrator, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> Alignment:
-    """Find the saved alignment of a calibrator with a target, preferably of output embeddings.
+    """Find the saved alignment of a calibrator and a target; prefer one of output embeddings.
 
     Raises:
         AlignmentError: No saved alignment matches these two models and their current weights.

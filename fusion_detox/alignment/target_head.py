@@ -220,7 +220,7 @@ class LogitRecovery:
         scores = scores.float()
         best = scores.amax(-1, keepdim=True)
         known = best.squeeze(-1) > 0  # log-probs are at most 0
-        # Logits differ by at most twice the cap; a lower score is a mask.
+        # Logits differ by at most twice the cap; a lower score is that of a forbidden token.
         possible = scores >= best - 2 * self._cap
         offset = torch.zeros_like(scores[:, :1])
         for chosen, normals in self._sets:

@@ -1,4 +1,4 @@
-"""The folder of a calibrator: reading it with every file checked, and writing it atomically.
+"""Reads a calibrator's folder, checking every file, and writes it atomically.
 
 ::
 
@@ -419,7 +419,7 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     if not (folder / "tokenizer.json").is_file():
         raise CalibratorError(
             f"The tokenizer {type(tokenizer).__name__} cannot be saved as tokenizer.json. Use a "
-            f"fast tokenizer, which the `tokenizers` library runs."
+            f"fast tokenizer, one that the `tokenizers` library runs."
         )
 
 

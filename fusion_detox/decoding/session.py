@@ -92,7 +92,7 @@ class CalibratorSession:
         if max_rows < 1:
             raise ConfigError(f"max_rows must be at least 1, but is {max_rows}")
         self._calibrator = calibrator
-        # With its index, so that it equals the device of a tensor there.
+        # Add the device's index, since tensors report their device with one.
         self._device = torch.empty(0, device=device).device
         self._reference = reference
         self._max_rows = max_rows
@@ -513,7 +513,7 @@ class Planner:
             found[index] = slot, max(common, kept)
 
     def _vacate(self, free: set[int], wanted: int) -> int:
-        """An empty slot, or the one that has not been used for longest."""
+        """An empty slot, or the least recently used one."""
         empty = min((slot for slot in free if not self._texts[slot]), default=None)
         if empty is not None:
             return empty

@@ -35,9 +35,9 @@ _UNSETTLED = 3
 _ENTRIES, _ENTRY_IDS = 4096, 2**21
 _PARENTS = 4
 
-# Patterns under which more text changes at most the last two pre-tokens: those of GPT-2, of
-# Llama 3, Qwen 2 and cl100k, and of o200k and Tekken. Any other pattern might look arbitrarily far
-# ahead. All but the first are compared without their contractions.
+# Patterns under which more text changes at most the last two pre-tokens. The first is GPT-2's, the
+# next that of Llama 3, Qwen 2 and cl100k, the last that of o200k and Tekken. Any other pattern
+# might look arbitrarily far ahead. All but the first are compared without their contractions.
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _START, _UPPER, _LOWER = (
     r"[^\r\n\p{L}\p{N}]?",

@@ -169,7 +169,7 @@ def check_device(device: str | torch.device | None) -> torch.device:
     """
     try:
         place = torch.device("cpu" if device is None else device)
-        # A tensor's device has an index, so that "cuda" equals the device of tensors on it.
+        # Add the device's index, since tensors report their device with one.
         return torch.empty(0, device=place).device
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         present = ["cpu"] + [f"cuda:{index}" for index in range(torch.cuda.device_count())]

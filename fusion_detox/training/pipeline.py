@@ -149,8 +149,8 @@ def train_calibrator(
     old = None if calibrator is None else Calibrator.from_pretrained(calibrator)
     if old is not None and old.context_length < config.context_length:
         raise TrainingError(
-            f"context_length {config.context_length} is more than the context of the calibrator "
-            f"{calibrator}, {old.context_length} tokens: reduce it with --context-length"
+            f"context_length {config.context_length} is more than {old.context_length}, the "
+            f"context_length of the calibrator {calibrator}: reduce it with --context-length"
         )
 
     state = PartialState(cpu=config.device == "cpu")

@@ -48,7 +48,10 @@ def check_sources(
     contrastive: bool,
     continues: bool,
 ) -> None:
-    """Refuse missing, useless or contradictory sources; ``continues`` means from a calibrator."""
+    """Refuse missing, useless or contradictory sources.
+
+    ``continues`` tells whether training continues from a calibrator.
+    """
     if continues:
         if not contrastive:
             raise TrainingError(
@@ -78,7 +81,7 @@ def check_sources(
                 "--general, or a model with --base"
             )
         if base is not None and tokenizer is not None:
-            raise TrainingError("a base model has its own tokenizer: give one or the other")
+            raise TrainingError("a base model has its own tokenizer: give only one of the two")
     if conditions and not has_clean:
         raise TrainingError(
             f"the condition {conditions[0]} has no rows to select from: give text with --clean or "

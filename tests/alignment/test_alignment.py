@@ -328,7 +328,7 @@ def test_divergence_raises(rotated: tuple[torch.Tensor, torch.Tensor]) -> None:
         ({"learning_rate": float("nan")}, "learning_rate must be a number above 0, but is nan"),
         ({"start": "random"}, "nothing would be learned: set epochs"),
         ({"negatives": 0}, "negatives must be a whole number of at least 1, but is 0"),
-        ({"epoch": 1}, "unknown alignment settings: epoch; known are embeddings, start"),
+        ({"epoch": 1}, "unknown alignment settings: epoch; the known ones are embeddings, start"),
     ],
 )
 def test_invalid_settings_raise(changes: dict[str, Any], message: str) -> None:

@@ -134,7 +134,7 @@ DAMAGES = {
     ),
     "unknown fusion setting": (
         lambda f: edit(f / MAIN, fusion={"alpha": 1}),
-        [MAIN, "unknown fusion settings: alpha", "known are rule"],
+        [MAIN, "unknown fusion settings: alpha", "the known ones are rule"],
     ),
     "broken training record": (
         lambda f: (f / "training.json").write_text("{"),
@@ -170,7 +170,7 @@ DAMAGES = {
     ),
     "unknown tensor": (
         lambda f: tensors(f / "clean", lambda t: t.update(extra=torch.ones(2))),
-        ["clean: the model", "does not have the tensor extra", "again"],
+        ["clean: the weights hold the tensor extra", "does not have", "again"],
     ),
     "tensor of another shape": (
         lambda f: tensors(f / "clean", lambda t: t.update({GATE: torch.ones(63, 32)})),

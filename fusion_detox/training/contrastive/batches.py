@@ -88,7 +88,7 @@ def encode_sets(
     many wordings were truncated.
 
     Raises:
-        DataError: A wording has no token.
+        DataError: A wording has no token after its prompt.
     """
     documents = [
         Document(text, one.prompt) for one in sets for text in (*one.positives, *one.negatives)
@@ -102,7 +102,7 @@ def encode_sets(
         kept = []
         for (ids, skipped), text in zip(own, (*one.positives, *one.negatives), strict=True):
             if skipped == len(ids):
-                raise DataError(f"{_short(text)} has no token of its own: remove it")
+                raise DataError(f"{_short(text)} has no token after its prompt: remove it")
             removed = max(skipped - room, 0)
             short = [bos_id, *ids[removed : removed + body]]
             cut += len(short) <= len(ids)

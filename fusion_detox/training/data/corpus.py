@@ -194,7 +194,7 @@ def _file_rows(path: Path) -> Iterator[Row]:
     suffix = data_suffix(path)
     if suffix not in SUFFIXES:
         raise DataFileError(
-            f"{path}: unknown kind of file {suffix!r}; known are {', '.join(SUFFIXES)} (or .gz)"
+            f"{path}: unknown kind of file {suffix!r}; use one of {', '.join(SUFFIXES)} (or .gz)"
         )
     if suffix == ".txt":
         paragraphs = re.split(r"\n\s*\n", read_text(path)[0])

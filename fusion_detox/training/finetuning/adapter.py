@@ -36,7 +36,7 @@ ADAPTER_WEIGHTS, _ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    """Refuse to overwrite anything but an adapter or an empty folder, and those unless requested.
+    """Allow overwriting only an adapter or an empty folder, and only if ``overwrite`` is true.
 
     Raises:
         TrainingError: ``output`` exists, and either ``overwrite`` is false or it is not an adapter.
@@ -185,7 +185,7 @@ def write_adapter(
                 path.chmod((folder / "README.md").stat().st_mode)
     except OSError as error:
         raise DataFileError(
-            f"{output} cannot be written: {error.strerror or error}. The finished training is "
+            f"{output} cannot be written: {error.strerror or error}. The trained model is "
             f"kept in {output.name}.training; free some space, then rerun to resume."
         ) from error
 

@@ -170,7 +170,7 @@ def test_unusable_sets(sets, message):
 
 def test_wording_without_a_token_of_its_own(byte_tokenizer):
     one = ParaphraseSet("Hello", ("",), ("x",), prompt="Well")
-    with pytest.raises(DataError, match="'' has no token of its own"):
+    with pytest.raises(DataError, match="'' has no token after its prompt"):
         encode_sets(byte_tokenizer, [one], bos_id=0, context_length=32)
 
 
