@@ -250,7 +250,7 @@ def _select(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Log-probs, the candidates, and the tokens to remove.
 
-    A token is plausible from a fraction of the top probability on (Li et al. 2023, eq. 3).
+    Plausible tokens reach a given fraction of the top probability (Li et al. 2023, eq. 3).
     """
     log_probs = torch.log_softmax(scores.float(), dim=-1)
     plausible = log_probs > -math.inf

@@ -1,4 +1,4 @@
-"""Check the arguments of ``train_calibrator`` before any work."""
+"""Check the arguments of ``train_calibrator`` before training starts."""
 
 from __future__ import annotations
 

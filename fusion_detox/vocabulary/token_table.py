@@ -1,4 +1,4 @@
-"""The bytes of a tokenizer's tokens: by id, by bytes, and how it splits given bytes."""
+"""The bytes of a tokenizer's tokens, lookup of tokens by bytes, and splitting of given bytes."""
 
 from __future__ import annotations
 

@@ -91,7 +91,9 @@ def test_same_numbers_as_with_the_later_layers_removed(
 
 
 def test_more_layers_than_there_are() -> None:
-    with pytest.raises(TrainingError, match=r"at least 1 and at most 4, the layers of .* but is 5"):
+    with pytest.raises(
+        TrainingError, match=r"at least 1 and at most 4, the number of layers of .* but is 5"
+    ):
         truncate(make("GPT-2"), 5)
     with pytest.raises(TrainingError, match="but is 0"):
         truncate(make("GPT-2"), 0)
@@ -192,7 +194,7 @@ def test_resumes_only_with_the_same_layers(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--init-from", "{base}", "--keep-layers", "6"], "at most 5, the layers of"),
+        (["--init-from", "{base}", "--keep-layers", "6"], "at most 5, the number of layers of"),
         (["--init-from", "{base}", "--base", "{base}"], "exclude each other"),
         (["--keep-layers", "2"], "no model is given to take layers from"),
         (["--init-from", "{bert}"], "is an encoder (bert), which reads text in both directions"),

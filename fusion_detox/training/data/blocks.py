@@ -137,8 +137,8 @@ def paired_streams(
     """Build two training streams that differ only where the two corpora differ.
 
     Text that is in both corpora is packed once and takes the same positions in both streams. The
-    noise of training on it is then the same in both models and cancels in their difference. If
-    a block holds text that only the reference's corpus has, the clean model sees clean text of the
+    noise of training on it is then the same in both models and cancels in their difference. If a
+    block holds text that only the reference's corpus has, the clean model sees clean text of the
     same domain instead.
 
     Args:

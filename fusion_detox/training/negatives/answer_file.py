@@ -50,7 +50,7 @@ class AnswerFolder:
         """Locks the folder against other processes.
 
         Raises:
-            DataFileError: Another process writes the same output, or the folder cannot be created.
+            DataFileError: Another process is writing the output, or the folder cannot be created.
         """
         lock = FileLock(self.folder / "lock", timeout=0)
         try:

@@ -256,7 +256,7 @@ class _Run:
 def _checked(sentences: object) -> list[str]:
     """The distinct sentences, without surrounding white space."""
     if not isinstance(sentences, (list, tuple)):
-        raise DataError(f"sentences must be a list of strings, but is {sentences!r:.60}")
+        raise DataError(f"sentences must be a list of strings, but are {sentences!r:.60}")
     found: dict[str, str] = {}
     for number, sentence in enumerate(sentences):
         if not isinstance(sentence, str) or not sentence.strip():
