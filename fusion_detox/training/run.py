@@ -193,7 +193,7 @@ class Run:
         fork: bool,
         steps: int | None = None,
     ) -> Train:
-        """Language modelling for :meth:`stage`; ``blocks`` is called only if it trains."""
+        """Language modelling for :meth:`stage`; ``blocks`` is called only if the stage trains."""
         from_scratch = self.base is None
         rate = self.config.learning_rate or (2e-3 if from_scratch else 5e-5)
 

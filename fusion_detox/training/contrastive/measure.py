@@ -78,7 +78,7 @@ class HeldOutAnchors:
         }
 
     def _batches(self) -> Iterator[tuple[int, list[EncodedSet]]]:
-        """Anchors with few rows in total, each batch with the number of its first anchor."""
+        """Batches of anchors, with few rows each, and the number of each batch's first anchor."""
         first, part, rows = 0, list[EncodedSet](), 0
         for number, one in enumerate(self._sets):
             size = len(one.positives) + len(one.negatives)

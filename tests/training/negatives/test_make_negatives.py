@@ -433,7 +433,7 @@ def test_bad_sentences(tmp_path):
     ):
         with pytest.raises(DataError, match=message):
             run(tmp_path, writer, sentences)
-    with pytest.raises(DataError, match="must be a list of strings, but is 'one'"):
+    with pytest.raises(DataError, match="must be a list of strings, but are 'one'"):
         make_negatives("one", tmp_path / "p", writer=writer)
     with pytest.raises(ConfigError, match="a model or an endpoint is required"):
         make_negatives(["a"], tmp_path / "p")
