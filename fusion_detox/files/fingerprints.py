@@ -1,4 +1,4 @@
-"""Fingerprints that tell models apart, and names that do not reveal paths of the machine."""
+"""Fingerprints that tell models apart, and names that do not reveal local paths."""
 
 from __future__ import annotations
 

@@ -109,13 +109,13 @@ class AnswerFolder:
                 )
                 raise DataError(
                     f"the answers in {self.folder} were requested with other settings "
-                    f"({changes}); choose another output, or --overwrite to delete them"
+                    f"({changes}); choose another output, or use --overwrite to delete them"
                 )
             self.read()
         elif self.out.exists() or self.answers_path.exists():
             raise DataFileError(
                 f"{self.out} exists, but {self._run_path}, which this command writes, does not; "
-                "choose another output, or --overwrite to replace it"
+                "choose another output, or use --overwrite to replace it"
             )
 
     def begin(self, settings: Mapping[str, Any]) -> None:
@@ -188,7 +188,7 @@ class AnswerFolder:
 
     def _damaged(self, path: Path, reason: str) -> DataError:
         return DataError(
-            f"{path} is damaged: {reason}; repair it, or --overwrite to delete all answers"
+            f"{path} is damaged: {reason}; repair it, or use --overwrite to delete all answers"
         )
 
 

@@ -127,7 +127,7 @@ class LocalWriter:
         except Exception as error:  # a template can raise any exception
             raise ModelError(
                 f"the chat template of {self.name} failed: {error}; if it does not support a "
-                "system message, remove yours"
+                "system message, leave `system` empty in the prompts"
             ) from error
         return str(framed)
 
