@@ -176,7 +176,7 @@ class _CachedModel:
         """Finds a way to run rows of different lengths that matches runs without a cache.
 
         Raises:
-            ModelError: No way gives the same numbers.
+            ModelError: There is none.
         """
         error = self._error()
         if error > 1:

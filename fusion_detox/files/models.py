@@ -146,7 +146,7 @@ def check_causal(settings: PretrainedConfig, source: str | os.PathLike[str]) -> 
     """Refuse the configuration of a model that is not a causal language model.
 
     Raises:
-        ModelError: It is an encoder's, an encoder-decoder's or not a language model's.
+        ModelError: It belongs to an encoder, an encoder-decoder, or no language model at all.
     """
     name, remedy = settings.model_type, "Give a causal language model such as GPT-2 or Llama."
     if getattr(settings, "is_encoder_decoder", False):

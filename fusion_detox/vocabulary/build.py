@@ -104,8 +104,8 @@ def _prefix_entries(
     """Entries of the "prefix" matrix: how much each calibrator token supports each target token.
 
     A calibrator token supports every target token that it starts with. The first calibrator token
-    of a longer target token supports it by the static factor. Target tokens of lengths in between
-    get the largest such factor, so that no token's mass exceeds that of one of its prefixes.
+    of a longer target token supports it with a weight, the static factor. Target tokens of lengths
+    in between get the largest such factor, so no token's mass exceeds that of any of its prefixes.
     """
     rows, columns, values = array("i"), array("i"), array("f")
     for j, text in enumerate(token_bytes):

@@ -19,7 +19,7 @@ class Healing(NamedTuple):
 
     Attributes:
         tokens: ``(tokens,)`` calibrator ids.
-        following: ``(tokens,)`` the target token that comes next in each of them.
+        following: ``(tokens,)`` the next target token in each of them.
         owners: ``(pairs,)`` index into ``tokens``.
         prefixes: ``(pairs,)`` target ids that the rest of the owner starts with.
     """

@@ -362,7 +362,9 @@ def test_other_settings_are_not_mixed(tmp_path):
     hot = dataclasses.replace(CONFIG, temperature=2.0)
     with pytest.raises(DataError, match=r"sampling.temperature was 1.0, now 2.0\); choose another"):
         run(tmp_path, Scripted(**SAID), SENTENCES[:1], hot)
-    with pytest.raises(DataError, match=r"prompts.negative was .* or --overwrite to delete them"):
+    with pytest.raises(
+        DataError, match=r"prompts.negative was .* or use --overwrite to delete them"
+    ):
         run(tmp_path, Scripted(**SAID), SENTENCES[:1], prompts=PromptTexts(negative="{sentence}"))
     assert (tmp_path / "pairs.jsonl").read_bytes() == before
     writer = Scripted(**SAID)
