@@ -102,7 +102,7 @@ class FusionLogitsProcessor(LogitsProcessor):
             pad_token_id = tokenizer.pad_token_id
         self._tokenizer = tokenizer
         tokens = TokenTable.from_tokenizer(tokenizer)
-        with plain_mode(calibrator.clean.device):  # it is cached for processes without autocast
+        with plain_mode(calibrator.clean.device):  # other processes load its cached map
             self.vocabulary = VocabularyMap.build(calibrator, tokens, tokenizer)
         identity = self.vocabulary.kind == "identity"
         self._context = TextContext(calibrator, tokens, identity, pad_token_id)
