@@ -137,7 +137,7 @@ def read_settings(folder: Path) -> Settings:
     values["distributions"] = tuple(values["distributions"])
     if values["distributions"] not in (("clean",), DISTRIBUTIONS):
         raise CalibratorError(
-            f"{path}: distributions must be ['clean'] or ['clean', 'reference'], but is "
+            f"{path}: distributions must be ['clean'] or ['clean', 'reference'], but are "
             f"{list(values['distributions'])}. {_REMEDY}"
         )
     try:

@@ -85,7 +85,7 @@ class NegativesConfig:
                 )
 
     def sampling(self) -> dict[str, Any]:
-        """The settings that influence an answer; the number of answers is not among them."""
+        """The settings that influence an individual answer."""
         names = ("temperature", "top_p", "top_k", "max_new_tokens", "seed")
         return {name: getattr(self, name) for name in names}
 
