@@ -100,7 +100,8 @@ def train_calibrator(
         pairs: Paraphrase sets for a contrastive objective, as ``read_pairs`` reads them.
         config: Sizes, steps, objective and seed.
         contrast: Settings of the contrastive objective.
-        fusion: Recommended fusion settings to write into the card.
+        fusion: Fusion settings that the calibrator recommends; by default, those of
+            ``calibrator``, if given.
         name: Name on the card; by default, the folder's name.
         notes: Facts for the record and the card, such as ``{"language": "en", "data": [...]}``.
         overwrite: Whether to replace an existing calibrator and discard unfinished work with other

@@ -364,7 +364,7 @@ def test_dtype_that_does_not_exist(calibrator_folder, dtype):
 
 
 def test_models_of_different_vocabularies(byte_tokenizer, make_llama):
-    with pytest.raises(CalibratorError, match=r"400 logits and the reference 410.*one vocabulary"):
+    with pytest.raises(CalibratorError, match=r"400 logits and the reference 410.*share a vocabulary"):
         Calibrator(make_llama(400), make_llama(410), byte_tokenizer)
 
 
