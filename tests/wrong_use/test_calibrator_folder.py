@@ -364,7 +364,9 @@ def test_dtype_that_does_not_exist(calibrator_folder, dtype):
 
 
 def test_models_of_different_vocabularies(byte_tokenizer, make_llama):
-    with pytest.raises(CalibratorError, match=r"400 logits and the reference 410.*share a vocabulary"):
+    with pytest.raises(
+        CalibratorError, match=r"400 logits and the reference 410.*share a vocabulary"
+    ):
         Calibrator(make_llama(400), make_llama(410), byte_tokenizer)
 
 
@@ -388,7 +390,9 @@ def test_tokenizer_that_cannot_begin_a_text(calibrator, byte_tokenizer):
 
 @pytest.mark.parametrize("length", [1, 65, "32", 32.0])
 def test_context_out_of_range(calibrator, byte_tokenizer, length):
-    with pytest.raises(CalibratorError, match="at least 2 and at most the models' 64 positions"):
+    with pytest.raises(
+        CalibratorError, match="at least 2 and at most 64, the models' number of positions"
+    ):
         Calibrator(calibrator.clean, None, byte_tokenizer, context_length=length)
 
 

@@ -191,7 +191,9 @@ def test_what_does_not_go_together(texts, made, tmp_path):
         train_calibrator(tmp_path / "no", **texts, config=plain, show_progress=False)
     with pytest.raises(TrainingError, match="--calibrator requires a contrastive --objective"):
         train_calibrator(tmp_path / "no", calibrator=made, config=plain, show_progress=False)
-    with pytest.raises(TrainingError, match=r"context_length 64 is more than .*, 16 tokens"):
+    with pytest.raises(
+        TrainingError, match=r"context_length 64 is more than 16, the context_length of"
+    ):
         train_calibrator(
             tmp_path / "no", calibrator=made, pairs=pairs, config=config(context_length=64),
             show_progress=False,
