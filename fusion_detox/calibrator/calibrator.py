@@ -315,9 +315,7 @@ class Calibrator:
             return min(_DEFAULT_MAX_CONTEXT, longest or _DEFAULT_MAX_CONTEXT)
         if isinstance(context_length, int) and 2 <= context_length <= (longest or context_length):
             return context_length
-        limit = (
-            "" if longest is None else f" and at most {longest}, the models' number of positions"
-        )
+        limit = "" if longest is None else f" and at most {longest}, the number of positions"
         raise CalibratorError(
             f"context_length must be an integer of at least 2{limit}, but is {context_length!r}."
         )

@@ -390,9 +390,7 @@ def test_tokenizer_that_cannot_begin_a_text(calibrator, byte_tokenizer):
 
 @pytest.mark.parametrize("length", [1, 65, "32", 32.0])
 def test_context_out_of_range(calibrator, byte_tokenizer, length):
-    with pytest.raises(
-        CalibratorError, match="at least 2 and at most 64, the models' number of positions"
-    ):
+    with pytest.raises(CalibratorError, match="at least 2 and at most 64, the number of positions"):
         Calibrator(calibrator.clean, None, byte_tokenizer, context_length=length)
 
 
