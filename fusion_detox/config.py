@@ -29,7 +29,7 @@ def setting(
         text: Help text of the option.
         low: Smallest value; without it, no range is checked.
         high: Largest value, if there is one.
-        aliases: Further names of the option, such as ``--old-name``.
+        aliases: Additional names of the option, such as ``--old-name``.
     """
     return dataclasses.field(
         default=default,
@@ -58,7 +58,7 @@ def check_choice(name: str, value: object, choices: tuple[Any, ...]) -> None:
     """Check that a setting is one of the given choices.
 
     Raises:
-        ConfigError: It is not; the message lists the choices.
+        ConfigError: It is none of them; the message lists the choices.
     """
     if value not in choices:
         raise ConfigError(f"{name} must be one of {', '.join(map(str, choices))}, not {value!r}")
@@ -116,7 +116,7 @@ def replace_settings(settings: _Settings, changes: dict[str, Any], kind: str) ->
     unknown = sorted(set(changes) - set(known))
     if unknown:
         raise ConfigError(
-            f"unknown {kind} settings: {', '.join(unknown)}; known are {', '.join(known)}"
+            f"unknown {kind} settings: {', '.join(unknown)}; the known ones are {', '.join(known)}"
         )
     return dataclasses.replace(settings, **changes)  # type: ignore[type-var]
 
@@ -130,12 +130,12 @@ AlignedNorm = Literal["auto", "layer", "target", "none"]
 class FusionConfig:
     """Settings of a fusion rule.
 
-    Each calibrator recommends settings of its own, which are the default of the processor.
+    Each calibrator recommends its own settings, which the processor uses by default.
 
     Attributes:
         rule: ``"contrast"`` adds the difference of the calibrator's two distributions to the
             target's log-probs. ``"product"`` and ``"mixture"`` are the geometric and the
-            arithmetic average of the target's and the clean distribution. ``"aligned"`` averages
+            arithmetic average of the target's and the clean distributions. ``"aligned"`` averages
             the target's last hidden states with the clean model's, projected by a learned matrix
             (arXiv 2506.01266). ``"aligned_contrast"`` is the contrast rule with distributions
             computed from projected hidden states. The aligned rules need the target model and an

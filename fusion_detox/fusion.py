@@ -2,7 +2,7 @@
 
 Every rule moves probability only among the *candidates*: the tokens that the vocabulary map reaches
 and that are plausible under the target. Candidates keep their mass as a group and all other tokens
-keep their probability, so that end-of-text neither grows nor vanishes.
+keep their probability, so end-of-text becomes neither more nor less likely.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import Tensor
 from fusion_detox.config import FusionConfig
 
 Columns = Callable[[Tensor], Tensor]
-"""Takes the columns that are needed from a ``(batch, vocab)`` tensor."""
+"""Selects the needed columns of a ``(batch, vocab)`` tensor."""
 
 _MAX_LOG = 104.0
-"""In nats; no finite ratio of two float32 numbers is larger than e to this."""
+"""In nats: no finite ratio of two float32 numbers is larger than e to this power."""
 _SATURATED = 1 - 1e-6
-"""Largest share of a soft cap that is inverted; beyond it float32 cannot separate logits."""
+"""Scores up to this fraction of a soft cap are inverted; float32 cannot separate higher ones."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Fusion:
         log_probs: The same, normalised, in float32.
         candidates: ``(batch, vocab)`` bool, the tokens that may move.
         removed: ``(batch, vocab)`` bool, the tokens that lose all their probability, if any.
-        shift: Given a strength and the columns wanted, how far log-probs move, in nats and up to a
+        shift: Given a strength and the columns wanted, how far log-probs move, in nats, up to a
             constant per row.
         config: The rule and its settings.
         strength_scale: ``(batch,)`` factors of the strength, 0 to 1; ``None`` for 1.
@@ -119,7 +119,7 @@ def fuse(
     Args:
         scores: ``(batch, vocab)`` logits or log-probs of the target; ``-inf`` forbids a token.
         clean: ``(batch, vocab)`` probabilities of the clean model in the target's vocabulary.
-        reference: The same of the reference model; only the contrast rules read it.
+        reference: The same for the reference model; only the contrast rules read it.
         mapped: ``(vocab,)`` bool, the tokens that the vocabulary map reaches.
         config: The rule and its settings; ``context_kl`` is ignored here.
         strength_scale: ``(batch,)`` factors of the strength, 0 to 1; 1 by default.
@@ -203,7 +203,7 @@ def prepare_aligned(
     else:
         bounded = (scores.float() / cap).clamp(-_SATURATED, _SATURATED)
         raw = cap * torch.atanh(bounded)
-        # What no cap explains (from a processor before this one) is carried along.
+        # An earlier processor may have moved scores beyond the cap; keep that excess.
         rest = scores.float() - cap * bounded
 
         def shift(strength: Tensor | float, columns: Columns) -> Tensor:
@@ -223,10 +223,10 @@ def log_ratio(clean: Tensor, reference: Tensor, config: FusionConfig) -> Tensor:
         config: ``floor``, ``threshold`` and ``clip`` are used.
 
     Returns:
-        Nats within ``±clip``; negative where the clean model holds back.
+        Nats within ``±clip``; negative for tokens that the clean model makes less likely.
     """
     ratio = torch.log((clean + config.floor) / (reference + config.floor))
-    if not config.floor:  # 0 / 0 says nothing
+    if not config.floor:  # 0 / 0 carries no information
         ratio = ratio.nan_to_num(nan=0.0, posinf=_MAX_LOG, neginf=-_MAX_LOG)
     if config.threshold:
         ratio = torch.nn.functional.softshrink(ratio, config.threshold)
@@ -250,7 +250,7 @@ def _select(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Log-probs, the candidates, and the tokens to remove.
 
-    Plausible tokens have at least a fraction of the top probability (Li et al. 2023, eq. 3).
+    Plausible tokens reach a given fraction of the top probability (Li et al. 2023, eq. 3).
     """
     log_probs = torch.log_softmax(scores.float(), dim=-1)
     plausible = log_probs > -math.inf
@@ -270,7 +270,7 @@ def _all_columns(values: Tensor) -> Tensor:
 
 
 def _broken(log_probs: Tensor) -> Tensor:
-    """``(batch, 1)`` rows with NaN, which also result from a score of +inf or from all -inf."""
+    """``(batch, 1)`` rows with NaN; a score of +inf, or only scores of -inf, also cause NaN."""
     return torch.isnan(log_probs).any(-1, keepdim=True)
 
 

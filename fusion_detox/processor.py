@@ -42,7 +42,7 @@ class FusionLogitsProcessor(LogitsProcessor):
     One instance serves any number of calls, batches, beams and threads, and needs no reset.
 
     ``generate`` runs it before temperature, top-k and top-p and passes it no attention mask, so
-    left padding is recognised by ``pad_token_id``. Text that ``generate`` does not show it
+    left padding is recognised by ``pad_token_id``. Text that ``generate`` does not pass
     (``inputs_embeds``, an encoder's source, the ids behind ``past_key_values``) can be supplied
     with :meth:`following`. ``generate(cache_implementation="paged")`` drops all logits processors;
     use ``fusion_detox.integrations.continuous_batching`` instead.
@@ -50,23 +50,23 @@ class FusionLogitsProcessor(LogitsProcessor):
     Args:
         calibrator: A ``Calibrator``, or the path, hub id or shipped name of one.
         tokenizer: The target's tokenizer.
-        config: Fusion settings; by default those recommended by the calibrator.
+        config: Fusion settings; by default, those recommended by the calibrator.
         device: Where the calibrator runs; by default on the device of the scores.
-        pad_token_id: The target's padding; by default the tokenizer's.
+        pad_token_id: The target's padding token; by default, the tokenizer's.
         assistant_tokenizer: The tokenizer given to ``generate`` under the same name, if any. Drafts
-            in its vocabulary pass unchanged, and the target's check of them is fused.
+            in its vocabulary are not fused; the scores by which the target checks them are.
         target: The target itself. Only the aligned rules need it, for its output layer; it is run
             once on a few tokens.
         alignment: How the aligned rules project the calibrator's vectors into the target's space;
             by default the alignment that ``fusion-detox align`` saved for the two.
 
     Raises:
-        AlignmentError: An aligned rule has no alignment, or one of other models.
+        AlignmentError: An aligned rule has no alignment, or one for other models.
         CalibratorError: The calibrator cannot be used.
-        ConfigError: A contrast rule or ``context_kl`` needs a reference that the calibrator lacks,
-            or an aligned rule needs a target.
-        ModelError: The calibrator's models cannot run with a cache that can be rolled back, or the
-            target's hidden states cannot be fused.
+        ConfigError: A contrast rule or ``context_kl`` needs a reference and the calibrator has
+            none, or an aligned rule is used without a target.
+        ModelError: A model of the calibrator cannot run with a cache that can be rolled back, or
+            the target's hidden states cannot be fused.
         VocabularyError: The two vocabularies cannot be mapped onto each other.
     """
 
@@ -102,7 +102,7 @@ class FusionLogitsProcessor(LogitsProcessor):
             pad_token_id = tokenizer.pad_token_id
         self._tokenizer = tokenizer
         tokens = TokenTable.from_tokenizer(tokenizer)
-        with plain_mode(calibrator.clean.device):  # it is cached for processes without autocast
+        with plain_mode(calibrator.clean.device):  # other processes load its cached map
             self.vocabulary = VocabularyMap.build(calibrator, tokens, tokenizer)
         identity = self.vocabulary.kind == "identity"
         self._context = TextContext(calibrator, tokens, identity, pad_token_id)
@@ -127,7 +127,7 @@ class FusionLogitsProcessor(LogitsProcessor):
             itself at strength 0.
 
         Raises:
-            DataError: ``input_ids`` is not two-dimensional, or has another number of rows than
+            DataError: ``input_ids`` is not two-dimensional, or has more or fewer rows than
                 ``scores``.
             VocabularyError: The scores are far wider than the tokenizer's vocabulary.
         """
@@ -151,7 +151,7 @@ class FusionLogitsProcessor(LogitsProcessor):
         return self._step(rows, scores).fused()
 
     def with_strength(self, input_ids: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Fuses one step and says how strongly each row was fused.
+        """Fuses one step and also returns how strongly each row was fused.
 
         Args:
             input_ids: See ``__call__``.
@@ -171,7 +171,7 @@ class FusionLogitsProcessor(LogitsProcessor):
         return step.fused(), step.strength()
 
     def following(self, text: str | Sequence[str]) -> FusionLogitsProcessor:
-        """A processor for rows that continue text which ``generate`` does not show it.
+        """A processor for rows that continue text that ``generate`` does not pass to it.
 
         Use it for prompts given only as ``inputs_embeds``, for the source of an encoder-decoder,
         and for the ids behind ``past_key_values`` if only new ids are passed. It shares this
@@ -179,7 +179,7 @@ class FusionLogitsProcessor(LogitsProcessor):
 
         Args:
             text: The text before every row, or one text for each prompt of the batch. It is joined
-                as it is; end it with a line break if the rows begin a text of their own.
+                as it is; end it with a line break if each row begins a new text.
 
         Raises:
             ConfigError: No text is given, or (when called) the number of rows is not a multiple of
@@ -224,7 +224,7 @@ class FusionLogitsProcessor(LogitsProcessor):
             session.reset()
 
     def _step(self, rows: Sequence[Sequence[int]], scores: Tensor) -> Fusion:
-        """Rows, text ends, the calibrator's log-probs and divergence, vocabulary map, rule."""
+        """Prepares one step: reads the rows, runs the calibrator and projects its output."""
         positions = [self._context.read(ids) for ids in self._texts(rows)]
         paths = [position.path for position in positions]
         divergence_of = paths if self.config.context_kl is not None else []
@@ -257,7 +257,7 @@ class FusionLogitsProcessor(LogitsProcessor):
         )
 
     def _session(self, device: torch.device) -> CalibratorSession:
-        """The session of a device; without the reference model if these settings ignore it."""
+        """The session for a device; without the reference model if these settings ignore it."""
         reference = self.config.contrasts or self.config.context_kl is not None
         session = self._sessions.get((device, reference))
         if session is None:
@@ -274,7 +274,7 @@ class FusionLogitsProcessor(LogitsProcessor):
         return torch.tensor(scales, dtype=torch.float32, device=scores.device)
 
     def _acts_on(self, scores: Tensor, rows: int) -> bool:
-        """Whether there is anything to fuse; refuses scores that do not belong to the rows."""
+        """Whether there is anything to fuse; rejects scores that do not belong to the rows."""
         if self.config.strength == 0:
             return False
         if scores.dim() != 2 or len(scores) != rows:
@@ -302,7 +302,7 @@ class FusionLogitsProcessor(LogitsProcessor):
             self._warned.add("no ids")
             logger.warning(
                 "input_ids are empty, as with inputs_embeds alone, so the prompt cannot be read "
-                "and the calibrator sees only what is written from here on. Pass input_ids beside "
+                "and the calibrator sees only what is generated from here on. Pass input_ids with "
                 "inputs_embeds, or use processor.following(text)"
             )
         rows: list[list[int]] = input_ids.tolist()

@@ -208,7 +208,7 @@ def test_dtype_is_kept(dtype: torch.dtype) -> None:
         ({"clip": 0}, "clip must be a number above 0, but is 0"),
         ({"kl_budget": 0}, "kl_budget must be a number above 0, but is 0"),
         ({"outside": "drop"}, "outside must be one of keep, remove, not 'drop'"),
-        ({"stength": 1}, "unknown fusion settings: stength; known are rule, strength"),
+        ({"stength": 1}, "unknown fusion settings: stength; the known ones are rule, strength"),
     ],
 )
 def test_wrong_settings(changes: dict[str, object], message: str) -> None:

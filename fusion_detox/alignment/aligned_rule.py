@@ -30,11 +30,11 @@ logger = logging.getLogger(__name__)
 
 
 class AlignedTarget:
-    """A target's output head, with the matrix that projects a calibrator's vectors to its space.
+    """A target's output head, and the matrix that projects a calibrator's vectors to its space.
 
     The rule ``aligned`` fuses the last hidden states, ``a LN(h_cal A) + (1 - a) h`` (arXiv
-    2506.01266). It does so on logits, which is the same because the output layer is affine. The
-    rule ``aligned_contrast`` projects the clean and the reference model's vectors, applies the
+    2506.01266). Since the output layer is affine, fusing the logits gives the same result. The rule
+    ``aligned_contrast`` projects the clean and the reference model's vectors, applies the
     output head, and then contrasts the two distributions like the rule ``contrast``.
 
     Args:
@@ -66,8 +66,9 @@ class AlignedTarget:
         if tuple(alignment.matrix.shape) != widths:
             raise AlignmentError(
                 f"the alignment projects vectors of width {alignment.matrix.shape[0]} to width "
-                f"{alignment.matrix.shape[1]}, but the last hidden states of calibrator and target "
-                f"have widths {widths[0]} and {widths[1]}: align with embeddings='output'"
+                f"{alignment.matrix.shape[1]}, but the last hidden states of the calibrator and "
+                f"the target have widths {widths[0]} and {widths[1]}: align with "
+                "embeddings='output'"
             )
         self._reference_width: int | None = None
         if calibrator.reference is not None:
@@ -83,14 +84,14 @@ class AlignedTarget:
         """Check that the rule can be applied.
 
         Raises:
-            ConfigError: A contrast rule is used, but clean and reference model differ in width.
+            ConfigError: A contrast rule is used, but the two models differ in width.
         """
         width = self.alignment.matrix.shape[0]
         if config.contrasts and self._reference_width != width:
             raise ConfigError(
                 f"the rule {config.rule!r} projects both models' vectors with one matrix, but the "
-                f"clean model's have width {width} and the reference's {self._reference_width}: "
-                "use rule='aligned'"
+                f"clean model's have width {width} and the reference's have "
+                f"{self._reference_width}: use rule='aligned'"
             )
 
     def prepare(
@@ -144,8 +145,8 @@ class AlignedTarget:
         if not self._warned:
             logger.warning(
                 "%d rows of log-probs are not fused: the target soft-caps its logits, and with so "
-                "many forbidden tokens they cannot be recovered from log-probs. Use a decoding "
-                "mode without beams, or the contrast rule",
+                "many forbidden tokens they cannot be recovered from log-probs. Decode "
+                "without beam search, or use the contrast rule",
                 rows,
             )
         self._warned = True

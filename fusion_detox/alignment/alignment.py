@@ -42,7 +42,7 @@ _ROUNDING = 3e-3
 
 @dataclasses.dataclass(frozen=True)
 class Alignment:
-    """A learned matrix, and what identifies the two models that it was learned for.
+    """A learned matrix, and data that identifies the two models it was learned for.
 
     Attributes:
         matrix: ``(calibrator width, target width)`` in float32; projects row vectors by
@@ -101,7 +101,7 @@ class Alignment:
         remedy = "Learn it again for these two models, with `fusion-detox align` or align()"
         if table.tokens.fingerprint() != vocabulary:
             raise AlignmentError(
-                f"the alignment was learned for another vocabulary than that of {table.name}. "
+                f"the alignment was learned for a vocabulary other than that of {table.name}. "
                 f"{remedy}"
             )
         if width != rows.shape[1]:
@@ -113,7 +113,7 @@ class Alignment:
         error = float((found - rows).norm() / rows.norm())
         if not error <= _ROUNDING:
             raise AlignmentError(
-                f"the alignment was learned for other {kind} embeddings than those of {table.name} "
+                f"the alignment does not match the {kind} embeddings of {table.name} "
                 f"(they differ by {error:.1%}): it is stale, or belongs to another model. {remedy}"
             )
 
@@ -132,7 +132,7 @@ def align(
 
     Args:
         calibrator: The calibrator; its clean model's embeddings are used.
-        target: A loaded model, or a folder or hub id, of which only the embedding is read.
+        target: A loaded model, or a folder or hub id. From files, only the embedding is read.
         tokenizer: The target's tokenizer; required with a loaded model.
         config: Settings; the closed form by default.
         revision: Branch, tag or commit of a hub model.
@@ -174,7 +174,7 @@ def align_tables(
     *,
     show_progress: bool = False,
 ) -> Alignment:
-    """Like :func:`align`, for the embeddings of a calibrator and a target."""
+    """Learn an alignment from the embeddings of a calibrator and a target; see :func:`align`."""
     source_ids, target_ids = zip(*common_tokens(source, target), strict=True)
     source_rows, target_rows = _rows(source, source_ids), _rows(target, target_ids)
     count = len(source_ids)
@@ -212,7 +212,7 @@ def align_tables(
 
 
 def common_tokens(source: EmbeddingTable, target: EmbeddingTable) -> list[tuple[int, int]]:
-    """Return pairs of ids of the tokens with the same bytes, in the calibrator's order.
+    """Return the id pairs of tokens with the same bytes, in the calibrator's order.
 
     Raises:
         AlignmentError: There are fewer than two.
@@ -222,14 +222,14 @@ def common_tokens(source: EmbeddingTable, target: EmbeddingTable) -> list[tuple[
     if len(pairs) < 2:
         raise AlignmentError(
             f"{source.name} and {target.name} have {len(pairs)} tokens in common, but an alignment "
-            "is learned from at least 2: use a calibrator for the target's language, or the "
+            "needs at least 2: use a calibrator for the target's language, or the "
             "contrast rule, which needs no alignment"
         )
     return pairs
 
 
 def _ids_by_bytes(table: EmbeddingTable) -> dict[bytes, int]:
-    """One id, with a row in the embedding, for each distinct byte sequence."""
+    """Return one id that has a row in the embedding for each distinct byte sequence."""
     tokens = table.tokens
     found: dict[bytes, int] = {}
     for id, key in enumerate(tokens.token_bytes[: len(table.weight)]):
@@ -244,7 +244,7 @@ def _rows(table: EmbeddingTable, ids: Sequence[int]) -> Tensor:
     if not bool(torch.isfinite(rows).all()):
         raise AlignmentError(
             f"the embeddings of {table.name} hold values that are not finite, so its files are "
-            "damaged: get them again"
+            "damaged: copy or download them again"
         )
     return rows
 
@@ -286,7 +286,7 @@ def learn_matrix(
 
 def _procrustes(source: Tensor, target: Tensor) -> Tensor:
     """The orthogonal matrix that best maps ``source`` to ``target`` (Schönemann 1966), scaled."""
-    # The mean, which all tokens share, does not tell them apart.
+    # All tokens share the mean, so it does not tell them apart.
     source, target = source - source.mean(0), target - target.mean(0)
     left, _, right = torch.linalg.svd(source.t() @ target, full_matrices=False)
     # Scaled so that projected vectors are as long as the target's.

@@ -17,7 +17,8 @@ class AlignmentConfig:
     """Settings for ``align``. ``AlignmentConfig.paper()`` returns those of the paper.
 
     The default is a closed form. In our measurements, InfoNCE training made held-out retrieval
-    worse and the projected vectors useless as predictions, whatever the start (docs/aligned.md).
+    worse and the projected vectors useless as predictions, for every initial matrix
+    (docs/aligned.md).
 
     Attributes:
         embeddings: Which embeddings of the two models to compare: ``"output"``, whose space holds
@@ -29,7 +30,7 @@ class AlignmentConfig:
         batch_size: Common tokens per training step.
         learning_rate: Learning rate of Adam.
         negatives: Random negatives per token, K in the paper.
-        held_out: Fraction of the common tokens that is held out to measure retrieval.
+        held_out: Fraction of the common tokens to hold out for measuring retrieval.
         seed: Seed of the split, the initial matrix, the order of training and the negatives.
     """
 

@@ -1,6 +1,6 @@
 """The embeddings that an alignment compares, from a loaded model or from a model's files.
 
-From files, one tensor is read, and only the file that holds it is downloaded.
+If they come from files, only one tensor is read, and only the file that holds it is downloaded.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _OTHER_NAMES: dict[Embeddings, tuple[str, ...]] = {
     "output": ("embed_out.weight", "lm_head.weight", "output.weight", "output_layer.weight"),
     "input": ("embed_in.weight", "embed_tokens.weight", "wte.weight", "tok_embeddings.weight"),
 }
-"""Names in files that differ from the module's, such as GPT-NeoX's head in transformers 5."""
+"""Names in files that are not the module's, such as that of GPT-NeoX's head in transformers 5."""
 
 
 class EmbeddingTable(NamedTuple):
@@ -82,7 +82,7 @@ def model_embeddings(
     """Return the embeddings of a loaded model.
 
     Raises:
-        AlignmentError: The model names none, or their weights are not in memory.
+        AlignmentError: The model does not name them, or their weights are not in memory.
         ModelError: The model is not a causal language model.
         VocabularyError: The bytes of the tokenizer's tokens cannot be determined.
     """
@@ -127,7 +127,7 @@ def checkpoint_embeddings(
 def _weight(model: PreTrainedModel, kind: Embeddings, name: str) -> Tensor:
     weight = getattr(_layer(model, kind), "weight", None)
     if not isinstance(weight, Tensor) or weight.is_meta or not weight.is_floating_point():
-        state = "names no" if weight is None else "does not hold in memory, unquantised, its"
+        state = "does not name its" if weight is None else "holds no unquantised weights of its"
         raise AlignmentError(
             f"{name} {state} {kind} embeddings, so it cannot be aligned: give the folder or hub id "
             "of a complete model instead"
@@ -164,8 +164,9 @@ def _names_and_shape(
         shape = shape or (rows, width)
     if shape is None:
         raise AlignmentError(
-            f"{source}: models of type {settings.model_type!r} name no {kind} embeddings, so this "
-            "one cannot be aligned; use the contrast rule, which needs no alignment"
+            f"{source}: models of type {settings.model_type!r} do not name their {kind} "
+            "embeddings, so this one cannot be aligned; use the contrast rule, which needs no "
+            "alignment"
         )
     for one in kinds:
         names += _OTHER_NAMES[one]
@@ -180,7 +181,7 @@ def _read_tensor(
     revision: str | None,
     local_files_only: bool,
 ) -> Tensor:
-    """Read the first of ``names`` that the files hold, or else the one tensor named alike."""
+    """Read the first of ``names`` that the files hold, or else the only one with a similar name."""
 
     def folder_with(file: str) -> Path:
         if Path(source).is_dir():
@@ -209,13 +210,13 @@ def _read_tensor(
     with _open(path) as tensors:
         if name not in tensors.keys():  # noqa: SIM118 - not a dictionary
             raise ModelError(
-                f"{path} lacks the tensor {name}, which {_INDEX} lists; get the files again"
+                f"{path} lacks the tensor {name}, which {_INDEX} lists; download the files again"
             )
         found = list(tensors.get_slice(name).get_shape())
         if found != list(shape):
             raise AlignmentError(
                 f"{source}: the tensor {name} has the shape {found}, but config.json says "
-                f"{list(shape)}: the files belong to different models; get them again"
+                f"{list(shape)}: the files belong to different models; download them again"
             )
         tensor: Tensor = tensors.get_tensor(name)
     if not tensor.is_floating_point():
@@ -234,10 +235,10 @@ def _weight_map(path: Path) -> dict[str, str] | None:
         found = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         files = {str(name): str(file) for name, file in found.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{path} is damaged: {first_line(error)}; get it again") from error
+        raise ModelError(f"{path} is damaged: {first_line(error)}; download it again") from error
     outside = [file for file in files.values() if Path(file).name != file]
     if outside:
-        raise ModelError(f"{path} points outside its folder: {outside[0]!r}; get it again")
+        raise ModelError(f"{path} points outside its folder: {outside[0]!r}; download it again")
     return files
 
 
@@ -247,10 +248,10 @@ def _open(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as tensors:
             yield tensors
     except FileNotFoundError as error:
-        raise ModelError(f"{path} is missing, but {_INDEX} lists it; get it again") from error
+        raise ModelError(f"{path} is missing, but {_INDEX} lists it; download it again") from error
     except (SafetensorError, OSError) as error:
         raise ModelError(
-            f"{path} is truncated or not a safetensors file: {first_line(error)}; get it again"
+            f"{path} is truncated or not a safetensors file: {first_line(error)}; download it again"
         ) from error
 
 

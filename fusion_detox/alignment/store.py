@@ -74,7 +74,7 @@ def save_alignment(
         alignment: The result of ``align``.
         calibrator: The calibrator that it was learned for.
         directory: An empty or new folder, or one that holds an alignment, which is replaced. By
-            default a folder beside the calibrator or, if the calibrator is shipped, downloaded or
+            default, a folder beside the calibrator or, if the calibrator is shipped, downloaded or
             read-only, in the user's cache.
 
     Returns:
@@ -201,10 +201,10 @@ def _check(folder: Path, found: Alignment) -> None:
 def find_alignment(
     calibrator: Calibrator, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> Alignment:
-    """Find the saved alignment of a calibrator with a target, preferably of output embeddings.
+    """Find the saved alignment of a calibrator and a target; prefer one of output embeddings.
 
     Raises:
-        AlignmentError: None was found for these two models with their present weights.
+        AlignmentError: No saved alignment matches these two models and their current weights.
     """
     found: list[Alignment] = []
     refused: list[str] = []
@@ -222,7 +222,7 @@ def find_alignment(
     reasons = f" (rejected {'; '.join(refused)})" if refused else ""
     raise AlignmentError(
         f"no alignment of the calibrator {calibrator.name or 'given'} with {name} was found: make "
-        "one with `fusion-detox align --calibrator CALIBRATOR --target MODEL`, or with "
+        "one with `fusion-detox align --calibrator CALIBRATOR --target MODEL`, or make it with "
         f"fusion_detox.align() and pass it as alignment={reasons}"
     )
 

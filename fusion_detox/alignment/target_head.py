@@ -2,7 +2,7 @@
 
 Most families compute ``W h + b``. Some scale this (Cohere, Granite), and some bound it by a soft
 cap ``c tanh(x / c)`` (Gemma 2). The head is not looked up by family name: it is fitted to one
-forward pass over a short text, and a model that this does not explain is refused.
+forward pass over a short text, and a model that does not fit is rejected.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class TargetHead:
         root_mean_square: Root mean square of the entries of the target's last hidden states.
 
     Raises:
-        ModelError: The model is not a causal language model, names no output layer, or computes
-            its logits in another way than by a scaled, biased or soft-capped output layer.
+        ModelError: The model is not a causal language model, names no output layer, or does not
+            compute its logits with a scaled, biased or soft-capped output layer.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -66,8 +66,8 @@ class TargetHead:
             values = self._layer(hidden).float()
         if values.shape != logits.shape:
             raise ModelError(
-                f"{type(model).__name__}: the output layer gives {values.shape[-1]} values, but "
-                f"the model gives {self.columns} logits; {_REMEDY}"
+                f"{type(model).__name__}: the output layer returns {values.shape[-1]} values, but "
+                f"the model returns {self.columns} logits; {_REMEDY}"
             )
         half = model.dtype in (torch.float16, torch.bfloat16)
         size = 1 + logits.abs().max()
@@ -124,7 +124,7 @@ class TargetHead:
     def _fit(
         self, values: Tensor, logits: Tensor, settings: Any, noise: Tensor
     ) -> tuple[float, Tensor | None]:
-        """Scale and bias that turn the layer's values into logits; no bias if within the noise."""
+        """Scale and bias that turn the layer's values into logits; no bias if it is only noise."""
         raw = logits
         usable = torch.ones_like(logits, dtype=torch.bool)
         if self.cap is not None:
@@ -174,10 +174,10 @@ def _probe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[
 class LogitRecovery:
     """Recovers the logits of a soft-capped head from log-probs.
 
-    Beam search hands log-probs to a processor, which are logits ``s`` minus a constant ``o`` per
-    row. The constant does not matter to a linear head, but a soft cap ``c tanh(x / c)`` can only be
-    inverted on the logits themselves. The constant can be found, because logits lie in a subspace:
-    for a set ``S`` of more columns than a hidden state has entries, there are vectors ``n`` with
+    Beam search passes log-probs ``s`` to a processor: the logits minus a constant ``o`` per row.
+    The constant does not matter to a linear head, but a soft cap ``c tanh(x / c)`` can only be
+    inverted on the logits themselves. The constant can be found because logits lie in a subspace:
+    if a set ``S`` has more columns than a hidden state has entries, there are vectors ``n`` with
     ``n W_S = 0``. Then ``n · (c atanh((s + o) / c) - b)`` is 0 for the right ``o``.
 
     Args:
@@ -220,7 +220,7 @@ class LogitRecovery:
         scores = scores.float()
         best = scores.amax(-1, keepdim=True)
         known = best.squeeze(-1) > 0  # log-probs are at most 0
-        # Logits differ by at most twice the cap; a lower score is a mask.
+        # Logits differ by at most twice the cap; a lower score is that of a forbidden token.
         possible = scores >= best - 2 * self._cap
         offset = torch.zeros_like(scores[:, :1])
         for chosen, normals in self._sets:

@@ -1,4 +1,4 @@
 """The ``Calibrator``, its folder on disk, finding one by name, and its model card.
 
-``decoding`` and the rooms above it may import this package.
+``decoding`` and everything above it may import this package.
 """

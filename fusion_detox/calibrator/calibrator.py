@@ -43,10 +43,10 @@ class Calibrator:
         reference: The same model without that training. If it is ``None``, only rules that use
             the clean model alone are possible, such as ``"product"`` and ``"mixture"``.
         tokenizer: The fast tokenizer of both models.
-        config: Recommended settings. By default those of ``FusionConfig``, or the product rule
+        config: Recommended settings; by default, those of ``FusionConfig``, or the product rule
             with strength 0.5 if there is no reference.
-        context_length: Maximum number of tokens per model call, including BOS. By default as many
-            as the models have positions, but at most 128.
+        context_length: Maximum number of tokens per model call, including BOS. By default, the
+            models' number of positions, but at most 128.
         record: How the calibrator was trained, as JSON values; stored in ``training.json`` and
             shown on the card.
         name: The calibrator's name in messages and on its card.
@@ -54,7 +54,8 @@ class Calibrator:
     Attributes:
         tokens: The bytes of every token of ``tokenizer``.
         bos_id: The token that begins a text: BOS, or EOS if the tokenizer has no BOS.
-        vocabulary_size: Width of the distributions: the tokenizer's ids that the models score.
+        vocabulary_size: Width of the distributions: how many of the tokenizer's ids the models
+            score.
         folder: The folder that ``from_pretrained`` loaded; ``None`` if built in memory.
 
     Raises:
@@ -129,7 +130,7 @@ class Calibrator:
             device: Where to put the models; the CPU by default.
             dtype: Type of the weights; float32 by default.
             revision: Branch, tag or commit of a hub repository.
-            token: For private hub repositories; by default the one of ``hf auth login``.
+            token: Token for private hub repositories; by default, the one of ``hf auth login``.
             cache_dir: Where downloads are stored; by default the hub's cache.
             local_files_only: Take a hub repository from the cache only.
 
@@ -178,7 +179,7 @@ class Calibrator:
 
         Args:
             directory: The folder; created if it does not exist.
-            dtype: Type of the weights on disk; by default that of the models. ``"bfloat16"``
+            dtype: Type of the weights on disk; by default, that of the models. ``"bfloat16"``
                 takes half the space of float32.
 
         Raises:
@@ -202,7 +203,7 @@ class Calibrator:
         Args:
             repo_id: ``"organisation/name"``.
             private: Whether a new repository is private; by default the organisation's setting.
-            token: By default the one of ``hf auth login``.
+            token: By default, the one of ``hf auth login``.
             commit_message: Message of the commit.
             revision: The branch, created if it does not exist; ``main`` by default.
 
@@ -277,16 +278,16 @@ class Calibrator:
         if len(set(widths.values())) > 1:
             raise CalibratorError(
                 f"The clean model has {widths['clean']} logits and the reference "
-                f"{widths['reference']}. Both must use one vocabulary; train one from the other."
+                f"{widths['reference']}. Both must share a vocabulary; train one from the other."
             )
         width, ids = widths["clean"], len(self.tokens.token_bytes)
         # Special and unused ids have no bytes and may lie beyond the models' logits.
         unscored = [text for text in self.tokens.token_bytes[width:] if text is not None]
         if unscored:
             raise CalibratorError(
-                f"The tokenizer has {ids} ids, but the models only {width} logits, so "
+                f"The tokenizer has {ids} ids, but the models have only {width} logits, so "
                 f"{len(unscored)} tokens would have no probability. The tokenizer belongs to other "
-                f"models; give the one that they were trained with."
+                f"models; use the one that these models were trained with."
             )
         return min(width, ids)
 
@@ -295,8 +296,8 @@ class Calibrator:
             if isinstance(id, int) and 0 <= id < self.vocabulary_size:
                 return id
         raise CalibratorError(
-            "The tokenizer has neither a BOS nor an EOS token that the models know, so no text can "
-            "begin. Set tokenizer.bos_token to one of its tokens."
+            "The tokenizer has neither a BOS nor an EOS token that the models know, so no "
+            "token can begin a text. Set tokenizer.bos_token to one of its tokens."
         )
 
     def _check_context(self, context_length: Any) -> int:
@@ -310,7 +311,7 @@ class Calibrator:
             return min(_DEFAULT_MAX_CONTEXT, longest or _DEFAULT_MAX_CONTEXT)
         if isinstance(context_length, int) and 2 <= context_length <= (longest or context_length):
             return context_length
-        limit = "" if longest is None else f" and at most {longest}, the models' positions"
+        limit = "" if longest is None else f" and at most {longest}, the number of positions"
         raise CalibratorError(
             f"context_length must be an integer of at least 2{limit}, but is {context_length!r}."
         )
@@ -332,10 +333,10 @@ def _check_vocabulary(folder: Path, settings: Settings, calibrator: Calibrator) 
             f"tokenizer.json and the models have {calibrator.vocabulary_size} tokens"
         )
     elif calibrator.tokens.fingerprint() != settings.vocabulary_fingerprint:
-        reason = "tokenizer.json holds other tokens than vocabulary_fingerprint identifies"
+        reason = "the tokens in tokenizer.json do not match vocabulary_fingerprint"
     else:
         return
     raise CalibratorError(
-        f"{folder}: {reason}. Files of two calibrators are mixed or one was edited; copy the "
+        f"{folder}: {reason}. Files of two calibrators were mixed, or a file was edited; copy the "
         f"whole folder again from its source."
     )

@@ -101,7 +101,7 @@ def _metadata(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _stages(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The trainings that produced the calibrator, the last one first."""
+    """The training runs that produced the calibrator, the last one first."""
     while record:
         command = record.get("command")
         if command and not isinstance(command, str):
@@ -130,7 +130,7 @@ def _stages(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _evaluation(results: Any) -> list[tuple[str, Any]]:
-    """Results with a title for each; the first title may be empty."""
+    """Results, each with a title; the first title may be empty."""
     if not results:
         return []
     if not isinstance(results, Mapping):

@@ -1,4 +1,4 @@
-"""The folder of a calibrator: reading it with every file checked, and writing it atomically.
+"""Reads a calibrator's folder, checking every file, and writes it atomically.
 
 ::
 
@@ -105,8 +105,8 @@ def read_settings(folder: Path) -> Settings:
     """Read and check ``calibrator.json``.
 
     Raises:
-        CalibratorError: It is missing, is not JSON, has another format, or a value is out of
-            range.
+        CalibratorError: It is missing, is not JSON, has an unsupported format, or a value is
+            out of range.
     """
     path = folder / "calibrator.json"
     if not path.is_file():
@@ -137,7 +137,7 @@ def read_settings(folder: Path) -> Settings:
     values["distributions"] = tuple(values["distributions"])
     if values["distributions"] not in (("clean",), DISTRIBUTIONS):
         raise CalibratorError(
-            f"{path}: distributions must be ['clean'] or ['clean', 'reference'], but is "
+            f"{path}: distributions must be ['clean'] or ['clean', 'reference'], but are "
             f"{list(values['distributions'])}. {_REMEDY}"
         )
     try:
@@ -297,7 +297,7 @@ def _tensor_shapes(path: Path) -> dict[str, list[int]]:
 def _check_loading_info(folder: Path, model: PreTrainedModel, info: dict[str, Any]) -> None:
     """Refuse a model if its files do not hold exactly its tensors."""
     if info["mismatched_keys"]:
-        # Names only in transformers 4.57; names with both shapes in 5.
+        # transformers 4.57 lists only the names; version 5 adds both shapes.
         name = min(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])
         shapes: dict[str, list[int]] = {}
         for path in _weight_files(folder):
@@ -305,8 +305,8 @@ def _check_loading_info(folder: Path, model: PreTrainedModel, info: dict[str, An
         expected = list(model.state_dict()[name].shape)
         raise CalibratorError(
             f"{folder}: the tensor {name} has the shape {shapes.get(name)}, but config.json "
-            f"implies {expected}. The two files do not belong together or config.json was edited. "
-            f"{_REMEDY}"
+            f"implies {expected}. Either the two files do not belong together, or config.json was "
+            f"edited. {_REMEDY}"
         )
     if info["missing_keys"]:
         raise CalibratorError(
@@ -315,8 +315,8 @@ def _check_loading_info(folder: Path, model: PreTrainedModel, info: dict[str, An
         )
     if info["unexpected_keys"]:
         raise CalibratorError(
-            f"{folder}: the model that config.json describes does not have "
-            f"{describe(info['unexpected_keys'])} of the weights. {_REMEDY}"
+            f"{folder}: the weights hold {describe(info['unexpected_keys'])}, which the "
+            f"model that config.json describes does not have. {_REMEDY}"
         )
     if info.get("error_msgs"):
         raise CalibratorError(f"{folder}: {info['error_msgs'][0]}. {_REMEDY}")
@@ -334,9 +334,9 @@ def write_folder(
     *,
     name: str,
 ) -> None:
-    """Write a complete calibrator or nothing.
+    """Write a complete calibrator, or change nothing.
 
-    Files of an older calibrator's folder that are not part of the format, such as ``.git``, are
+    Files in an existing calibrator's folder that are not part of the format, such as ``.git``, are
     kept.
 
     Raises:
@@ -397,8 +397,8 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
         text = json.dumps(values, indent=2, ensure_ascii=False)
     except (TypeError, ValueError) as error:
         raise CalibratorError(
-            f"{path.name} cannot be written: {first_line(error)}. The training record may hold "
-            f"JSON values only."
+            f"{path.name} cannot be written: {first_line(error)}. The training record can hold "
+            f"only JSON values."
         ) from error
     _write_text(path, text + "\n")
 
@@ -419,12 +419,12 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     if not (folder / "tokenizer.json").is_file():
         raise CalibratorError(
             f"The tokenizer {type(tokenizer).__name__} cannot be saved as tokenizer.json. Use a "
-            f"fast tokenizer, which the `tokenizers` library runs."
+            f"fast tokenizer, one that the `tokenizers` library runs."
         )
 
 
 def _card(folder: Path, settings: Settings, name: str) -> str:
-    """The card of a folder that has all its other files."""
+    """The card of a folder whose other files are all written."""
     models = {}
     for part in settings.distributions:
         files = map(_tensor_shapes, _weight_files(folder / part))
@@ -444,6 +444,6 @@ def _explaining_write_errors(directory: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
         reason = getattr(error, "strerror", None) or first_line(error)
         raise DataFileError(
-            f"{directory} cannot be written: {reason}. Its previous content is unchanged; make "
-            f"room or give another folder."
+            f"{directory} cannot be written: {reason}. Its previous content is unchanged; free "
+            f"some space, or give another folder."
         ) from error

@@ -87,7 +87,7 @@ def demo_target_path() -> Path:
     Raises:
         ModelNotFoundError: This installation does not include it.
     """
-    # In an installed package, or in a checkout beside its training script.
+    # In an installed package, or in a checkout of the repository.
     candidates = (
         _PACKAGE / "_shipped" / "demo_target",
         _PACKAGE.parent / "examples" / "demo_target" / "model",

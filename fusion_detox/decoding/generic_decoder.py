@@ -21,23 +21,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _ATTENTIONS = {"full_attention", "sliding_attention", "chunked_attention"}
-_REMEDY = "use a full-attention model such as GPT-2 or Llama as calibrator"
-# Rows that ask for more different positions than this are run in two passes.
+_REMEDY = "use a full-attention model such as GPT-2 or Llama as the calibrator"
+# Rows that ask for more distinct positions than this are run in two passes.
 _MAX_OFFSETS = 8
 
 
 class GenericDecoder(Decoder):
     """One forward pass per model, over a cache that is assembled from the slots.
 
-    Rows of different lengths stand side by side in the cache, padded after their texts. The
-    attention mask hides the padding and explicit positions skip it. A model that uses a token's
-    column as its position (MPT) runs rows of one length at a time.
+    Rows of different lengths are padded at the end to share the cache. The attention mask hides the
+    padding and explicit positions skip it. A model that uses a token's column as its position (MPT)
+    runs rows of one length at a time.
 
     Args:
         models: One model, or two that read the same text.
         context_length: Longest text in tokens.
         device: Where to run. A model on another device, or in half precision for a CPU, is copied;
-            the caller's stays as it is.
+            the caller's model is not changed.
 
     Raises:
         ModelError: A model's cache cannot be rolled back and continued, or the model has fewer
@@ -70,7 +70,7 @@ class GenericDecoder(Decoder):
         return torch.stack([model.forward(rows, hidden=True) for model in self._models])
 
     def _split(self, rows: Sequence[Row]) -> Sequence[Row]:
-        """Rows that ask for few different offsets; the tokens before those are run here."""
+        """Returns rows that ask for few distinct offsets, after running the tokens before those."""
         if len({offset for row in rows for offset in row.asked}) > _MAX_OFFSETS:
             # The head runs at the same offsets of all rows, so run what comes before them first.
             before = [row._replace(tokens=row.tokens[: row.asked[0]], asked=()) for row in rows]
@@ -173,10 +173,10 @@ class _CachedModel:
         return torch.tensor(values, dtype=torch.long, device=self._device)
 
     def check_numbers(self) -> None:
-        """Determines how rows of different lengths can run, by comparing with runs without a cache.
+        """Finds a way to run rows of different lengths that matches runs without a cache.
 
         Raises:
-            ModelError: No way gives the same numbers.
+            ModelError: There is none.
         """
         error = self._error()
         if error > 1:
@@ -184,14 +184,14 @@ class _CachedModel:
             error = self._error()
         if error > 1:
             raise ModelError(
-                f"{type(self._model).__name__} cannot serve as calibrator: with a cache it gives "
-                f"other numbers than without ({error:.2g} times what rounding explains); {_REMEDY}"
+                f"{type(self._model).__name__} cannot serve as a calibrator: its results with and "
+                f"without a cache differ ({error:.2g} times what rounding explains); {_REMEDY}"
             )
 
     def _error(self) -> float:
-        """Largest deviation of two texts, the longest and a short one, in units of the tolerance.
+        """Largest deviation for a text of full length and a short one, in units of the tolerance.
 
-        Both are continued from a cache, and the short one is rolled back first.
+        Both are continued from a cache; the short one is rolled back first.
         """
         model, longest = self._model, self.store.columns
         known = min(50, logits_width(model))
@@ -246,12 +246,12 @@ def _empty_store(model: PreTrainedModel, context_length: int, device: torch.devi
         fits = bool(held) and all(tensor.shape[-2] == 2 for pair in held for tensor in pair)
     except Exception as error:  # models fail in many ways on an unfamiliar cache
         raise ModelError(
-            f"{type(model).__name__} cannot serve as calibrator: it does not run on a plain "
+            f"{type(model).__name__} cannot serve as a calibrator: it does not run on a plain "
             f"key-value cache ({type(error).__name__}: {error}); {_REMEDY}"
         ) from error
     if not fits:
         raise ModelError(
-            f"{type(model).__name__} cannot serve as calibrator: its state is not one column of "
+            f"{type(model).__name__} cannot serve as a calibrator: its state is not one column of "
             f"keys and values per token, so it cannot be rolled back; {_REMEDY}"
         )
     shapes = [((k.shape[1], k.shape[3]), (v.shape[1], v.shape[3])) for k, v in held]
@@ -273,16 +273,18 @@ def _check_configuration(model: PreTrainedModel, context_length: int) -> None:
     whole = model.config
     config = whole.get_text_config(decoder=True)
     if whole.is_encoder_decoder:
-        raise ModelError(f"{name} cannot serve as calibrator: it is an encoder-decoder; {_REMEDY}")
+        raise ModelError(
+            f"{name} cannot serve as a calibrator: it is an encoder-decoder; {_REMEDY}"
+        )
     if "past_key_values" not in inspect.signature(model.forward).parameters:
         raise ModelError(
-            f"{name} cannot serve as calibrator: it has no key-value cache, and a recurrent state "
-            f"cannot be rolled back; {_REMEDY}"
+            f"{name} cannot serve as a calibrator: it has no key-value cache, and a recurrent "
+            f"state cannot be rolled back; {_REMEDY}"
         )
     unknown = set(getattr(config, "layer_types", None) or ()) - _ATTENTIONS
     if unknown:
         raise ModelError(
-            f"{name} cannot serve as calibrator: its layers of type {', '.join(sorted(unknown))} "
+            f"{name} cannot serve as a calibrator: its layers of type {', '.join(sorted(unknown))} "
             f"cannot be rolled back; {_REMEDY}"
         )
     # Padding inside the cache puts up to twice the text's length between two tokens.
@@ -293,9 +295,9 @@ def _check_configuration(model: PreTrainedModel, context_length: int) -> None:
             used = "local" in (getattr(config, "attention_layers", None) or ())
         if window is not None and used and window < 2 * context_length:
             raise ModelError(
-                f"{name} cannot serve as calibrator: its {setting} of {window} is less than twice "
-                f"the calibrator's context_length of {context_length}; choose a context_length of "
-                f"at most {window // 2}"
+                f"{name} cannot serve as a calibrator: its {setting} of {window} is less than "
+                f"twice the calibrator's context_length of {context_length}; choose a "
+                f"context_length of at most {window // 2}"
             )
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and positions < context_length:

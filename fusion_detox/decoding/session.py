@@ -1,7 +1,7 @@
 """``CalibratorSession``: a calibrator's log-probs after any texts, and the KV cache behind them.
 
-From top to bottom: the session, the log-probs that it remembers, how far the two models have
-lately differed, and the planner that decides which slot of the KV cache serves which text.
+From top to bottom: the session, the log-probs that it keeps, the recent divergence between the two
+models, and the planner that decides which slot of the KV cache serves which text.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 Ids = tuple[int, ...]
 
 RECENT = 16
-"""Positions that the divergence looks back on; 32, or all, separate toxic text no better."""
-# Log-probs of at least so many texts are remembered, up to so many bytes.
+"""Number of positions that the divergence averages; 32, or all, separate toxic text no better."""
+# Minimum number of texts whose log-probs are kept in memory, and maximum bytes.
 _MEMO_ENTRIES, _MEMO_BYTES = 64, 256 * 2**20
 _DIVERGENCE_ENTRIES, _DIVERGENCE_PARENTS = 4096, 4
 # Rows with more new tokens than this are run apart from rows with few.
@@ -45,12 +45,12 @@ _IDLE_CALLS = 8
 
 
 class Reading(NamedTuple):
-    """What a session says about the texts of one step.
+    """A session's results for the texts of one step.
 
     Attributes:
         values: ``(distributions, prefixes, vocabulary_size)`` float32 log-probs, or hidden states
             ``(distributions, prefixes, width)``; the clean model first, then the reference.
-        divergence: Mean ``KL(reference ‖ clean)`` of each text that it was asked for, in nats.
+        divergence: Mean ``KL(reference ‖ clean)`` of each text for which it was requested, in nats.
     """
 
     values: Tensor
@@ -61,8 +61,8 @@ class CalibratorSession:
     """Next-token log-probs of a calibrator's distributions, computed incrementally.
 
     The result is a pure function of each prefix; the cache only saves time. A prefix that extends,
-    shortens or branches off an earlier one costs its new tokens, and one that was asked for
-    recently costs nothing. All prefixes of a call run in one batch.
+    shortens or branches off an earlier one costs only its new tokens, and a recently requested one
+    costs nothing. All prefixes of a call run in one batch.
 
     Texts longer than the calibrator's context are cut at the front in strides of half of it, so the
     window of a growing text rarely moves and depends only on the text's length.
@@ -92,7 +92,7 @@ class CalibratorSession:
         if max_rows < 1:
             raise ConfigError(f"max_rows must be at least 1, but is {max_rows}")
         self._calibrator = calibrator
-        # With its index, so that it compares equal to the device of a tensor there.
+        # Add the device's index, since tensors report their device with one.
         self._device = torch.empty(0, device=device).device
         self._reference = reference
         self._max_rows = max_rows
@@ -114,14 +114,14 @@ class CalibratorSession:
         Args:
             prefixes: Calibrator ids without BOS. Equal prefixes, and prefixes of others, cost
                 nothing extra.
-            divergence_of: Texts whose recent divergence is wanted; this needs the reference.
+            divergence_of: Texts whose recent divergence to return; this needs the reference.
             hidden: Return last hidden states (the output layer's inputs) instead of log-probs.
 
         Returns:
             See :class:`Reading`; the values are on the session's device.
 
         Raises:
-            ModelError: Hidden states are wanted of a model without an output layer.
+            ModelError: Hidden states are requested from a model without an output layer.
         """
         with self._lock, plain_mode(self._device):
             texts = [self._window(prefix) for prefix in prefixes]
@@ -137,15 +137,15 @@ class CalibratorSession:
             return Reading(self._gather([found[text] for text in texts]), divergence)
 
     def log_probs(self, prefixes: Sequence[Ids]) -> Tensor:
-        """The log-probs alone, see :meth:`read`."""
+        """The log-probs alone; see :meth:`read`."""
         return self.read(prefixes).values
 
     def hidden(self, prefixes: Sequence[Ids]) -> Tensor:
-        """The last hidden states alone, see :meth:`read`."""
+        """The last hidden states alone; see :meth:`read`."""
         return self.read(prefixes, hidden=True).values
 
     def recent_divergence(self, texts: Sequence[Ids]) -> list[float]:
-        """The divergence alone, see :meth:`read`."""
+        """The divergence alone; see :meth:`read`."""
         return self.read((), divergence_of=texts).divergence
 
     def reset(self) -> None:
@@ -155,7 +155,7 @@ class CalibratorSession:
             self._decoder.resize(0)
 
     def after_fork(self) -> None:
-        """Starts afresh in a forked child, since another thread may have been at work."""
+        """Starts afresh in a forked child, since another thread may have been using the cache."""
         self._lock = threading.Lock()
         self._forget()
 
@@ -166,7 +166,7 @@ class CalibratorSession:
         self._allocated = 0
 
     def _window(self, prefix: Ids) -> Ids:
-        """What the calibrator sees of a prefix: BOS, then its end from a multiple of the stride."""
+        """The part that the calibrator sees: BOS, then the prefix from a multiple of the stride."""
         length = self._calibrator.context_length
         stride = length // 2
         excess = max(0, len(prefix) + 1 - length)
@@ -196,7 +196,7 @@ class CalibratorSession:
                 columns = [column for column, text in enumerate(asked) if text in measured]
                 if columns:
                     nats.update(_measure([asked[n] for n in columns], values[:, columns]))
-                # Log-probs that only the divergence needed are not worth their memory.
+                # Log-probs needed only for the divergence are not worth keeping in memory.
                 columns = [column for column, text in enumerate(asked) if text in kept]
                 block = _Block(values if len(columns) == len(asked) else values[:, columns])
                 for number, column in enumerate(columns):
@@ -207,7 +207,7 @@ class CalibratorSession:
         return found, nats
 
     def _run(self, wanted: list[Path], hidden: bool) -> Iterator[tuple[list[Ids], Tensor]]:
-        """One forward pass after the other: the texts asked for, and their values."""
+        """Yields the requested texts of each forward pass, and their values."""
         planner = self._planner
         plan = planner.plan(wanted)
         if self._allocated != len(planner):
@@ -229,7 +229,7 @@ class CalibratorSession:
             yield asked, values
 
     def _gather(self, entries: list[_Entry]) -> Tensor:
-        """The entries' values as a tensor of the caller's own."""
+        """The entries' values, copied to a new tensor."""
         if not entries:
             size = (self._decoder.distributions, 0, self._calibrator.vocabulary_size)
             return torch.empty(size, device=self._device)
@@ -259,11 +259,11 @@ def plain_mode(device: torch.device) -> Iterator[None]:
 
 
 def _batches(rows: list[Row], positions: int) -> Iterator[list[Row]]:
-    """Rows for one forward pass each, of similar lengths, in the order of their slots.
+    """Yields the rows of each forward pass: of similar lengths, in the order of their slots.
 
     Args:
         rows: What to run.
-        positions: How many positions a forward pass may ask for, unless a single row asks for more.
+        positions: Maximum positions per forward pass, unless a single row asks for more.
     """
     few = [row for row in rows if len(row.tokens) <= _FEW_TOKENS]
     many = sorted((row for row in rows if len(row.tokens) > _FEW_TOKENS), key=_count)
@@ -341,9 +341,9 @@ class _Memo:
 class RecentDivergence:
     """``KL(reference ‖ clean)`` of the next token, averaged over a text's last positions.
 
-    This is what the clean model holds back of what the reference would write: large where a text
-    is toxic or about to be, small in harmless text. The values of earlier prefixes are only a memo,
-    so one more token costs only its own log-probs.
+    It measures how much of the reference's text the clean model holds back. It is large if a text
+    is toxic or about to be, and small in harmless text. The values of earlier prefixes are kept, so
+    one more token costs only its own log-probs.
 
     Args:
         context_length: The calibrator's.
@@ -362,13 +362,13 @@ class RecentDivergence:
         return list(found)
 
     def means(self, texts: Sequence[Ids], values: Mapping[Ids, float]) -> list[float]:
-        """The mean in nats over the last ``RECENT`` positions of each text, or over all of fewer.
+        """The mean in nats over at most the last ``RECENT`` positions of each text.
 
         Args:
             texts: Calibrator ids without BOS; the position before their first token counts too.
             values: The divergence, in nats, after each of the ``unknown`` prefixes.
         """
-        # All are looked up before any is remembered, since that may drop older ones.
+        # Look up all values before storing any, since storing may drop older ones.
         known = [self._nearest(text) for text in texts]
         means = []
         for text, (recent, first) in zip(texts, known, strict=True):
@@ -383,7 +383,7 @@ class RecentDivergence:
         return means
 
     def _key(self, text: Ids, length: int) -> tuple[int, Ids]:
-        """What decides the values of a prefix: its end, and its length, which sets the window."""
+        """What determines a prefix's values: its end, and its length, which sets the window."""
         return length, text[max(0, length - self._reach) : length]
 
     def _nearest(self, text: Ids) -> tuple[tuple[float, ...], int]:
@@ -396,14 +396,14 @@ class RecentDivergence:
 
 
 class Path(NamedTuple):
-    """A text to run, and its prefixes (by length) whose next token is asked for."""
+    """A text to run, and the lengths of its prefixes whose next token is asked for."""
 
     text: Ids
     lengths: tuple[int, ...]
 
 
 def split_into_paths(texts: Iterable[Ids]) -> list[Path]:
-    """Drops texts that are prefixes of others; their lengths are asked for along the way."""
+    """Merges texts that are prefixes of others into those, as further lengths to ask for."""
     paths: list[Path] = []
     # In this order, a text directly follows those that it is a prefix of.
     for text in sorted(texts, reverse=True):
@@ -420,7 +420,7 @@ class Plan(NamedTuple):
 
     Attributes:
         rows: The work on each text's slot, in the order of the texts.
-        copies: Source slot, target slot, first and last column; to be done first, in this order.
+        copies: Source slot, target slot, first and last column; to be copied first, in this order.
         texts: What each slot of ``rows`` holds once its work is done.
     """
 
@@ -430,7 +430,7 @@ class Plan(NamedTuple):
 
 
 class Planner:
-    """Knows which slot holds which text, and chooses the best slot for a new text."""
+    """Tracks which slot holds which text, and chooses the best slot for a new text."""
 
     def __init__(self, max_slots: int) -> None:
         self._max_slots = max_slots
@@ -455,8 +455,8 @@ class Planner:
         """Chooses a slot for each text (at most ``max_slots`` of them) and what to copy first.
 
         A text that extends another takes over its slot. Other texts take over the slot with the
-        longest common prefix if little else is lost, or get a copy of that prefix. Until the work
-        is done, slots are recorded as holding only what is certainly right, in case it fails.
+        longest common prefix if little else is lost, or get a copy of that prefix. The work may
+        fail, so until it is done, slots are recorded as holding only the columns that stay valid.
         """
         self._call += 1
         free = set(range(len(self)))
@@ -513,7 +513,7 @@ class Planner:
             found[index] = slot, max(common, kept)
 
     def _vacate(self, free: set[int], wanted: int) -> int:
-        """An empty slot, or the one that has not been used for longest."""
+        """An empty slot, or the least recently used one."""
         empty = min((slot for slot in free if not self._texts[slot]), default=None)
         if empty is not None:
             return empty

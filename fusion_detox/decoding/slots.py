@@ -39,8 +39,8 @@ class SlotStore:
     Args:
         shapes: For each layer, ``(heads, head_dim)`` of its keys and of its values.
         columns: Longest text in tokens.
-        device: Where they are kept.
-        dtype: Of both.
+        device: Where to keep them.
+        dtype: Dtype of keys and values.
     """
 
     def __init__(

@@ -17,7 +17,7 @@ from fusion_detox.errors import ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# The weights are copied; for larger models this costs more memory than the time is worth.
+# The weights are copied; for larger models, the time saved is not worth the memory.
 _MAX_PARAMETERS = 250_000_000
 _SAME = (
     "vocab_size",
@@ -48,7 +48,7 @@ class _Layer(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """Where the tokens of a ragged batch are; all but the attention runs on packed tokens."""
+    """Positions of a ragged batch's tokens; everything but attention runs on packed tokens."""
 
     ids: Tensor  # (tokens,)
     columns: Tensor  # (tokens,) positions
@@ -276,7 +276,7 @@ class _Weights:
         return torch.stack([state[name].to(self._device).float() for state in self._states])
 
     def joined(self, place: str, names: list[str], norm: str | None = None) -> Tensor:
-        """Linear maps side by side, ``(models, in, out)``, times the scale of the norm before."""
+        """Linear maps side by side, ``(models, in, out)``, times the preceding norm's scale."""
         joined = torch.cat([self.stack(f"{place}{name}.weight") for name in names], 1)
         joined = joined.transpose(1, 2)
         if norm is not None:

@@ -35,9 +35,9 @@ _UNSETTLED = 3
 _ENTRIES, _ENTRY_IDS = 4096, 2**21
 _PARENTS = 4
 
-# Patterns under which more text changes at most the last two pre-tokens: those of GPT-2, of
-# Llama 3, Qwen 2 and cl100k, and of o200k and Tekken. Any other pattern might look arbitrarily far
-# ahead. All but the first are compared without their contractions.
+# Patterns under which more text changes at most the last two pre-tokens. The first is GPT-2's, the
+# next that of Llama 3, Qwen 2 and cl100k, the last that of o200k and Tekken. Any other pattern
+# might look arbitrarily far ahead. All but the first are compared without their contractions.
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _START, _UPPER, _LOWER = (
     r"[^\r\n\p{L}\p{N}]?",
@@ -78,8 +78,8 @@ class Covers(NamedTuple):
 
     Attributes:
         prefixes: Calibrator ids, each once.
-        covers: For each text one cover per boundary, the earliest first.
-        steps: For each cover the prefixes (by index) and tokens that lead from the start of the
+        covers: For each text, one cover per boundary, the earliest first.
+        steps: For each cover, the prefixes (by index) and tokens that lead from the start of the
             word to its boundary.
     """
 
@@ -107,7 +107,7 @@ class Covers(NamedTuple):
         return cls(list(index), covers, steps)
 
     def weights(self, log_probs: Tensor) -> Tensor:
-        """How much each cover weighs: the probability of the tokens that lead to its boundary.
+        """The weight of each cover: the probability of the tokens that lead to its boundary.
 
         Args:
             log_probs: ``(distributions, prefixes, vocab)`` of the next token.
@@ -125,7 +125,7 @@ class Covers(NamedTuple):
         prefix, token = torch.tensor(padded).to(device).unbind(-1)
         unused = ~torch.tensor(used).to(device)
         weights = log_probs[:, prefix, token].masked_fill(unused, 0.0).sum(-1)
-        # Relative to the largest weight of the row, none underflows.
+        # Divide by the row's largest weight, so that not all of them underflow.
         row_of = torch.tensor([cover.row for cover in self.covers], device=device)
         row_of = row_of.expand_as(weights)
         largest = weights.new_full((len(weights), self.covers[-1].row + 1), -torch.inf)
@@ -134,7 +134,7 @@ class Covers(NamedTuple):
 
 
 class _State(NamedTuple):
-    """What is known of a row's text so far, enough to continue it."""
+    """The state of a row's text so far, sufficient to continue it."""
 
     position: Position
     settled: int  # leading tokens of the path that no further text can change
@@ -151,18 +151,18 @@ class TextContext:
     """Reads rows of target ids as text for the calibrator.
 
     A pure function of each row. The states of earlier prefixes are only a memo, so one more token
-    costs the tokenisation of the last few words. Bytes are joined and never decoded token by token,
-    so a character that is split over tokens comes out whole; invalid UTF-8 becomes U+FFFD.
+    costs only the tokenisation of the last few words. Bytes are joined and never decoded token by
+    token, so a character that is split over tokens comes out whole; invalid UTF-8 becomes U+FFFD.
 
-    Leading padding is skipped. A token that begins or ends a text starts it over. Other special
-    tokens count as a line break, and so do ids without a meaning (of a padded head, or below 0).
+    Leading padding is skipped. A token that begins or ends a text starts a new one. Other special
+    tokens count as a line break, and so do ids without a meaning (in a padded head, or below 0).
 
     Args:
         calibrator: Provides the tokenizer and its token table.
         target_tokens: The bytes of the target's tokens.
         identity: Whether both vocabularies are the same, id for id; then ids are passed on as
             they are.
-        pad_id: The target's padding.
+        pad_id: The target's padding token.
     """
 
     def __init__(
@@ -289,7 +289,7 @@ class TextContext:
         return tuple(reversed(found))
 
     def _is_boundary(self, id: int) -> bool:
-        # Some models mark the places of images by ids below 0.
+        # Some models mark the positions of images with ids below 0.
         known = 0 <= id < len(self._token_bytes) and id not in self._special
         return not known or self._token_bytes[id] is None
 
@@ -301,7 +301,7 @@ class TextContext:
             self._size -= len(oldest) + len(dropped.tail)
 
     def after_fork(self) -> None:
-        """Starts afresh in a forked child, since another thread may have been at work."""
+        """Starts afresh in a forked child, since another thread may have been using the memo."""
         self._forget()
 
     def _forget(self) -> None:
@@ -311,7 +311,7 @@ class TextContext:
         renew_after_fork(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the memo, which is useless elsewhere."""
+        """The state to pickle, without the memo, which is useless elsewhere."""
         return {
             name: value
             for name, value in self.__dict__.items()

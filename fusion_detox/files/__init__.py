@@ -4,8 +4,10 @@
 - ``journal``: append-only JSON Lines that an interrupted run resumes.
 - ``tables``: rows of JSON Lines, JSON, CSV, TSV and text files, and of hub data sets.
 - ``models``: models and tokenizers by folder or hub id, without code from a repository.
-- ``loading_errors``: what goes wrong while loading them, in one sentence.
+- ``loading_errors``: errors while loading them, each explained in one sentence.
+- ``cards``: model cards from templates.
 - ``fingerprints``, ``versions``, ``differences``: facts for records and for messages.
+- ``forks``: locks that still work in a forked process.
 
 Every other subpackage may import this one; it imports only :mod:`fusion_detox.errors`.
 """

@@ -23,7 +23,7 @@ class Markdown(str):
 
 
 def render_card(template: Path, **values: Any) -> str:
-    """The text of a model card; blank lines in a row become one."""
+    """The text of a model card; consecutive blank lines become one."""
     text = _ENVIRONMENT.from_string(template.read_text(encoding="utf-8")).render(values)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 

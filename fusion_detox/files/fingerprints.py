@@ -1,4 +1,4 @@
-"""Fingerprints that tell models apart, and names that do not reveal paths of the machine."""
+"""Fingerprints that tell models apart, and names that do not reveal local paths."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def model_fingerprint(*models: PreTrainedModel | None) -> str:
     """Hash loaded models: 12 hex digits of SHA-256.
 
     Reads names, shapes, dtypes and 64 evenly spaced values of at most 200 tensors. Training changes
-    all weights, so these suffice, and a large model is not read as a whole.
+    all weights, so a sample suffices, and a large model need not be read as a whole.
     """
     digest = hashlib.sha256()
     for model in models:

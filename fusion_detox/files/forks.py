@@ -1,4 +1,4 @@
-"""Renews locks after ``os.fork``: a child inherits those that other threads held forever."""
+"""Renews locks after ``os.fork``: one that another thread held would stay locked in the child."""
 
 from __future__ import annotations
 

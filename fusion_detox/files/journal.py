@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-# JSON allows these in strings, but many readers, str.splitlines among them, end a line there.
+# JSON allows these in strings, but many readers, such as str.splitlines, end a line there.
 _BREAKS = {ord(mark): f"\\u{ord(mark):04x}" for mark in "\x85\u2028\u2029"}
 
 

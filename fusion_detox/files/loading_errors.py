@@ -81,7 +81,7 @@ def explained(source: str, what: str, local_files_only: bool) -> Iterator[None]:
             if "safetensors" not in reason:
                 raise _unreachable(source, what, offline) from error
         if local and what == "model" and not any(Path(source).glob("*.safetensors")):
-            raise ModelError(f"{source} holds no *.safetensors. {_SAFETENSORS}") from error
+            raise ModelError(f"{source} holds no *.safetensors file. {_SAFETENSORS}") from error
         if "safetensors" in reason and isinstance(error, OSError):
             raise ModelError(f"{source} cannot be loaded: {reason}. {_SAFETENSORS}") from error
         raise ModelError(f"{source}: the {what} cannot be loaded: {_reason(error)}") from error
@@ -98,7 +98,7 @@ def check_positions(settings: Any, source: str) -> None:
         source: Where it comes from, for the message.
 
     Raises:
-        ModelError: The two disagree.
+        ModelError: The installed version would misread the positions.
     """
     written = getattr(settings, "rope_parameters", None)
     if not _is_version_4() or not isinstance(written, dict):
@@ -160,7 +160,7 @@ def _unreachable(source: str, what: str, offline: bool) -> ModelNotFoundError:
     if offline:
         return ModelNotFoundError(
             f"The {what} {source!r} was not found: it is neither a folder nor in the cache, and "
-            "HF_HUB_OFFLINE or local_files_only forbids to contact the hub. Download it with "
+            "HF_HUB_OFFLINE or local_files_only forbids contacting the hub. Download it with "
             f"`hf download {source}` on a machine with network access, or give a folder."
         )
     return ModelNotFoundError(

@@ -70,8 +70,8 @@ def load_target(
     )
     if tokenizer.vocab_size > logits_width(model):
         raise VocabularyError(
-            f"{name_or_path}: the tokenizer has {tokenizer.vocab_size} tokens, but the model's "
-            f"output only {logits_width(model)}. They belong to different models; use the folder "
+            f"{name_or_path}: the tokenizer has {tokenizer.vocab_size} tokens, but the model has "
+            f"only {logits_width(model)} logits. They belong to different models; use the folder "
             "that both were published in."
         )
     return model, tokenizer
@@ -146,7 +146,7 @@ def check_causal(settings: PretrainedConfig, source: str | os.PathLike[str]) -> 
     """Refuse the configuration of a model that is not a causal language model.
 
     Raises:
-        ModelError: It is an encoder's, an encoder-decoder's or not a language model's.
+        ModelError: It belongs to an encoder, an encoder-decoder, or no language model at all.
     """
     name, remedy = settings.model_type, "Give a causal language model such as GPT-2 or Llama."
     if getattr(settings, "is_encoder_decoder", False):
@@ -154,7 +154,9 @@ def check_causal(settings: PretrainedConfig, source: str | os.PathLike[str]) -> 
     # Encoders are also listed as causal, because they can be configured as decoders.
     masked = type(settings) in MODEL_FOR_MASKED_LM_MAPPING
     if masked and not getattr(settings, "is_decoder", False):
-        raise ModelError(f"{source} is an encoder ({name}), which sees text both ways. {remedy}")
+        raise ModelError(
+            f"{source} is an encoder ({name}), which reads text in both directions. {remedy}"
+        )
     if type(settings) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelError(f"{source} is not a causal language model ({name}). {remedy}")
 
@@ -167,7 +169,7 @@ def check_device(device: str | torch.device | None) -> torch.device:
     """
     try:
         place = torch.device("cpu" if device is None else device)
-        # A tensor's device has an index, so that "cuda" equals the device of tensors on it.
+        # Add the device's index, since tensors report their device with one.
         return torch.empty(0, device=place).device
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         present = ["cpu"] + [f"cuda:{index}" for index in range(torch.cuda.device_count())]
@@ -180,10 +182,10 @@ def check_device(device: str | torch.device | None) -> torch.device:
 
 
 def check_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """Return a floating point dtype, given itself or its name.
+    """Return a floating point dtype, given as such or by its name.
 
     Raises:
-        ConfigError: It is not one of the four dtypes that models are loaded in.
+        ConfigError: It is not one of the four dtypes that models can be loaded in.
     """
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     for known in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
@@ -236,8 +238,8 @@ _loud: tuple[int, bool] = (standard_logging.WARNING, True)
 def quiet_transformers() -> Iterator[None]:
     """Suppress the progress bars and reports of transformers while loading small models.
 
-    These settings are global. If several threads are inside, the first stores the settings and the
-    last restores them.
+    These settings are global. If several threads are inside, the first to enter stores the settings
+    and the last to leave restores them.
     """
     global _quiet_users, _loud
     logging: Any = transformers_logging
@@ -260,7 +262,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def make_portable(folder: Path) -> None:
-    """Make what transformers 5 wrote into a folder readable for version 4.57, and vice versa.
+    """Make a folder that transformers 5 wrote readable for version 4.57, and vice versa.
 
     Version 5 renamed the tokenizer class, turned an object into a list and moved ``rope_theta``.
     """
@@ -271,10 +273,10 @@ def make_portable(folder: Path) -> None:
             values["tokenizer_class"] = "PreTrainedTokenizerFast"
         if isinstance(values.get("extra_special_tokens"), list):
             values["additional_special_tokens"] = values.pop("extra_special_tokens")
-        for name in ("is_local", "local_files_only", "name_or_path"):  # of this machine only
+        for name in ("is_local", "local_files_only", "name_or_path"):  # specific to this machine
             values.pop(name, None)
         path.write_text(json.dumps(values, indent=2, ensure_ascii=False), encoding="utf-8")
-    # Version 4 repeats here what is in the file above.
+    # Version 4 repeats in this file what is in the one above.
     (folder / "special_tokens_map.json").unlink(missing_ok=True)
     path = folder / "config.json"
     if path.is_file():

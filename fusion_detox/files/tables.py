@@ -21,7 +21,7 @@ from fusion_detox.errors import DataError, DataFileError, MissingExtraError
 LINE = "line"
 """Field that holds the text if the file has no named fields."""
 SUFFIXES = (".txt", ".jsonl", ".ndjson", ".json", ".csv", ".tsv")
-"""Suffixes of the files that can be read, each also followed by ``.gz``."""
+"""Suffixes of the files that can be read; each may be followed by ``.gz``."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 _JSON = (".json", ".jsonl", ".ndjson")
@@ -57,8 +57,8 @@ def read_table(path: Path, *, as_lines: bool | None = None, raw: bytes | None = 
     """Read the rows of a file.
 
     Args:
-        path: The file. Its suffix tells the format; for other suffixes, the first line does: a JSON
-            object or text.
+        path: The file. Its suffix determines the format. For any other suffix, it is JSON Lines if
+            the first line is a JSON object, and text otherwise.
         as_lines: Whether each line that is not blank is a text; by default, the format decides.
         raw: The content, if it has already been read; ``path`` then only names it.
 
@@ -121,7 +121,7 @@ def read_text(path: Path, raw: bytes | None = None) -> tuple[str, str]:
             "file, for example with iconv -f latin1 -t utf-8"
         ) from error
     if not text.strip():
-        raise DataError(f"{path} is empty; give it some text")
+        raise DataError(f"{path} is empty; add some text")
     return text, sha256
 
 
@@ -236,7 +236,7 @@ def _separated_rows(text: str, path: Path, separator: str) -> Iterator[Row]:
             where = f"{path} line {reader.line_num}"
             if None in row or None in row.values():
                 raise DataError(
-                    f"{where} has another number of fields than the header "
+                    f"{where} has more or fewer fields than the header "
                     f"({', '.join(reader.fieldnames or ())}); quote fields that contain a separator"
                 )
             yield Row(dict(row), where)

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 def installed_versions(*packages: str) -> dict[str, str]:
-    """Return the versions of Python and of those of the packages that are installed."""
+    """Return the versions of Python and of the given packages, if they are installed."""
     found = {"python": platform.python_version()}
     for package in packages:
         try:

@@ -17,7 +17,7 @@ CalibratorObjective = Literal[
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
-    """Settings of ``train_calibrator``; the help of each field is that of the command line.
+    """Settings of ``train_calibrator``; the command line shows each field's help.
 
     If the learning rate is ``None``, it is 2e-3 from scratch and 5e-5 from a base model.
     """
@@ -54,11 +54,11 @@ class TrainingConfig:
         "tokens per training block, and the calibrator's context",
         8,
     )
-    vocabulary_size: int = setting(16_384, "Model", "vocabulary of a tokenizer from scratch", 300)
+    vocabulary_size: int = setting(16_384, "Model", "vocabulary size of a new tokenizer", 300)
     hidden_size: int = setting(256, "Model", "hidden size of a model from scratch", 8)
-    intermediate_size: int = setting(704, "Model", "size of its feed-forward layers", 8)
-    layers: int = setting(4, "Model", "number of its layers", 1)
-    heads: int = setting(4, "Model", "number of its attention heads", 1)
+    intermediate_size: int = setting(704, "Model", "feed-forward size of a model from scratch", 8)
+    layers: int = setting(4, "Model", "layers of a model from scratch", 1)
+    heads: int = setting(4, "Model", "attention heads of a model from scratch", 1)
     contrast_share: float | None = setting(
         None,
         "Data",
@@ -77,7 +77,7 @@ class TrainingConfig:
     save_dtype: SaveDtype = setting(  # noqa: RUF009 - it returns a field
         "float16", "Run", "dtype of the saved weights: float32, float16 or bfloat16"
     )
-    evaluate_every: int = setting(250, "Run", "steps between measurements on held-out text", 1)
+    evaluate_every: int = setting(250, "Run", "steps between evaluations on held-out text", 1)
     save_every: int = setting(200, "Run", "steps between checkpoints", 1)
     seed: int = setting(20261120, "Run", "random seed", 0)
     device: str | None = setting(None, "Run", "cpu or cuda (by default, cuda if available)")

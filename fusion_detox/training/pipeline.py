@@ -67,12 +67,12 @@ def train_calibrator(
 ) -> Calibrator:
     """Train a clean model and its reference, and save them as a calibrator.
 
-    A training from scratch first trains a tokenizer and a base model on ``general``. Then the model
-    forks: the reference continues with ``general`` (or ``reference_data``), the clean model with
-    ``clean``. Both take the same number of steps from the same weights, and text of both corpora
-    takes the same positions. Their difference is then the effect of non-toxic training (DExperts,
-    arXiv 2105.03023, where they are called expert and anti-expert; arXiv 2506.01266 trains the
-    clean model alone).
+    Training from scratch starts with a tokenizer and a base model, both trained on ``general``.
+    Then the model forks: the reference continues with ``general`` (or ``reference_data``), the
+    clean model with ``clean``. Both take the same number of steps from the same weights, and text
+    that is in both corpora takes the same positions. Their difference is then the effect of
+    non-toxic training (DExperts, arXiv 2105.03023, where they are called expert and anti-expert;
+    arXiv 2506.01266 trains the clean model alone).
 
     With a contrastive ``config.objective``, the clean model then learns from ``pairs`` which
     wordings of a sentence, or continuations of a prompt, to hold back (after arXiv 2401.08491). A
@@ -100,10 +100,11 @@ def train_calibrator(
         pairs: Paraphrase sets for a contrastive objective, as ``read_pairs`` reads them.
         config: Sizes, steps, objective and seed.
         contrast: Settings of the contrastive objective.
-        fusion: Recommended fusion settings to write into the card.
+        fusion: Fusion settings that the calibrator recommends; by default, those of
+            ``calibrator``, if given.
         name: Name on the card; by default, the folder's name.
         notes: Facts for the record and the card, such as ``{"language": "en", "data": [...]}``.
-        overwrite: Whether to replace an existing calibrator and discard unfinished work of other
+        overwrite: Whether to replace an existing calibrator and discard unfinished work with other
             settings.
         show_progress: Whether to show progress bars on standard error.
         command: The command line that was run, for the record.
@@ -113,7 +114,7 @@ def train_calibrator(
 
     Raises:
         DataError: The text is empty, malformed or too short.
-        TrainingError: The settings do not fit each other or unfinished work at ``output``.
+        TrainingError: The settings contradict each other or unfinished work at ``output``.
         MissingExtraError: ``accelerate`` is not installed.
         KeyboardInterrupt: The run was interrupted; the work so far is kept.
     """
@@ -144,13 +145,13 @@ def train_calibrator(
     )
     if output.exists() and not overwrite:
         raise TrainingError(
-            f"{output} exists already: choose another folder, or replace this one with --overwrite"
+            f"{output} already exists: choose another folder, or replace this one with --overwrite"
         )
     old = None if calibrator is None else Calibrator.from_pretrained(calibrator)
     if old is not None and old.context_length < config.context_length:
         raise TrainingError(
-            f"context_length {config.context_length} is more than the context of the calibrator "
-            f"{calibrator}, {old.context_length} tokens: reduce it with --context-length"
+            f"context_length {config.context_length} is more than {old.context_length}, the "
+            f"context_length of the calibrator {calibrator}: reduce it with --context-length"
         )
 
     state = PartialState(cpu=config.device == "cpu")

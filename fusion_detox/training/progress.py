@@ -1,4 +1,4 @@
-"""Progress bar, held-out measurements and interruption of a training."""
+"""Progress bar, held-out measurements and interruption of a training run."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ class ProgressCallback(TrainerCallback):
             write_whole(self.file, json.dumps(self.curve).encode())
 
     def resume(self, step: int) -> None:
-        """Load the curve of an earlier start, up to the step of its checkpoint."""
+        """Load the curve of an earlier run, up to the step of its checkpoint."""
         if self.file.exists():
             kept = json.loads(self.file.read_text(encoding="utf-8"))
             self.curve = [entry for entry in kept if entry["step"] <= step]

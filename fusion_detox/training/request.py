@@ -1,4 +1,4 @@
-"""Check the arguments of ``train_calibrator`` before any work."""
+"""Check the arguments of ``train_calibrator`` before training starts."""
 
 from __future__ import annotations
 
@@ -48,7 +48,10 @@ def check_sources(
     contrastive: bool,
     continues: bool,
 ) -> None:
-    """Refuse missing, useless or contradictory sources; ``continues`` from a calibrator or not."""
+    """Refuse missing, useless or contradictory sources.
+
+    ``continues`` tells whether training continues from a calibrator.
+    """
     if continues:
         if not contrastive:
             raise TrainingError(
@@ -64,7 +67,7 @@ def check_sources(
         if useless:
             raise TrainingError(
                 f"a calibrator has its own models and tokenizer, so {', '.join(useless)} cannot be "
-                "used with it; give text on which the model must not change with --clean"
+                "used with it; use --clean for text on which the model must not change"
             )
     else:
         if not has_clean and not contrastive:
@@ -78,7 +81,7 @@ def check_sources(
                 "--general, or a model with --base"
             )
         if base is not None and tokenizer is not None:
-            raise TrainingError("a base model has its own tokenizer: give one or the other")
+            raise TrainingError("a base model has its own tokenizer: give only one of the two")
     if conditions and not has_clean:
         raise TrainingError(
             f"the condition {conditions[0]} has no rows to select from: give text with --clean or "

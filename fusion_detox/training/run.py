@@ -51,7 +51,7 @@ class Run:
         config: Settings of the training.
         base: Model to start from; ``None`` for a model from scratch.
         tokenizer: Tokenizer of a model from scratch; one is trained by default.
-        work: Work folder, with a subfolder per stage; its ``done`` holds the finished model.
+        work: Work folder, with a subfolder per stage, whose ``done`` holds the finished model.
         world_size: Number of processes.
         is_main: Whether this is the main process.
         show_progress: Whether to show progress bars.
@@ -140,7 +140,7 @@ class Run:
             curve = train(model, self.work / title)
             if self.is_main:
                 write_whole(self.work / title / "curve.json", json.dumps(curve).encode())
-                model.config.use_cache = True  # Trainer turns it off
+                model.config.use_cache = True  # Trainer disables it
                 _save(model.cpu(), done)
                 for checkpoint in (self.work / title).glob("checkpoint-*"):
                     shutil.rmtree(checkpoint)
@@ -193,7 +193,7 @@ class Run:
         fork: bool,
         steps: int | None = None,
     ) -> Train:
-        """Language modelling for :meth:`stage`; ``blocks`` is called only if it trains."""
+        """Language modelling for :meth:`stage`; ``blocks`` is called only if the stage trains."""
         from_scratch = self.base is None
         rate = self.config.learning_rate or (2e-3 if from_scratch else 5e-5)
 

@@ -1,4 +1,4 @@
-"""One stage of training with ``transformers.Trainer``, from its newest checkpoint if it has one."""
+"""One stage of training with ``transformers.Trainer``, resuming from its newest checkpoint."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 class StageTrainer(Trainer):
     """``Trainer`` with autocast that keeps the logits in bfloat16.
 
-    ``TrainingArguments(bf16=True)`` converts them to float32, which takes a third of a step on a
-    CPU.
+    ``TrainingArguments(bf16=True)`` converts them to float32, which takes a third of the time per
+    step on a CPU.
     """
 
     precision: str = "float32"
@@ -54,7 +54,7 @@ def _loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None 
 
 
 class HeldOut:
-    """Held-out text to measure a model's bits per byte on.
+    """Held-out text for measuring a model's bits per byte.
 
     Args:
         blocks: The text.
@@ -88,7 +88,7 @@ class HeldOut:
 
 
 def common_arguments(folder: Path, config: TrainingConfig | FinetuneConfig) -> dict[str, Any]:
-    """The ``TrainingArguments`` that all trainings share."""
+    """The ``TrainingArguments`` that all training runs share."""
     return {
         "output_dir": str(folder),
         "use_cpu": config.device == "cpu" or not torch.cuda.is_available(),
@@ -130,7 +130,7 @@ def run_stage(
         held_out: Texts to measure bits per byte on, by name.
         config: Settings of the training.
         folder: Folder of the checkpoints.
-        steps: Optimizer steps.
+        steps: Optimiser steps.
         learning_rate: Peak learning rate.
         warmup_steps: Steps of linear warm-up, at most half of all.
         decay: Whether the learning rate then decays linearly to 0; otherwise it is constant.
@@ -179,7 +179,7 @@ def run_stage(
 def run_trainer(
     trainer: Trainer, callback: ProgressCallback, folder: Path, weights: str = "model.safetensors"
 ) -> None:
-    """Train, from the newest complete checkpoint if there is one.
+    """Train, resuming from the newest complete checkpoint if there is one.
 
     Args:
         trainer: The trainer.

@@ -1,7 +1,7 @@
 """Cut a model to its first layers, with its embeddings, final norm and head.
 
-The calibration model of arXiv 2506.01266 is made of the first three layers of a Llama model with
-7 billion parameters, and trained further.
+The calibration model of arXiv 2506.01266 consists of the first three layers of a Llama model with
+7 billion parameters and is trained further.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def truncate(model: PreTrainedModel, layers: int) -> PreTrainedModel:
 def base_and_layers(
     base: str | Path | None, init_from: str | Path | None, layers: int | None
 ) -> tuple[str | Path | None, int | None]:
-    """Check which model to start from and how many of its layers to keep, before any work.
+    """Check which model to start from, and how many layers to keep, before training starts.
 
     Args:
         base: A model to use as a whole, by folder or hub id.
@@ -100,7 +100,7 @@ def base_and_layers(
 
 
 def _check_count(config: PretrainedConfig, name: str, layers: int) -> int:
-    """Return the model's number of layers if there are enough."""
+    """Return the model's number of layers, after checking that there are enough."""
     count = getattr(config.get_text_config(), _COUNT, None)
     if not isinstance(count, int):
         raise ModelError(
@@ -109,8 +109,8 @@ def _check_count(config: PretrainedConfig, name: str, layers: int) -> int:
         )
     if not 1 <= layers <= count:
         raise TrainingError(
-            f"keep_layers must be at least 1 and at most {count}, the layers of {name}, but is "
-            f"{layers}"
+            f"keep_layers must be at least 1 and at most {count}, the number of layers of {name}, "
+            f"but is {layers}"
         )
     return count
 

@@ -1,5 +1,5 @@
 """Projecting a calibrator's distributions to a target's vocabulary, through the bytes of tokens.
 
-``calibrator`` and the rooms above it may import this package. It knows a calibrator only as
-``CalibratorLike``, the few attributes that it reads.
+``calibrator`` and everything above it may import this package. It accesses a calibrator only
+through ``CalibratorLike``, which declares the few attributes that it reads.
 """

@@ -15,7 +15,7 @@ from fusion_detox.vocabulary.token_table import ByteIndex, TokenTable
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Long target tokens together take at most this much of the calibrator token that they begin with.
+# Long target tokens together take at most this share of their first calibrator token's probability.
 _MAX_TAKEN = 0.999
 _FEW_NON_ASCII = 0.01
 
@@ -66,9 +66,9 @@ def build_static(
 def _long_tokens(
     calibrator: CalibratorLike, own: ByteIndex, target: ByteIndex, width: int
 ) -> tuple[list[int], list[tuple[int, ...]]]:
-    """Target tokens that take several calibrator tokens: places in byte order, and those tokens."""
+    """Target tokens that span several calibrator tokens: places in byte order, and those tokens."""
     non_ascii = sum(len(text) > 1 and not text.isascii() for text in own.ids)
-    # Longest match is as good, and faster, for scripts that the calibrator represents as bytes.
+    # For scripts that the calibrator represents as bytes, longest match is as good and faster.
     exactly = non_ascii > _FEW_NON_ASCII * len(own.ids)
     longer = [n for n, text in enumerate(target.sorted) if text not in own.ids]
     chosen = [n for n in longer if exactly or target.sorted[n].isascii()]
@@ -91,7 +91,7 @@ _Entries = tuple["array[int]", "array[int]", "array[float]"]
 
 
 class _Long(NamedTuple):
-    """Target tokens that take several calibrator tokens, in byte order."""
+    """Target tokens that span several calibrator tokens, in byte order."""
 
     places: list[int]  # in the target's sorted byte strings
     heads: list[int]  # first calibrator token of each
@@ -104,8 +104,8 @@ def _prefix_entries(
     """Entries of the "prefix" matrix: how much each calibrator token supports each target token.
 
     A calibrator token supports every target token that it starts with. The first calibrator token
-    of a longer target token supports it by the static factor. Target tokens of lengths in between
-    get the largest such factor, so that no token's mass exceeds that of one of its prefixes.
+    of a longer target token supports it with a weight, the static factor. Target tokens of lengths
+    in between get the largest such factor, so no token's mass exceeds that of any of its prefixes.
     """
     rows, columns, values = array("i"), array("i"), array("f")
     for j, text in enumerate(token_bytes):

@@ -46,7 +46,7 @@ def static_factors(
     paths: Sequence[tuple[int, ...]],
     subtrees: tuple[Tensor, Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Probability of all tokens of each path after its first, whatever the preceding text.
+    """Probability of each path's tokens after its first, whatever text precedes the path.
 
     It is a product over adjacent pairs of tokens. For the most important pairs, a token's
     probability comes from the clean model's distribution after BOS and the previous token; for all
@@ -87,7 +87,7 @@ def static_factors(
     limit = min(limit, int((importance > 0).sum()))
     chosen = importance.topk(limit).indices.sort().values
 
-    # Sort pairs by their first token, so that each batch of rows owns a slice of them.
+    # Sort pairs by their first token, so that each batch of rows serves one slice of them.
     pairs = torch.argsort(previous)
     sorted_previous = previous[pairs].contiguous()
     for at, distributions in _next_distributions(calibrator, chosen):

@@ -19,7 +19,7 @@ class Healing(NamedTuple):
 
     Attributes:
         tokens: ``(tokens,)`` calibrator ids.
-        following: ``(tokens,)`` the target token that comes next in each of them.
+        following: ``(tokens,)`` the next target token in each of them.
         owners: ``(pairs,)`` index into ``tokens``.
         prefixes: ``(pairs,)`` target ids that the rest of the owner starts with.
     """
@@ -90,8 +90,8 @@ class HealingTables:
         """The target token that begins after ``left`` bytes of calibrator token ``j``.
 
         ``None`` if the target's tokenisation of ``j`` has no boundary there: the target would not
-        have ended a token at that point, so the text cannot be on its way to ``j``. If the target
-        has no tokenisation of ``j``, the longest target token that fits.
+        have ended a token at that point, so the text cannot end inside ``j``. If the target has no
+        tokenisation of ``j``, it is the longest target token that fits.
         """
         begin, end = self._split_ptr[j : j + 2].tolist()
         if begin == end:

@@ -269,7 +269,7 @@ class VocabularyMap:
 
 
 def _agree(own: tuple[bytes | None, ...], target: tuple[bytes | None, ...]) -> bool:
-    """Whether both have the same bytes id for id, apart from trailing ids without bytes."""
+    """Whether both have the same bytes for every id, apart from trailing ids without bytes."""
     common = min(len(own), len(target))
     return own[:common] == target[:common] and not any(own[common:]) and not any(target[common:])
 
@@ -281,7 +281,7 @@ def _coverage(mapped: Tensor, tokenizer: PreTrainedTokenizerBase) -> float:
 
 
 def _key(calibrator: CalibratorLike, tokens: TokenTable, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A digest of all that a map depends on: vocabularies, their splits, and the static factors."""
+    """Digest of everything a map depends on: vocabularies, their splits, and the static factors."""
     parts: list[object] = [FORMAT_VERSION, calibrator.vocabulary_size, calibrator.bos_id]
     parts += [calibrator.tokens.fingerprint(), tokens.fingerprint(), model_digest(calibrator)]
     parts += [encode(calibrator.tokenizer, [ENGLISH]), encode(tokenizer, [ENGLISH])]

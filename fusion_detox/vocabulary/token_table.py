@@ -1,4 +1,4 @@
-"""The bytes of a tokenizer's tokens: by id, by bytes, and how it splits given bytes."""
+"""The bytes of a tokenizer's tokens, lookup of tokens by bytes, and splitting of given bytes."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class TokenTable:
         """Read the table from the tokenizer's definition, without calling ``decode``.
 
         Warns:
-            UserWarning: The tokenizer is a WordPiece tokenizer or of an unknown kind, which loses
+            UserWarning: The tokenizer is a WordPiece tokenizer or of an unknown kind, so it loses
                 too much of a text's spacing to be mapped exactly.
 
         Raises:

@@ -289,7 +289,9 @@ def test_unusable_targets_raise(
     config = BertConfig(vocab_size=len(other_tokenizer), intermediate_size=16, **settings)
     BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
     other_tokenizer.save_pretrained(tmp_path / "bert")
-    with pytest.raises(ModelError, match=r"is an encoder \(bert\), which sees text both ways"):
+    with pytest.raises(
+        ModelError, match=r"is an encoder \(bert\), which reads text in both directions"
+    ):
         align(calibrator, tmp_path / "bert")
     with pytest.raises(ModelNotFoundError, match="there is no such folder"):
         align(calibrator, tmp_path / "nowhere")
@@ -326,7 +328,7 @@ def test_divergence_raises(rotated: tuple[torch.Tensor, torch.Tensor]) -> None:
         ({"learning_rate": float("nan")}, "learning_rate must be a number above 0, but is nan"),
         ({"start": "random"}, "nothing would be learned: set epochs"),
         ({"negatives": 0}, "negatives must be a whole number of at least 1, but is 0"),
-        ({"epoch": 1}, "unknown alignment settings: epoch; known are embeddings, start"),
+        ({"epoch": 1}, "unknown alignment settings: epoch; the known ones are embeddings, start"),
     ],
 )
 def test_invalid_settings_raise(changes: dict[str, Any], message: str) -> None:

@@ -371,7 +371,7 @@ def wrong_target(kind: str, target: Path, place: Path, make_llama: Any, tokenize
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("encoder", [], "is an encoder (bert), which sees text both ways"),
+        ("encoder", [], "is an encoder (bert), which reads text in both directions"),
         ("embedding", [], "holds no tensor lm_head.weight"),
         ("width", ["--start", "identity"], "have width 32 and the target's have width 40"),
         ("nowhere", [], "there is no such folder"),

@@ -287,7 +287,9 @@ def test_load_target_of_the_wrong_kind(target, tmp_path):
     BertForMaskedLM(
         BertConfig(vocab_size=9, hidden_size=8, num_attention_heads=1, num_hidden_layers=1)
     ).save_pretrained(tmp_path / "bert")
-    with pytest.raises(ModelError, match=r"is an encoder \(bert\), which sees text both ways"):
+    with pytest.raises(
+        ModelError, match=r"is an encoder \(bert\), which reads text in both directions"
+    ):
         load_target_model(tmp_path / "bert", target)
     T5Config().save_pretrained(tmp_path / "t5")
     with pytest.raises(ModelError, match=r"is an encoder-decoder model \(t5\)"):
@@ -312,7 +314,9 @@ def test_bert_as_decoder_is_a_causal_model(target, tmp_path):
 
 def test_load_incomplete_target(target, make_gpt2, tmp_path):
     (target / "model.safetensors").rename(target / "pytorch_model.bin")
-    with pytest.raises(ModelError, match=r"holds no \*.safetensors. Only safetensors are read"):
+    with pytest.raises(
+        ModelError, match=r"holds no \*.safetensors file. Only safetensors are read"
+    ):
         load_target(target)
     (target / "pytorch_model.bin").rename(target / "model.safetensors")
     content = (target / "model.safetensors").read_bytes()
@@ -335,7 +339,7 @@ def test_load_target_without_its_head(target, make_gpt2):
 def test_load_target_with_another_models_tokenizer(target, other_tokenizer, make_gpt2):
     make_gpt2(400).save_pretrained(target)
     other_tokenizer.save_pretrained(target)
-    with pytest.raises(VocabularyError, match=r"tokens, but the model's output only 400"):
+    with pytest.raises(VocabularyError, match=r"tokens, but the model has only 400 logits"):
         load_target(target)
 
 

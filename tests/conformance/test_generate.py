@@ -133,7 +133,7 @@ def test_assistant_of_another_vocabulary(cases, make_llama, smaller, caplog):
     if smaller:
         assert case.generate(processor=plain, **options).tolist() == wanted
     else:
-        with pytest.raises(VocabularyError, match="give assistant_tokenizer too"):
+        with pytest.raises(VocabularyError, match="pass assistant_tokenizer too"):
             case.generate(processor=plain, **options)
 
 

@@ -274,7 +274,7 @@ def test_models_with_positions_by_column_run_texts_of_one_length_at_a_time():
 
 def test_models_whose_results_depend_on_the_cache_are_refused():
     config = tiny_config()
-    with pytest.raises(ModelError, match="gives other numbers than without"):
+    with pytest.raises(ModelError, match="results with and without a cache differ"):
         GenericDecoder([Stateful(config).eval()], COLUMNS, CPU)
     with pytest.raises(ModelError, match=r"plain key-value cache \(AttributeError: no such state"):
         GenericDecoder([Failing(config).eval()], COLUMNS, CPU)

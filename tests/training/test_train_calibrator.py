@@ -211,7 +211,7 @@ def test_wrong_requests(trained: Path, corpus: Path, tmp_path: Path) -> None:
     both: dict[str, Any] = {"general": [corpus], "clean_where": ["toxic=false"]}
     fails(TrainingError, "there is no clean text", general=[corpus])
     fails(TrainingError, "general text is needed", clean=[corpus])
-    fails(TrainingError, "exists already", output=trained, **both)
+    fails(TrainingError, "already exists", output=trained, **both)
     fails(DataError, "all 150 general documents are clean", general=[corpus], clean=[corpus])
     fails(DataError, "has no column 'label'", general=[corpus], clean_where=["label=x"])
     fails(

@@ -192,11 +192,11 @@ def test_resumes_only_with_the_same_layers(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--init-from", "{base}", "--keep-layers", "6"], "at most 5, the layers of"),
+        (["--init-from", "{base}", "--keep-layers", "6"], "at most 5, the number of layers of"),
         (["--init-from", "{base}", "--base", "{base}"], "exclude each other"),
         (["--keep-layers", "2"], "no model is given to take layers from"),
-        (["--init-from", "{bert}"], "is an encoder (bert), which sees text both ways"),
-        (["--init-from", "{pickled}"], "holds no *.safetensors. Only safetensors are read"),
+        (["--init-from", "{bert}"], "is an encoder (bert), which reads text in both directions"),
+        (["--init-from", "{pickled}"], "holds no *.safetensors file. Only safetensors are read"),
         (["--init-from", "nowhere/at all"], "there is no such folder"),
         (["--init-from", "{base}", "--tokenizer", "x"], "a base model has its own tokenizer"),
     ],

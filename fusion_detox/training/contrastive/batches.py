@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 Row = tuple[list[int], int]
-"""Token ids including BOS, and how many leading tokens (BOS and prompt) do not count."""
+"""Token ids including BOS, and the number of leading tokens (BOS, prompt) that do not count."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ def check_sets(sets: Sequence[ParaphraseSet]) -> None:
         both = {fold(text) for text in one.positives} & {fold(text) for text in one.negatives}
         if both:
             raise DataError(
-                f"the anchor {_short(one.anchor)} has {_short(min(both))} as a positive and as a "
+                f"the anchor {_short(one.anchor)} has {_short(min(both))} as both a positive and a "
                 "negative: remove it from one of them"
             )
 
@@ -80,15 +80,15 @@ def encode_sets(
     bos_id: int,
     context_length: int,
 ) -> list[EncodedSet]:
-    """Tokenize all wordings as at decoding, with BOS first, and truncate those that are too long.
+    """Tokenise all wordings as when decoding, BOS first, and truncate those that are too long.
 
     Prompt tokens do not count; a token that straddles the end of the prompt counts. A row that is
-    too long loses tokens from the start of its prompt, equally many for all wordings of a set, and
+    too long loses tokens from the start of its prompt (equally many for all wordings of a set) and
     from the end of the wording. The wording keeps at least half of the context. A warning says how
     many wordings were truncated.
 
     Raises:
-        DataError: A wording has no token.
+        DataError: A wording has no token after its prompt.
     """
     documents = [
         Document(text, one.prompt) for one in sets for text in (*one.positives, *one.negatives)
@@ -102,7 +102,7 @@ def encode_sets(
         kept = []
         for (ids, skipped), text in zip(own, (*one.positives, *one.negatives), strict=True):
             if skipped == len(ids):
-                raise DataError(f"{_short(text)} has no token of its own: remove it")
+                raise DataError(f"{_short(text)} has no token after its prompt: remove it")
             removed = max(skipped - room, 0)
             short = [bos_id, *ids[removed : removed + body]]
             cut += len(short) <= len(ids)
@@ -163,7 +163,7 @@ class AnchorDraws(Dataset[Drawn]):
     Args:
         sets: The anchors.
         count: Length of the data set.
-        positives: |P|, the positives drawn per anchor, or all if an anchor has fewer.
+        positives: |P|, the number of positives drawn per anchor; all if it has fewer.
         negatives: |N|, likewise.
         general: Blocks of general text; one accompanies each anchor.
         seed: Seed of the order and the draws.

@@ -48,7 +48,7 @@ class HeldOutAnchors:
 
     @torch.no_grad()
     def __call__(self, model: Any) -> Measures:
-        """Rounded measures by name; those without any text to measure are left out."""
+        """Rounded measures by name; those for which there is no text are left out."""
         training = model.training
         model.eval()
         try:
@@ -78,7 +78,7 @@ class HeldOutAnchors:
         }
 
     def _batches(self) -> Iterator[tuple[int, list[EncodedSet]]]:
-        """Anchors with few rows in total, each batch with the number of its first anchor."""
+        """Batches of anchors, with few rows each, and the number of each batch's first anchor."""
         first, part, rows = 0, list[EncodedSet](), 0
         for number, one in enumerate(self._sets):
             size = len(one.positives) + len(one.negatives)
@@ -163,7 +163,7 @@ def drift(nats: float, base_nats: float, kl: float, *, tokens: int, size: int) -
 
     Args:
         nats: Summed negative log-likelihood of the model.
-        base_nats: The same of the base model.
+        base_nats: The same for the base model.
         kl: Summed KL divergence, in nats.
         tokens: Number of tokens.
         size: Number of bytes.

@@ -201,7 +201,7 @@ class ContrastStage:
         self._kl_anchor_text = blocks(text.kl_anchor_text, count) if kl_weight else None
         if kl_weight and self._kl_anchor_text is None:
             logger.warning(
-                "there is no clean or general text, so nothing keeps the model unchanged on "
+                "there is no clean or general text, so nothing keeps the model from changing on "
                 "harmless text: give some with --clean"
             )
         self.weights = {

@@ -26,7 +26,7 @@ Item = TypeVar("Item")
 
 
 class Blocks(Dataset[dict[str, Tensor]]):
-    """Rows of token ids, each of which begins with BOS, as every window does at decoding.
+    """Rows of token ids, each starting with BOS, as every window does when decoding.
 
     Attributes:
         ids: ``(blocks, length)`` token ids.
@@ -58,10 +58,10 @@ class Blocks(Dataset[dict[str, Tensor]]):
 def tokenize(
     tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]
 ) -> list[tuple[list[int], int]]:
-    """Return the token ids of each document, and how many of the first belong to its prompt.
+    """Return each document's token ids, and how many leading ones belong to its prompt.
 
-    Prompt and completion are tokenized as one text, as at decoding. A token that spans both counts
-    as completion.
+    Prompt and completion are tokenised as one text, as when decoding. A token that spans both
+    counts as completion.
     """
     rows: list[tuple[list[int], int]] = []
     for start in range(0, len(documents), 2000):
@@ -136,9 +136,10 @@ def paired_streams(
 ) -> Streams:
     """Build two training streams that differ only where the two corpora differ.
 
-    Text of both corpora is packed once and takes the same positions in both streams. The noise of
-    training on it is then the same in both models and cancels in their difference. If a block is
-    text of the reference's corpus only, the clean model sees clean text of the same domain instead.
+    Text that is in both corpora is packed once and takes the same positions in both streams. The
+    noise of training on it is then the same in both models and cancels in their difference. If a
+    block holds text that only the reference's corpus has, the clean model sees clean text of the
+    same domain instead.
 
     Args:
         tokenizer: The calibrator's tokenizer.
@@ -147,8 +148,8 @@ def paired_streams(
         clean: Documents of the clean corpus.
         blocks: Blocks per stream.
         length: Tokens per block.
-        contrast_share: Share of the reference's blocks that only it sees; by default the share in
-            the corpora.
+        contrast_share: Share of the reference's blocks that only it sees; by default, their share
+            of the corpora.
         seed: Seed of the order.
     """
     clean_keys = {document.key for document in clean}
@@ -210,7 +211,7 @@ def concatenate(parts: Sequence[Blocks]) -> Blocks:
 
 
 def _draw(rng: random.Random, pool: Sequence[Item], count: int) -> list[Item]:
-    """Draw ``count`` members in random order, each about equally often."""
+    """Draw ``count`` members in random order, all about equally often."""
     drawn: list[Item] = []
     while len(drawn) < count and pool:
         drawn += rng.sample(pool, min(len(pool), count - len(drawn)))

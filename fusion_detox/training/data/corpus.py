@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A text to learn; if it has a prompt, only what follows the prompt is learned."""
+    """A text to learn; if it has a prompt, only the text after the prompt is learned."""
 
     text: str
     prompt: str = ""
@@ -79,7 +79,7 @@ class Condition:
         """
         column, equals, values = text.partition("=")
         if not equals or not column.strip() or not values.strip():
-            raise ConfigError(f"a condition looks like label=neutral,neither, not {text!r}")
+            raise ConfigError(f"a condition must look like label=neutral,neither, but is {text!r}")
         return cls(column.strip(), tuple(v.strip().lower() for v in values.split(",")))
 
     def holds(self, row: dict[str, Any], where: str) -> bool:
@@ -108,7 +108,7 @@ def read_documents(
             ``.json``, ``.csv``, ``.tsv``, each also followed by ``.gz``), folders of such files, or
             hub ids ``org/name`` or ``org/name:split``.
         columns: The fields that hold the text.
-        conditions: Rows count only if all conditions hold.
+        conditions: A row counts only if all conditions hold.
 
     Raises:
         DataFileError: A file does not exist or cannot be read.
@@ -194,7 +194,7 @@ def _file_rows(path: Path) -> Iterator[Row]:
     suffix = data_suffix(path)
     if suffix not in SUFFIXES:
         raise DataFileError(
-            f"{path}: unknown kind of file {suffix!r}; known are {', '.join(SUFFIXES)} (or .gz)"
+            f"{path}: unknown kind of file {suffix!r}; use one of {', '.join(SUFFIXES)} (or .gz)"
         )
     if suffix == ".txt":
         paragraphs = re.split(r"\n\s*\n", read_text(path)[0])

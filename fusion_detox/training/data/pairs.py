@@ -79,7 +79,7 @@ def read_pairs(sources: Sequence[str | Path]) -> list[ParaphraseSet]:
     - ``chosen``, ``rejected``: HH-RLHF; the shared dialogue becomes the prompt and the chosen
       answer the anchor.
 
-    A text is read as a list of one. Duplicates on one side are removed.
+    A single text counts as a list of one. Duplicates on one side are removed.
 
     Args:
         sources: Files (``.jsonl``, ``.ndjson``, ``.json``, ``.csv``, ``.tsv``, each also followed
@@ -116,7 +116,7 @@ def _report(source: str | Path, count: int, flawed: Sequence[str]) -> None:
         reason = f": all {len(flawed)} rows are unusable, such as {shown}" if flawed else ""
         raise DataError(f"{source} holds no paraphrase set{reason}; choose another source")
     if flawed:
-        logger.warning("%s: %d unusable rows were left out: %s", source, len(flawed), shown)
+        logger.warning("%s: %d unusable rows were skipped: %s", source, len(flawed), shown)
     logger.info("%s: %d paraphrase sets", source, count)
 
 
@@ -148,7 +148,7 @@ def _own(row: Mapping[str, Any], where: str) -> ParaphraseSet:
     folded = set(map(fold, negatives))
     if both := next((text for text in positives if fold(text) in folded), None):
         raise DataError(
-            f"{where}: {_shown(both)} is a positive and a negative at once (ignoring white space); "
+            f"{where}: {_shown(both)} is both a positive and a negative (ignoring white space); "
             "remove it from one side"
         )
     provenance = row.get("provenance") or {}

@@ -18,7 +18,7 @@ Item = TypeVar("Item", bound=Keyed)
 
 
 def split(items: Sequence[Item], share: float) -> tuple[list[Item], list[Item]]:
-    """Split into training items and about ``share`` of held-out items.
+    """Split into training and held-out items; about a fraction ``share`` is held out.
 
     Equal items are never on both sides. If all items would be held out, none is.
     """

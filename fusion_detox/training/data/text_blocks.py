@@ -1,4 +1,4 @@
-"""The blocks of each stage of language modelling, and those held out."""
+"""Blocks of text for each stage of language modelling, and held-out blocks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Splits = dict[str, tuple[list[Document], list[Document]]]
 def split_documents(
     documents: list[Document], share: float
 ) -> tuple[list[Document], list[Document]]:
-    """Split into training and held-out documents, at most 1,500 of the latter."""
+    """Split into training documents and at most 1,500 held-out documents."""
     train, held = split(documents, share)
     return train, held[:1500]
 
@@ -43,7 +43,7 @@ def held_out(
     length: int,
     byte_lengths: list[int],
 ) -> HeldOut:
-    """Text to measure bits per byte on: at most 200 blocks."""
+    """At most 200 blocks of text for measuring bits per byte."""
     blocks = pack(tokenize(tokenizer, documents), bos_id, length)
     return HeldOut(blocks.take(range(min(len(blocks), 200))), byte_lengths)
 
@@ -100,7 +100,7 @@ def kl_anchor_blocks(
     count: int,
     config: TrainingConfig,
 ) -> Blocks | None:
-    """About ``count`` blocks at most, equally many per domain; ``None`` without documents."""
+    """At most about ``count`` blocks, equally many per domain; ``None`` without documents."""
     domains: dict[str, list[Document]] = defaultdict(list)
     for document in documents:
         domains[document.domain].append(document)

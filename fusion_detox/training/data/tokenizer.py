@@ -1,4 +1,4 @@
-"""Train a byte-level BPE tokenizer without normalizer and without prefix space."""
+"""Train a byte-level BPE tokenizer without a normalizer or a prefix space."""
 
 from __future__ import annotations
 

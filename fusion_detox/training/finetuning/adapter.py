@@ -36,10 +36,10 @@ ADAPTER_WEIGHTS, _ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    """Refuse to overwrite anything but an adapter or an empty folder, and that only on request.
+    """Allow overwriting only an adapter or an empty folder, and only if ``overwrite`` is true.
 
     Raises:
-        TrainingError: ``output`` exists, and either ``overwrite`` is false or it is no adapter.
+        TrainingError: ``output`` exists, and either ``overwrite`` is false or it is not an adapter.
     """
     if not output.exists():
         return
@@ -171,7 +171,7 @@ def write_adapter(
     try:
         with replacing_folder(output) as folder:
             with quiet_transformers():
-                # peft would ask the hub whether the embeddings changed; they are not trained.
+                # Otherwise peft asks the hub whether the embeddings changed; they are not trained.
                 model.save_pretrained(
                     folder, selected_adapters=["default"], save_embedding_layers=False
                 )
@@ -185,8 +185,8 @@ def write_adapter(
                 path.chmod((folder / "README.md").stat().st_mode)
     except OSError as error:
         raise DataFileError(
-            f"{output} cannot be written: {error.strerror or error}. The training is kept in "
-            f"{output.name}.training; free some space and run the same command again."
+            f"{output} cannot be written: {error.strerror or error}. The trained model is "
+            f"kept in {output.name}.training; free some space, then rerun to resume."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Settings of ``finetune``, from which the command line's options are made."""
+"""Settings of ``finetune``; they define the command line's options."""
 
 from __future__ import annotations
 

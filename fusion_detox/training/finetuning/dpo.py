@@ -63,7 +63,7 @@ def dpo_trainer(
 
     Raises:
         TrainingError: The tokenizer has no EOS token.
-        DataError: Fewer pairs than a batch fit into the context.
+        DataError: Too few pairs to fill a batch fit into the context.
     """
     import datasets
     from trl import DPOConfig, DPOTrainer  # type: ignore[attr-defined]  # lazy export

@@ -131,7 +131,7 @@ def finetune(
     if config.objective != "dpo":
         contrast.check_teaches(config.objective)
     work = output.with_name(output.name + ".training")
-    # The adapter must find a base model in a folder from anywhere.
+    # An absolute path, so that the adapter finds its base model from any working directory.
     folder = Path(model).expanduser()
     base = str(folder.resolve()) if folder.is_dir() else str(model)
     text = _read(pairs, general, columns or Columns(), config.held_out)
@@ -251,7 +251,7 @@ def _processes(config: FinetuneConfig) -> Any:
 
 
 def _read(pairs: Sources, general: Sources, columns: Columns, held_out: float) -> ContrastText:
-    """Read all text, and split it by content so that no text is on both sides."""
+    """Read all text, and split it by content, so no text is on both sides."""
     sets = list({one.key: one for one in read_pairs(pairs)}.values())
     check_sets(sets)
     documents = read_documents(general, columns) if general else []
@@ -259,7 +259,7 @@ def _read(pairs: Sources, general: Sources, columns: Columns, held_out: float) -
 
 
 def _fingerprint(settings: dict[str, Any], text: ContrastText) -> str:
-    """Hash of everything that decides the result."""
+    """Hash of everything that determines the result."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for items in (text.sets, text.held_sets, text.kl_anchor_text, text.held_kl_anchor_text):
         for item in items:

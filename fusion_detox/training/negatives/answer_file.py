@@ -23,8 +23,8 @@ class AnswerFolder:
 
     ``answers.jsonl`` contains one row per request: ``{"sentence", "side", "sample", "answer",
     "finish", "tokens"}``, or ``"failure"`` with the reason instead of the answer. The next run
-    sends a failed request again, and the later row counts. ``run.json`` contains the sentences and
-    the settings that influence an answer.
+    sends a failed request again; its later row replaces the earlier one. ``run.json`` contains the
+    sentences and the settings that influence an answer.
 
     Args:
         out: The file of pairs; its folder must exist.
@@ -47,10 +47,10 @@ class AnswerFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps other processes out.
+        """Locks the folder against other processes.
 
         Raises:
-            DataFileError: Another process writes the same output, or the folder cannot be created.
+            DataFileError: Another process is writing the output, or the folder cannot be created.
         """
         lock = FileLock(self.folder / "lock", timeout=0)
         try:
@@ -109,13 +109,13 @@ class AnswerFolder:
                 )
                 raise DataError(
                     f"the answers in {self.folder} were requested with other settings "
-                    f"({changes}); choose another output, or --overwrite to delete them"
+                    f"({changes}); choose another output, or use --overwrite to delete them"
                 )
             self.read()
         elif self.out.exists() or self.answers_path.exists():
             raise DataFileError(
                 f"{self.out} exists, but {self._run_path}, which this command writes, does not; "
-                "choose another output, or --overwrite to replace it"
+                "choose another output, or use --overwrite to replace it"
             )
 
     def begin(self, settings: Mapping[str, Any]) -> None:
@@ -150,7 +150,7 @@ class AnswerFolder:
     def missing(self, requests: Sequence[Request]) -> list[Request]:
         """The requests without an answer: first those never sent, then those that failed.
 
-        In another order, a service that always rejects some would seem to reject all.
+        In any other order, a service that always rejects some would seem to reject all.
         """
         missing = [one for one in requests if "answer" not in self._rows.get(one.key, {})]
         return sorted(missing, key=lambda one: one.key in self._rows)
@@ -188,7 +188,7 @@ class AnswerFolder:
 
     def _damaged(self, path: Path, reason: str) -> DataError:
         return DataError(
-            f"{path} is damaged: {reason}; repair it, or --overwrite to delete all answers"
+            f"{path} is damaged: {reason}; repair it, or use --overwrite to delete all answers"
         )
 
 

@@ -22,48 +22,48 @@ class NegativesConfig:
     Temperature, top-k and length are those of the authors' code for arXiv 2401.08491.
     """
 
-    negatives: int = setting(8, "Asking", "toxic paraphrases to request per sentence", 1, 1000)
+    negatives: int = setting(8, "Requests", "toxic paraphrases to request per sentence", 1, 1000)
     positives: int = setting(
         5,
-        "Asking",
+        "Requests",
         "neutral paraphrases to request per sentence; with 0, only the sentence itself is used",
         0,
         1000,
     )
-    temperature: float = setting(1.0, "Asking", "sampling temperature", 0.01, 10)
-    top_p: float = setting(0.95, "Asking", "probability mass to sample from", 0.01, 1)
+    temperature: float = setting(1.0, "Requests", "sampling temperature", 0.01, 10)
+    top_p: float = setting(0.95, "Requests", "probability mass to sample from", 0.01, 1)
     top_k: int = setting(
-        25, "Asking", "number of tokens to sample from, 0 for all; local models only", 0
+        25, "Requests", "number of tokens to sample from, 0 for all; local models only", 0
     )
-    max_new_tokens: int = setting(150, "Asking", "maximum length of an answer in tokens", 1)
+    max_new_tokens: int = setting(150, "Requests", "maximum tokens per answer", 1)
     seed: int = setting(
-        0, "Asking", "random seed; each request derives its own from it, its sentence and number", 0
+        0, "Requests", "random seed; each request's seed also depends on its sentence and number", 0
     )
-    toxic_from: float = setting(0.5, "Keeping", "minimum toxicity score of a negative", 0, 1)
-    clean_to: float = setting(0.3, "Keeping", "maximum toxicity score of a positive", 0, 1)
+    toxic_from: float = setting(0.5, "Thresholds", "minimum toxicity score of a negative", 0, 1)
+    clean_to: float = setting(0.3, "Thresholds", "maximum toxicity score of a positive", 0, 1)
     min_similarity: float | None = setting(
         0.5,
-        "Keeping",
+        "Thresholds",
         "minimum cosine similarity to the sentence's embedding; none disables this filter",
         -1,
         1,
     )
     max_length_ratio: float | None = setting(
         2.5,
-        "Keeping",
-        "maximum ratio of the two lengths, paraphrase and sentence; none disables this filter",
+        "Thresholds",
+        "maximum ratio between the lengths of paraphrase and sentence; none disables this filter",
         1,
     )
     max_nll_gap: float | None = setting(
         0.5,
-        "Keeping",
+        "Thresholds",
         "maximum difference from the sentence's negative log-likelihood in nats per byte, under "
         "--closeness-model; none disables this filter",
         0,
         aliases=("--max-closeness",),
     )
-    min_positives: int = setting(1, "Keeping", "omit sentences with fewer positives", 1)
-    min_negatives: int = setting(1, "Keeping", "omit sentences with fewer negatives", 1)
+    min_positives: int = setting(1, "Thresholds", "omit sentences with fewer positives", 1)
+    min_negatives: int = setting(1, "Thresholds", "omit sentences with fewer negatives", 1)
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -85,14 +85,16 @@ class NegativesConfig:
                 )
 
     def sampling(self) -> dict[str, Any]:
-        """The settings that influence an answer, without the number of answers."""
+        """The settings that influence an individual answer."""
         names = ("temperature", "top_p", "top_k", "max_new_tokens", "seed")
         return {name: getattr(self, name) for name in names}
 
     def thresholds(self) -> dict[str, Any]:
         """The settings of the filters, under the names that files use."""
         fields = dataclasses.fields(self)
-        kept = {f.name: getattr(self, f.name) for f in fields if f.metadata["group"] == "Keeping"}
+        kept = {
+            f.name: getattr(self, f.name) for f in fields if f.metadata["group"] == "Thresholds"
+        }
         kept["max_closeness"] = kept.pop("max_nll_gap")
         return kept
 

@@ -1,4 +1,4 @@
-"""Answers from any service with OpenAI's chat completions: a provider, vLLM, llama.cpp.
+"""Answers from any service with OpenAI's chat completions API: a provider, vLLM, llama.cpp.
 
 This is ``urllib`` rather than ``huggingface_hub.InferenceClient``, because that client follows
 redirects, reads bodies of any size, and restarts its timeout with every byte received.
@@ -50,13 +50,13 @@ _Result = TypeVar("_Result")
 class EndpointWriter:
     """Sends requests to a service's ``/v1/chat/completions``.
 
-    Timeouts, lost connections, answers that are empty or not JSON, and the statuses 408, 409, 425,
-    429 and 5xx are retried. Each wait is twice as long as the previous one, and at least as long
+    Retries timeouts, lost connections, answers that are empty or not JSON, and the statuses 408,
+    409, 425, 429 and 5xx. Each wait is twice as long as the previous one, and at least as long
     as ``Retry-After``. A request fails after the last retry, or if the service rejects it (400,
     413, 422); the others continue. The run ends after five requests in a row without an answer.
 
     Args:
-        url: The address of the server, of its ``/v1``, or in full.
+        url: The address of the server, of its ``/v1``, or of the endpoint itself.
         model: The model's name there.
         key_variable: Environment variable that contains the key; ``None`` sends no key.
         parallel: Number of concurrent requests.
@@ -110,7 +110,7 @@ class EndpointWriter:
     def answer(
         self, requests: Sequence[Request], config: NegativesConfig, prompts: PromptTexts, keep: Keep
     ) -> None:
-        """Answers requests in the order in which answers arrive; see ``Writer``.
+        """Sends requests, and keeps answers as they arrive; see ``Writer``.
 
         Raises:
             EndpointError: The service rejects the key, the model or the address, rejects every
@@ -188,7 +188,7 @@ class EndpointWriter:
             raise _RetryableError(self._hide(f"the answer cannot be parsed ({text})")) from None
 
     def _read(self, response: Any, size: int, deadline: float) -> bytes:
-        """At most ``size`` bytes of the body; the socket's timeout restarts with every byte."""
+        """Reads at most ``size`` bytes by a deadline; every byte restarts the socket's timeout."""
         parts = list[bytes]()
         while size > 0 and (part := response.read1(min(size, 1 << 16))):
             parts.append(part)
@@ -290,11 +290,11 @@ def in_parallel(
     interpreter itself does not exit before they finish.
 
     Args:
-        do: Gets an item, and an event that tells it to return early. If ``do`` sets the event, no
-            new item is started. It returns ``None`` if it has no result.
+        do: Called with an item, and an event that tells it to return early. If ``do`` sets the
+            event, no new item is started. It returns ``None`` if it has no result.
         items: Taken one by one.
-        keep: Gets each result, one at a time. The worker threads call it, because Ctrl-C could
-            interrupt the main thread in the middle of a write.
+        keep: Called with each result, one at a time. The worker threads call it, because Ctrl-C
+            could interrupt the main thread in the middle of a write.
         threads: Number of threads.
         drain_seconds: How long to wait for items in progress.
     """
@@ -374,7 +374,7 @@ def _full_address(url: str) -> tuple[str, bool]:
     if parts.username or parts.password:
         raise ConfigError(
             "the endpoint's address contains a user name or password, which would appear in "
-            "records; put a key into an environment variable instead"
+            "records; put the key into an environment variable instead"
         )
     path = parts.path.rstrip("/")
     if not path.endswith("/chat/completions"):

@@ -51,9 +51,9 @@ _Sides = dict[str, list[_Candidate]]
 class Filters:
     """Turns answers into paraphrase sets, and counts what is dropped and why.
 
-    A paraphrase counts for the first filter that it fails. A duplicate is equal to an earlier text
-    of its side, in any set, if case and punctuation are ignored. A negative may have nearly the
-    words of its sentence, because that makes it hard.
+    A paraphrase is counted under the first filter that it fails. A duplicate equals an earlier text
+    of its side, in any set, apart from case and punctuation. A negative may share nearly all its
+    words with its sentence; such a negative is hard.
 
     Args:
         config: The thresholds.
@@ -166,7 +166,7 @@ class Filters:
         return kept
 
     def _reason(self, side: str, one: _Candidate, anchor: _Candidate) -> str:
-        """Why a paraphrase is dropped for its scores; empty if it is not. nan fails a filter."""
+        """Why a paraphrase's scores exclude it; empty if they do not. nan fails a filter."""
         config, similarity, nll = self._config, one.similarity, one.nll_per_byte
         minimum, max_gap = config.min_similarity, config.max_nll_gap
         if similarity is not None and minimum is not None and not similarity >= minimum:

@@ -23,7 +23,7 @@ NllPerByte = Callable[[Sequence[str]], Sequence[float]]
 
 @dataclasses.dataclass(frozen=True)
 class Judges:
-    """The models that the filters compare with their thresholds.
+    """The models whose scores the filters compare with their thresholds.
 
     Attributes:
         scorer: Toxicity: a name in ``fusion_detox.scoring.SCORERS``, or a scorer.

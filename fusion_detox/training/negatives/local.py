@@ -32,8 +32,8 @@ class LocalWriter:
     Args:
         model: A folder or a hub id.
         revision: Branch, tag or commit of a hub model.
-        device: Such as ``"cuda:1"``; by default CUDA if available, else the CPU.
-        dtype: Of the weights, such as ``"bfloat16"``; that of the files by default.
+        device: Device, such as ``"cuda:1"``; by default, CUDA if available, else the CPU.
+        dtype: Dtype of the weights, such as ``"bfloat16"``; by default, that of the files.
         batch_size: Requests per batch.
         local_files_only: Never contact the hub.
 
@@ -127,7 +127,7 @@ class LocalWriter:
         except Exception as error:  # a template can raise any exception
             raise ModelError(
                 f"the chat template of {self.name} failed: {error}; if it does not support a "
-                "system message, remove yours"
+                "system message, leave `system` empty in the prompts"
             ) from error
         return str(framed)
 

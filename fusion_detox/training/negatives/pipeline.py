@@ -1,4 +1,4 @@
-"""The entry of hard-negative generation: requests answers, stores them, filters them."""
+"""Entry point of hard-negative generation: requests answers, stores them, filters them."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def make_negatives(
 
     Args:
         sentences: The sentences to paraphrase; repetitions are ignored. With ``refilter``,
-            ``None`` stands for those of the earlier run.
+            ``None`` means those of the earlier run.
         out: File of ``ParaphraseSet`` rows for ``read_pairs``.
         writer: An ``EndpointWriter``, a ``LocalWriter``, or a local model's folder or hub id; not
             needed with ``refilter``.
@@ -74,7 +74,7 @@ def make_negatives(
         progress: Called as the work proceeds.
 
     Returns:
-        What was requested, kept and dropped. If the endpoint failed half-way, ``stopped`` states
+        What was requested, kept and dropped. If the endpoint failed partway, ``stopped`` states
         the reason, and ``out`` contains the sets of the answers received by then.
 
     Raises:
@@ -256,7 +256,7 @@ class _Run:
 def _checked(sentences: object) -> list[str]:
     """The distinct sentences, without surrounding white space."""
     if not isinstance(sentences, (list, tuple)):
-        raise DataError(f"sentences must be a list of strings, but is {sentences!r:.60}")
+        raise DataError(f"sentences must be a list of strings, but are {sentences!r:.60}")
     found: dict[str, str] = {}
     for number, sentence in enumerate(sentences):
         if not isinstance(sentence, str) or not sentence.strip():

@@ -1,4 +1,4 @@
-"""What a run is expected to cost, and what became of its requests."""
+"""A run's expected cost, and the outcome of its requests."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Estimate:
         prompt_tokens: Estimated sum.
         completion_tokens: Estimated sum, if answers are about as long as their sentences.
         most_completion_tokens: The sum if every answer has the maximum length.
-        price: Estimated; ``None`` if no price was given.
+        price: Estimated price; ``None`` if no price was given.
         most_price: The price with ``most_completion_tokens``.
     """
 
@@ -84,7 +84,7 @@ def estimate(
 
 @dataclasses.dataclass(frozen=True)
 class NegativesReport:
-    """What became of the sentences.
+    """The outcome of a run.
 
     Attributes:
         out: The file of pairs.
@@ -103,7 +103,7 @@ class NegativesReport:
         without_pair: Number of sentences without a set by reason.
         prompt_tokens: Sum over all answers, as counted by the writer.
         completion_tokens: Likewise.
-        price: Of all answers; ``None`` if no price or no token count is known.
+        price: Price of all answers; ``None`` if no price or no token count is known.
         planned: The estimate for this run's requests; ``None`` if it only filtered.
         stopped: Why the run stopped early; empty if it did not.
     """

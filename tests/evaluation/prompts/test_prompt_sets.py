@@ -255,7 +255,7 @@ def test_a_field_may_be_nested(write: Write) -> None:
         ("a.json", "[1, 2]", None, "item 1 must be an object with named fields, not 1"),
         ("a.json", "[]", None, "holds no rows"),
         ("a.csv", "id,type,prompt\n", None, "holds no rows: only a header"),
-        ("a.csv", "id,type,prompt\n1,homonyms,a,b\n", None, "line 2 has another number of fields"),
+        ("a.csv", "id,type,prompt\n1,homonyms,a,b\n", None, "line 2 has more or fewer fields"),
         ("a.csv", 'id,type,prompt\n1,homonyms,"a\n', None, "is not CSV"),
         ("a.jsonl", lines([{"prompt": "x"}, {"text": "y"}]), None, r"line 2 has no field 'prompt'"),
         (

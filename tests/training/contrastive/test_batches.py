@@ -161,7 +161,7 @@ def test_each_anchor_is_accompanied_by_general_text(many):
         ([ParaphraseSet("Hello", (), ("x",))], "the anchor 'Hello' has no positive"),
         (
             [MILD, ParaphraseSet("Hello", ("a b",), ("a  b\n",))],
-            "the anchor 'Hello' has 'a b' as a positive and as a negative: remove it",
+            "the anchor 'Hello' has 'a b' as both a positive and a negative: remove it",
         ),
     ],
 )
@@ -172,7 +172,7 @@ def test_unusable_sets(sets, message):
 
 def test_a_wording_without_a_token_of_its_own(byte_tokenizer):
     one = ParaphraseSet("Hello", ("",), ("x",), prompt="Well")
-    with pytest.raises(DataError, match="'' has no token of its own"):
+    with pytest.raises(DataError, match="'' has no token after its prompt"):
         encode_sets(byte_tokenizer, [one], bos_id=0, context_length=32)
 
 

@@ -176,7 +176,7 @@ def test_conflicting_arguments(texts, made, tmp_path):
         ({"clean": clean, "general": general}, "learns from paraphrase sets: give some with --pa"),
         (
             {"calibrator": made, "pairs": pairs, "general": general},
-            "--general cannot be used with it; give text on which .* not change with --clean",
+            "--general cannot be used with it; use --clean for text .* must not change",
         ),
         (
             {"calibrator": made, "pairs": pairs, "base": made, "tokenizer": made},
@@ -191,7 +191,9 @@ def test_conflicting_arguments(texts, made, tmp_path):
         train_calibrator(tmp_path / "no", **texts, config=plain, show_progress=False)
     with pytest.raises(TrainingError, match="--calibrator requires a contrastive --objective"):
         train_calibrator(tmp_path / "no", calibrator=made, config=plain, show_progress=False)
-    with pytest.raises(TrainingError, match=r"context_length 64 is more than .*, 16 tokens"):
+    with pytest.raises(
+        TrainingError, match=r"context_length 64 is more than 16, the context_length of"
+    ):
         train_calibrator(
             tmp_path / "no", calibrator=made, pairs=pairs, config=config(context_length=64),
             show_progress=False,

@@ -74,7 +74,7 @@ WRONG: list[tuple[str, str | bytes | None, dict[str, Any], str, str]] = [
     ("a.json", '{"text": "a"}', {}, "", "must hold a list of objects"),
     ("a.json", "[1,\n 2,", {}, "", "a.json line 2 is not JSON"),
     ("a.csv", "body\nhello\n", {}, "", "has no column 'text'; its columns are body"),
-    ("a.csv", "text,n\nhello\n", {}, "", "line 2 has another number of fields"),
+    ("a.csv", "text,n\nhello\n", {}, "", "line 2 has more or fewer fields"),
     ("a.jsonl", '{"text": 5}', {}, "", "column 'text' holds 5, which is not text"),
     ("a.jsonl", '{"text": ""}\n{"text": " "}', {}, "", "none of its 2 rows is usable: all texts"),
     ("a.jsonl", '{"text": "a", "l": 1}', {}, "l=2", "none of its 1 rows is usable under .* l=2"),
@@ -106,7 +106,7 @@ def test_wrong_files(
 def test_wrong_columns_and_conditions() -> None:
     with pytest.raises(ConfigError, match="needs a completion column"):
         Columns(prompt="p")
-    with pytest.raises(ConfigError, match="looks like label=neutral,neither, not 'label'"):
+    with pytest.raises(ConfigError, match="must look like label=neutral,neither, but is 'label'"):
         Condition.parse("label")
 
 

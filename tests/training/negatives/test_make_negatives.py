@@ -362,7 +362,9 @@ def test_other_settings_are_not_mixed(tmp_path):
     hot = dataclasses.replace(CONFIG, temperature=2.0)
     with pytest.raises(DataError, match=r"sampling.temperature was 1.0, now 2.0\); choose another"):
         run(tmp_path, Scripted(**SAID), SENTENCES[:1], hot)
-    with pytest.raises(DataError, match=r"prompts.negative was .* or --overwrite to delete them"):
+    with pytest.raises(
+        DataError, match=r"prompts.negative was .* or use --overwrite to delete them"
+    ):
         run(tmp_path, Scripted(**SAID), SENTENCES[:1], prompts=PromptTexts(negative="{sentence}"))
     assert (tmp_path / "pairs.jsonl").read_bytes() == before
     writer = Scripted(**SAID)
@@ -433,7 +435,7 @@ def test_bad_sentences(tmp_path):
     ):
         with pytest.raises(DataError, match=message):
             run(tmp_path, writer, sentences)
-    with pytest.raises(DataError, match="must be a list of strings, but is 'one'"):
+    with pytest.raises(DataError, match="must be a list of strings, but are 'one'"):
         make_negatives("one", tmp_path / "p", writer=writer)
     with pytest.raises(ConfigError, match="a model or an endpoint is required"):
         make_negatives(["a"], tmp_path / "p")
