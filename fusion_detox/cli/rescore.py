@@ -29,7 +29,7 @@ def rescore(
     threshold: Annotated[
         float | None,
         typer.Option(
-            help="Score from which a continuation counts as toxic (default: that of the run)."
+            help="Lowest score that counts as toxic (default: the run's threshold)."
         ),
     ] = None,
     device: Annotated[
