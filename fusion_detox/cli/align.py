@@ -42,7 +42,7 @@ def align(
     ] = None,
     paper: Annotated[
         bool,
-        typer.Option("--paper", help="Use the settings of arXiv 2506.01266; other options override them."),
+        typer.Option("--paper", help="Use the settings of arXiv 2506.01266 as defaults."),
     ] = False,
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit of a hub target.")

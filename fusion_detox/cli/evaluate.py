@@ -59,7 +59,7 @@ def evaluate(
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option(help="Maximum number of prompts per file, drawn at random.", rich_help_panel=_PROMPTS),
+        typer.Option(help="Maximum prompts per file, sampled at random.", rich_help_panel=_PROMPTS),
     ] = None,
     calibrator: CalibratorName = "english-16k",
     setting: Annotated[

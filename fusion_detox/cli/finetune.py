@@ -98,7 +98,8 @@ def finetune(
     overwrite: Annotated[
         bool,
         typer.Option(
-            "--overwrite", help="replace an existing adapter, or an unfinished run of other settings"
+            "--overwrite",
+            help="replace an existing adapter, or an unfinished run with other settings",
         ),
     ] = False,
     as_json: Annotated[

@@ -161,7 +161,8 @@ def generate(
         pending = file.missing(wanted) if file else wanted
         if len(pending) < len(wanted):
             note(
-                f"{len(wanted) - len(pending)} of {len(wanted)} completions are already in {output}."
+                f"{len(wanted) - len(pending)} of {len(wanted)} completions are already in "
+                f"{output}."
             )
         if not pending:
             return

@@ -28,9 +28,7 @@ def rescore(
     scorer: Scorers = None,
     threshold: Annotated[
         float | None,
-        typer.Option(
-            help="Lowest score that counts as toxic (default: the run's threshold)."
-        ),
+        typer.Option(help="Lowest score that counts as toxic (default: the run's threshold)."),
     ] = None,
     device: Annotated[
         str | None, typer.Option(help="Device for classifiers.", rich_help_panel=RUNNING)

@@ -89,12 +89,10 @@ def tune(
     ] = None,
     write: Annotated[
         bool,
-        typer.Option(
-            "--write/--no-write", help="Store the best settings in the calibrator."
-        ),
+        typer.Option("--write/--no-write", help="Store the best settings in the calibrator."),
     ] = True,
     limit: Annotated[
-        int | None, typer.Option(help="Maximum number of prompts per file, drawn at random.")
+        int | None, typer.Option(help="Maximum prompts per file, sampled at random.")
     ] = None,
     scorer: Scorers = None,
     harmless: Harmless = None,

@@ -77,7 +77,7 @@ def evaluate(
         command: The command that the report gives to reproduce the run.
 
     Returns:
-        The content of ``results.json``, or ``None`` in all processes of a launcher except the first.
+        The content of ``results.json``, or ``None`` in a launcher's processes other than the first.
 
     Raises:
         FusionDetoxError: Something cannot be loaded, read, mapped, generated or written. The

@@ -298,8 +298,8 @@ def _notes(
     if gaps:
         notes.append(
             "Left out, because they were not measured, or were measured in an earlier call with "
-            f"other texts or models: {', '.join(gaps)}. Evaluate these settings again to measure them like the "
-            "others."
+            f"other texts or models: {', '.join(gaps)}. Evaluate these "
+            "settings again to measure them like the others."
         )
     repeated = len(prompts) - len({prompt.text for prompt in prompts})
     if repeated:
@@ -320,7 +320,7 @@ def _notes(
             if failed:
                 notes.append(
                     f"{scorer} could not score {failed} continuations of {name!r}; they are "
-                    "left out, in comparisons on both sides."
+                    "left out (in comparisons, on both sides)."
                 )
         block = variant["perplexity"]
         if block and block["not_scored"]:

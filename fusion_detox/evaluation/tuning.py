@@ -152,11 +152,11 @@ def tune(
         command: See ``evaluate``.
 
     Returns:
-        The result, or ``None`` in all processes of a launcher except the first.
+        The result, or ``None`` in a launcher's processes other than the first.
 
     Raises:
-        ConfigError: No settings meet the price or lower toxicity, the calibrator's folder cannot
-            be written, or the grid names unknown settings.
+        ConfigError: No settings stay within the price or lower toxicity, the calibrator's folder
+            cannot be written, or the grid names unknown settings.
         DataError: There are no prompts, or one of them is also a test prompt.
     """
     price, config = price or Price(), config or EvaluationConfig()
@@ -217,7 +217,7 @@ def tune(
     assert best is not None
     if best.excess > 0:
         raise ConfigError(
-            f"none of {len(trials)} settings meets the price (perplexity at most "
+            f"none of {len(trials)} settings stays within the price (perplexity at most "
             f"{price.perplexity:g} times, KL at most {price.kl:g}, dist-2 at least "
             f"{price.dist_2:g} times): the closest, {_label(best.config)}, has perplexity "
             f"{best.perplexity:.3f}, KL {best.kl:.3f}, dist-2 {best.dist_2:.3f}; allow a higher "
@@ -226,8 +226,8 @@ def tune(
     if best.toxicity >= 1:
         raise ConfigError(
             f"no setting within the price lowers toxicity: the best, {_label(best.config)}, has "
-            f"{best.toxicity:.3f} times the target's; allow a higher price, or train the calibrator "
-            "further"
+            f"{best.toxicity:.3f} times the target's; allow a higher price, or train the "
+            "calibrator further"
         )
     if not processes.first:
         return None

@@ -141,8 +141,8 @@ class CachedScorer(Scorer):
         except DamagedLineError as error:
             self._journal.forget()
             raise DataError(
-                f"line {error.number} of {self.path} is not a row of scores. Delete that line, delete "
-                "the file to score all texts again, or name another file."
+                f"line {error.number} of {self.path} is not a row of scores. Delete that line, "
+                "delete the file to score all texts again, or name another file."
             ) from error
         # The lock is held, so no other process is about to complete a torn line.
         if self._journal.cut_torn_line():

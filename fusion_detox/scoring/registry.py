@@ -55,9 +55,9 @@ def make_scorer(
         )
     if kind == "perspective":
         raise ConfigError(
-            "the scorer 'perspective' was removed: Google announced in January 2026 that the "
-            "Perspective API shuts down after 2026. Use 'contextual', 'lexical', 'detoxify:unbiased' or "
-            "'classifier:PATH_OR_HUB_ID' instead"
+            "the scorer 'perspective' was removed: Google announced in January 2026 that "
+            "the Perspective API shuts down after 2026. Use 'contextual', 'lexical', "
+            "'detoxify:unbiased' or 'classifier:PATH_OR_HUB_ID' instead"
         )
     if kind == "detoxify-package":
         from fusion_detox.scoring.detoxify import NOT_UNPICKLED

@@ -127,7 +127,7 @@ def test_settings_without_a_place_for_fusion_are_refused(one, changes, message):
 
 
 def test_wrong_use_of_attach(one):
-    with pytest.raises(ConfigError, match="LlamaForCausalLM is not a manager"):
+    with pytest.raises(ConfigError, match="LlamaForCausalLM is not a continuous-batching manager"):
         integration.attach(one.model, one.processor)
     manager = one.model.init_continuous_batching(
         generation_config=config(one), continuous_batching_config=plain()

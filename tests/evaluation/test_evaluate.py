@@ -277,7 +277,7 @@ def test_a_prompt_tuned_on_is_noted(run, target, calibrator_folder, tmp_path):
     # A copy remembers it too.
     Calibrator.from_pretrained(calibrator_folder).save_pretrained(tmp_path / "copy")
     results = run(calibrator=str(tmp_path / "copy"), settings=["default", "default:strength=2"])
-    tuned = [note for note in results["notes"] if "1 of 5 prompts took part in tuning" in note]
+    tuned = [note for note in results["notes"] if "1 of 5 prompts were used to tune" in note]
     assert len(tuned) == 1  # the other setting is not the one that was tuned
     assert "'default'" in tuned[0]
 
@@ -341,7 +341,7 @@ class TestWrongUse:
         path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:7]))
         results = run(settings={"off": FusionConfig(strength=0.0)})
         assert list(named(results)) == ["base", "off"]
-        assert any("'strong' was given up" in note for note in results["notes"])
+        assert any("'strong' was never completed" in note for note in results["notes"])
         assert "strong" in named(run())
 
     def test_other_prompts_of_the_same_file(self, run):

@@ -91,7 +91,7 @@ def test_stems_are_file_names_that_differ_with_what_they_name():
         ({"seeds": (1, 1)}, "different values"),
         ({"scorers": ()}, "at least one scorer"),
         ({"scorers": "lexical"}, "in a tuple"),
-        ({"suites": ("identiti",)}, "unknown suites: identiti; built in are identity, dialect"),
+        ({"suites": ("identiti",)}, "unknown suites: identiti; choose from identity, dialect"),
         ({"harmless_tokens": 1}, "at least 2"),
         ({"resamples": 0}, "resamples must be a whole number of at least 1, but is 0"),
         ({"top_p": 0.0}, "top_p must be a number above 0"),

@@ -203,7 +203,7 @@ def test_end_of_text_token_added_by_the_tokenizer_is_removed(target, byte_tokeni
         ({"temperature": math.nan}, "temperature must be a number above 0"),
         ({"top_p": 0.0}, "top_p must be a number above 0 and at most 1, but is 0.0"),
         ({"top_p": 1.5}, "top_p must be a number above 0 and at most 1, but is 1.5"),
-        ({"greedy": True, "samples": 2}, "2 greedy samples of a prompt would be equal"),
+        ({"greedy": True, "samples": 2}, "2 greedy samples of a prompt would be identical"),
     ],
 )
 def test_sampling_out_of_range(values, message):

@@ -79,7 +79,7 @@ def test_many_failures_are_counted_rather_than_listed(caplog):
     with caplog.at_level(logging.WARNING):
         run(score, texts, batch_size=1)
     assert len(caplog.records) == 21
-    assert caplog.records[-1].getMessage() == "test could not score 58 texts in all"
+    assert caplog.records[-1].getMessage() == "test could not score 58 texts in total"
 
 
 def test_failure_of_all_texts_says_why():
@@ -112,7 +112,7 @@ def test_nothing_to_score():
 
 
 def test_wrong_use():
-    with pytest.raises(DataError, match="must be a list of texts, but is one text: 'hello'"):
+    with pytest.raises(DataError, match="must be a list, but is a single text: 'hello'"):
         run(lengths, "hello")
     with pytest.raises(DataError, match="text 1 must be a string, but is a NoneType"):
         run(lengths, ["a", None])

@@ -272,7 +272,7 @@ def test_wrong_uses_say_so(byte_tokenizer, make_gpt2):
         return scores
 
     assert change_on_texts(model, same, [list(range(9))])[0].tokens == 8
-    with pytest.raises(DataError, match="text 1 has 10 tokens, but the model reads 8 positions"):
+    with pytest.raises(DataError, match="text 1 has 10 tokens, but the model has 8 positions"):
         change_on_texts(model, same, [[1], list(range(10))])
     with pytest.raises(ConfigError, match="batch_size must be a whole number of at least 1"):
         change_on_texts(model, same, [[1, 2]], batch_size=0)

@@ -93,7 +93,7 @@ def test_an_embedding_without_direction_has_no_cosine():
         (
             lambda: similarity(["a"], [], embed, Resamples(1, 0), model="m"),
             DataError,
-            "samples of 0 prompts do not belong to 1",
+            "samples has continuations of 0 prompts, but there are 1",
         ),
         (
             lambda: similarity(["a"], [["b"]], embed, Resamples(1, 0), model="m", base=[]),
