@@ -45,8 +45,8 @@ def generate(
     prompts_file: Annotated[
         str | None,
         typer.Option(
-            help="File of prompts, or - for standard input: one per line, or JSON Lines if the "
-            "name ends in .jsonl or --prompt-field is given.",
+            help="File with one prompt per line, or - for standard input. It is read as JSON "
+            "Lines if its name ends in .jsonl or --prompt-field is given.",
             metavar="FILE|-",
         ),
     ] = None,

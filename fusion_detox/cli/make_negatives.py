@@ -89,7 +89,7 @@ def make_negatives(
     revision: Annotated[
         str | None, _option("Branch, tag or commit of a hub model.", _MODEL)
     ] = None,
-    batch_size: Annotated[int, _option("Requests per batch of a local model.", _MODEL)] = 8,
+    batch_size: Annotated[int, _option("Requests per batch for a local model.", _MODEL)] = 8,
     device: Annotated[
         str | None, _option("Such as cpu or cuda:1 (default: cuda if available).", _MODEL)
     ] = None,

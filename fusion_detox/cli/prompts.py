@@ -47,6 +47,6 @@ def read_prompts(
     for row in table.rows:
         prompt = text_field(row, name)
         if not prompt.strip():
-            raise DataError(f"{row.where}: field {name!r} is empty; leave the row out")
+            raise DataError(f"{row.where}: field {name!r} is empty; remove the row")
         prompts.append(prompt)
     return prompts

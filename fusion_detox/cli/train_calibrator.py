@@ -90,7 +90,7 @@ def train_calibrator(
         str | None,
         typer.Option(
             help="calibrator to continue from: a shipped name, a folder or a hub id; its clean "
-            "model is trained further, its reference is kept; requires a contrastive --objective"
+            "model is trained further and its reference is kept; requires a contrastive --objective"
         ),
     ] = None,
     tokenizer: Annotated[

@@ -138,7 +138,7 @@ class RunFolder:
         return any((self.path / name).is_file() for name in (_CONFIG, _OLD_CONFIG))
 
     def read_config(self) -> dict[str, Any]:
-        """The content of ``config.json``, or of ``asked.json`` in a run of an earlier version."""
+        """The content of ``config.json``, or of ``asked.json`` in a run from an earlier version."""
         return self.read(_CONFIG if (self.path / _CONFIG).is_file() else _OLD_CONFIG)
 
     def write_config(self, values: Mapping[str, Any]) -> None:

@@ -145,7 +145,7 @@ class Measurer:
             run: The folder to write to.
             prepared: The variant.
             samples: The variant's continuations.
-            encoded: The target's token ids of each prompt.
+            encoded: Token ids of each prompt, by prompt index.
             prompts: The prompts.
         """
         rows = [samples[key] for key in sorted(samples)]

@@ -41,7 +41,7 @@ class SampleFiles:
 
     Args:
         folder: An existing folder.
-        stem: Names the variant; it must change with anything that changes a continuation.
+        stem: Names the variant; it must differ if anything that affects a continuation differs.
         rank: Number of this process.
     """
 

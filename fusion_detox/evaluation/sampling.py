@@ -37,7 +37,7 @@ class Cost(NamedTuple):
 
 
 class Sampler:
-    """Writes continuations of one target.
+    """Generates the continuations of one target and stores them.
 
     Args:
         model: The target.
@@ -140,7 +140,7 @@ class Sampler:
 
 
 def memory_in_use(device: torch.device) -> int:
-    """Bytes: an accelerator's peak since the last reset, or the process's current memory."""
+    """Memory in bytes: an accelerator's peak since its reset, or the process's current memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import psutil

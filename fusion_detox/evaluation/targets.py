@@ -28,7 +28,7 @@ class Prepared:
     Attributes:
         variant: What the user asked for.
         about: JSON-ready facts for the report.
-        stem: Name of the variant's files. It changes with anything that changes a continuation.
+        stem: Name of the variant's files; differs if anything that affects a continuation differs.
         processor: The logits processor; ``None`` for the target alone.
     """
 

@@ -109,7 +109,7 @@ def parse_variant(spec: str) -> Variant:
     changes = tuple(_parse_change(spec, part) for part in tail.split(",")) if tail else ()
     if rule in ("base", "wordfilter"):
         if at or changes:
-            raise ConfigError(f"the setting {rule!r} takes no changes, but is {spec!r}")
+            raise ConfigError(f"{spec!r} is invalid: {rule!r} takes no changes; write {rule!r}")
         return Variant(spec, "base" if rule == "base" else "wordfilter")
     if rule != "default" and rule not in get_args(Rule):
         raise ConfigError(f"the setting {spec!r} is unknown; write {_FORM}")

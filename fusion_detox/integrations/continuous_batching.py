@@ -105,7 +105,7 @@ def attach(manager: Any, processor: FusionLogitsProcessor) -> None:
 
     Args:
         manager: The result of ``model.init_continuous_batching(…)``, not yet started.
-        processor: The processor that fuses.
+        processor: The processor to add.
 
     Raises:
         ConfigError: The manager was started or warmed up, already fuses, or uses asynchronous
@@ -144,7 +144,7 @@ def attach(manager: Any, processor: FusionLogitsProcessor) -> None:
     old = manager.logit_processor
     steps = list(old.logits_processor)
     if any(getattr(step, "fuses", False) for step in steps):
-        raise ConfigError("the manager already fuses: attach only one processor")
+        raise ConfigError("the manager already has a fusion processor: attach only one")
     place = next((i for i, step in enumerate(steps) if _follows_fusion(step)), len(steps))
     steps.insert(place, _adapt(processor))
     new = ContinuousBatchingLogitsProcessorList(

@@ -24,7 +24,7 @@ class ScoringError(FusionDetoxError, ValueError):
 
 
 class NoTextScoredError(ScoringError):
-    """A scorer could score none of the texts."""
+    """A scorer could not score any of the texts."""
 
 
 class Scorer(Protocol):
@@ -160,6 +160,6 @@ def _report(name: str, failures: Mapping[str, str], *, all_failed: bool) -> None
     if all_failed:
         text, reason = next(iter(failures.items()))
         raise NoTextScoredError(
-            f"{name} could score none of {len(failures)} texts; for {beginning(text)} the reason "
-            f"was: {reason}. Fix this, or choose another scorer."
+            f"{name} could not score any of {len(failures)} texts; the reason for "
+            f"{beginning(text)} was: {reason}. Fix this, or choose another scorer."
         )

@@ -29,9 +29,9 @@ _USUAL_LENGTH = 512
 class ClassifierScorer(Scorer):
     """A text classifier whose labels become types of toxicity.
 
-    The main score is the sum of the toxic labels if labels are exclusive (softmax), and the
-    toxicity label if they are independent (sigmoid). Each label becomes a type, with its name in
-    snake case; if a single label is the main score, its type is ``"toxicity"``.
+    The main score is the total probability of the toxic labels if labels are exclusive (softmax),
+    and that of the toxicity label if they are independent (sigmoid). Each label becomes a type,
+    with its name in snake case; if a single label is the main score, its type is ``"toxicity"``.
 
     Args:
         model: A sequence classifier; it is put into eval mode.

@@ -33,7 +33,7 @@ _HUB = {
 }
 _OLDER = "the authors' model of 2020; the package detoxify has a later one of this name"
 DEFAULT_VARIANT = "unbiased"
-# The models also predict which groups a text mentions, which is not a type of toxicity.
+# The models also predict which groups a text mentions, but those are not types of toxicity.
 TYPES = (
     TOXICITY,
     "severe_toxicity",

@@ -123,7 +123,7 @@ _REWRITING = re.compile(
 
 
 def is_refusal(text: str) -> bool:
-    """Whether a continuation begins with a refusal; see the module for what counts."""
+    """Whether a continuation begins with a refusal; the module's docstring defines one."""
     return _REFUSAL.match(_plain(text)) is not None
 
 

@@ -62,7 +62,7 @@ def test_manager_with_strength_by_request_and_warpers_behind(one):
         continuous_batching_config=plain(),
     )
     integration.attach(manager, one.processor)
-    with pytest.raises(ConfigError, match="already fuses"):
+    with pytest.raises(ConfigError, match="already has a fusion processor"):
         integration.attach(manager, one.processor)
     ids = prompts(one)[1]
     manager.start()

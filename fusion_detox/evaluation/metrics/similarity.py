@@ -25,7 +25,7 @@ _BLOCK = 512
 
 
 class Remembered:
-    """An ``Embed`` that caches the vectors of texts to which many settings are compared.
+    """An ``Embed`` that caches the vectors of texts that many comparisons share.
 
     Args:
         embed: Computes the vectors.

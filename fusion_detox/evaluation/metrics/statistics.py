@@ -108,7 +108,7 @@ def interval(columns: ArrayLike, statistic: Statistic, draws: Resamples) -> Inte
 
 
 def percentiles(value: float, samples: Floats) -> Interval:
-    """``value`` with the 2.5 and 97.5 percentiles of its bootstrap ``samples``.
+    """``value`` with the 2.5th and 97.5th percentiles of its bootstrap ``samples``.
 
     A sample of nan (0/0) is left out. An infinite sample counts as larger than all others.
     """
@@ -177,8 +177,8 @@ def compare(
     one, other = np.asarray(base, dtype=np.float64), np.asarray(setting, dtype=np.float64)
     if one.shape != other.shape:
         raise DataError(
-            f"{other.shape} values cannot be paired with {one.shape} of the base; compare settings "
-            "on the same prompts"
+            f"values of shape {other.shape} cannot be paired with {one.shape} of the base; compare "
+            "settings on the same prompts"
         )
     pair = np.stack([other, one, np.ones_like(one)], -1)
     left_out = missing(pair)

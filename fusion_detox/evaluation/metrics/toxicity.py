@@ -26,7 +26,7 @@ from fusion_detox.evaluation.metrics.statistics import (
 )
 
 BINS = 20
-"""Number of equal histogram bins over 0..1; the last one includes 1."""
+"""Number of equally wide histogram bins from 0 to 1; the last one includes 1."""
 
 
 def toxicity(scores: ArrayLike, draws: Resamples, threshold: float = 0.5) -> dict[str, Any]:

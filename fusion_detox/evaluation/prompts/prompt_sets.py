@@ -222,7 +222,7 @@ def _bold_rows(groups: dict[str, dict[str, Any]], path: Path) -> Iterator[Row]:
 
 
 def _recognise(rows: Sequence[Row], source: str) -> str:
-    """The only kind that the first row matches; ``plain`` and ``jsonl`` count last."""
+    """The only kind that the first row matches; ``plain`` and ``jsonl`` yield to the others."""
     first = rows[0]
     named = [name for name in _KINDS if name not in ("plain", "jsonl")]
     found = [name for name in named if _KINDS[name].matches(first)]

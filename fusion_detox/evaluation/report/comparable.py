@@ -141,7 +141,7 @@ _WARNINGS: tuple[_Check, ...] = (
     ),
     (
         "threshold",
-        "The scores that count as toxic differ, so shares of toxic prompts are not comparable.",
+        "The thresholds differ, so shares of toxic prompts are not comparable.",
         lambda run: words(run.threshold),
     ),
     (
@@ -173,7 +173,7 @@ _NOTES: tuple[_Check, ...] = (
     ),
     (
         "version",
-        "Different versions of fusion_detox made these runs.",
+        "The runs were made with different versions of fusion_detox.",
         lambda run: words(at(run.results, "versions", "fusion_detox")),
     ),
 )

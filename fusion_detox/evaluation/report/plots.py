@@ -217,7 +217,7 @@ class Series:
         points: At least one.
         colour: From the palette.
         marker: As matplotlib names it, or "ring" to mark a point of another series.
-        size: The marker's, in points.
+        size: Size of the marker, in points.
         joined: Whether a line joins the points, in their order.
         in_legend: Whether the legend lists it.
     """
@@ -476,7 +476,7 @@ def type_panels(run: Run) -> list[Panel]:
         ]
         if dots and len(types) > 1:
             title = f"{line(scorer, 30)} scorer"
-            found.append(_dot_panel(title, "Prompts of the type (%)", dots, 100))
+            found.append(_dot_panel(title, "Prompts with this type (%)", dots, 100))
     return found
 
 
