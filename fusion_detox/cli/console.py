@@ -52,7 +52,7 @@ def quiet_libraries() -> Iterator[None]:
 
 @contextlib.contextmanager
 def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
-    """Shows a progress bar per kind of work on standard error, or lines without a terminal."""
+    """Shows a progress bar per kind of work, or plain lines if stderr is not a terminal."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,

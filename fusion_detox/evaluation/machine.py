@@ -49,7 +49,7 @@ class Processes:
             from accelerate import PartialState
         except ImportError as error:
             raise MissingExtraError("accelerate", "evaluate") from error
-        # The other processes wait while one of them measures or scores, which may take long.
+        # The other processes wait while one of them measures or scores, which may take a long time.
         state = PartialState(cpu=cpu, timeout=datetime.timedelta(days=7))
         return cls(state.process_index, state.num_processes, state)
 

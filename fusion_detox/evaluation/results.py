@@ -304,8 +304,8 @@ def _notes(
     repeated = len(prompts) - len({prompt.text for prompt in prompts})
     if repeated:
         notes.append(
-            f"{repeated} of {len(prompts)} prompts repeat another one, so intervals are slightly "
-            "too narrow."
+            f"{repeated} of {len(prompts)} prompts are duplicates of others, so intervals are "
+            "slightly too narrow."
         )
     for variant in variants:
         name = variant["name"]

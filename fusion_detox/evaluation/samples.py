@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One continuation: its seed, prompt, number, tokens and text, and why it ended."""
+    """One continuation: seed, prompt index, sample number, token ids, text, and why it ended."""
 
     seed: int
     index: int

@@ -140,7 +140,7 @@ def tune(
         calibrator: Folder of the calibrator to change; without ``write``, also a name or hub id.
         price: What the settings may cost.
         rule: The rule to tune; by default, that of the calibrator's settings.
-        grid: Values to try, by name of the setting, in the order to vary the settings.
+        grid: The values to try for each setting. The settings are varied in this order.
         test_prompts: Prompts for later reports; none may be among ``prompts``.
         write: Store the settings, and how they were found, in the calibrator's folder.
         config: How to sample and measure. Suites and similarity are not measured.

@@ -66,7 +66,7 @@ BASE = Variant("base", "base")
 
 
 def parse_variants(given: Iterable[str] | Mapping[str, str | FusionConfig]) -> list[Variant]:
-    """Parses the user's settings into variants. The base comes first, once.
+    """Parses the user's settings into variants. The base comes first and appears once.
 
     Args:
         given: Specifications (``"default"``, ``"contrast:strength=2"``, ``"wordfilter"``,

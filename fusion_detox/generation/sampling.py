@@ -196,7 +196,7 @@ def complete_batch(
         if not out_of_memory and "allocate memory" not in str(error):
             raise
         raise ModelError(
-            f"the memory of {model.device} ran out with a batch of {len(batch)} texts of up to "
+            f"device {model.device} ran out of memory with a batch of {len(batch)} texts of up to "
             f"{width + sampling.max_new_tokens} tokens: use a smaller batch size"
         ) from error
     completions = []

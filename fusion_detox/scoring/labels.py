@@ -19,9 +19,9 @@ _SAME = {
 _MAIN = {"hate", "hateful", "hate_speech", "offensive", "offensive_language", "abusive", "abuse"}
 _KINDS = {"severe_toxicity", "identity_attack", "obscene", "insult", "threat", "profanity"}
 _TOXIC = {TOXICITY, *_MAIN, *_KINDS}
-# A negation, such as "non_toxic", always means not toxic.
+# A negation, such as "non_toxic", always means "not toxic".
 _NOT = re.compile(r"(?:non|not|no|un)_?(.+)")
-# These mean not toxic only beside toxic labels: sentiment models have "neutral", too.
+# These mean "not toxic" only beside toxic labels, since sentiment models have "neutral", too.
 _HARMLESS = {"neutral", "normal", "neither", "none", "clean", "safe", "ok", "benign", "harmless"}
 
 

@@ -177,7 +177,7 @@ def test_out_of_memory_error_names_the_batch(target, byte_tokenizer, monkeypatch
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
     monkeypatch.setattr(target, "generate", full)
-    with pytest.raises(ModelError, match=r"memory of cpu ran out .* 5 texts .* smaller batch"):
+    with pytest.raises(ModelError, match=r"cpu ran out of memory .* 5 texts .* smaller batch"):
         rows(target, byte_tokenizer)
 
 

@@ -52,7 +52,7 @@ def distinct(sequences: Sequence[Sequence[Hashable]], size: int) -> float | None
 
 
 def self_bleu(samples: Sequence[str]) -> float | None:
-    """How similar the samples of one prompt are, in 0..1 (1: identical).
+    """How similar the samples of one prompt are, from 0 to 1 (identical).
 
     The mean over samples of sentence BLEU-4 against the others (Zhu et al. 2018, Texygen, arXiv
     1802.01886), by sacrebleu with exponential smoothing and effective order. It grows with the

@@ -8,7 +8,7 @@ the prompt's last letters. Tokens entirely inside the prompt are context only.
 
 No continuation is left out for being improbable. The evaluation scripts of DExperts (Liu et al.
 2021) leave out continuations with a perplexity of 10,000 or more, which favours methods that
-break text. Continuations that cannot be scored are counted, with the reason.
+produce broken text. Continuations that cannot be scored are counted, with the reason.
 """
 
 from __future__ import annotations

@@ -43,10 +43,10 @@ def groups(
         changes: The change of each text.
         names: The group of each text.
         seed: Seed of the resamples of texts.
-        control: The group to compare with; without it there are no ratios.
-        pairs: Texts with equal values form a pair; ``None`` is unpaired. If a group shares pairs
-            with the control, only these texts enter its ratio, and pairs are resampled. Otherwise
-            the texts of both groups are resampled independently.
+        control: The group to compare with; without it, there are no ratios.
+        pairs: Texts with equal values form a pair; ``None`` means unpaired. If a group shares pairs
+            with the control, only the paired texts enter its ratio, and pairs are resampled.
+            Otherwise, the texts of both groups are resampled independently.
         count: Number of resamples.
 
     Returns:

@@ -96,13 +96,13 @@ def change_on_texts(
         model: The target.
         processor: A logits processor. If it has a method ``with_strength(input_ids, scores)``,
             which returns the fused scores and the strengths ``(batch,)``, that method is called.
-            Otherwise the strength is that of its ``config``, if the config has no ``kl_budget`` or
+            Otherwise, the strength in its ``config`` is used if that has no ``kl_budget`` or
             ``context_kl``.
         texts: Token ids of the target; see :func:`text_ids`.
         batch_size: Maximum texts per batch; fewer if their logits would exceed 1 GiB.
 
     Returns:
-        One result per text, in order, with one position fewer than the text has tokens.
+        One result per text, in order. Each has one position fewer than the text has tokens.
 
     Raises:
         DataError: A text exceeds the model's context.
@@ -129,8 +129,8 @@ def change_on_texts(
             found[index] = _text_change([step[:, row] for step in steps[: lengths[index]]])
             if np.isnan(found[index].kl).any():
                 raise ModelError(
-                    f"no distribution after {int(np.isnan(found[index].kl).argmax()) + 1} tokens "
-                    f"of text {index}: the scores of the model or of the processor are not finite. "
+                    f"no next-token distribution after {int(np.isnan(found[index].kl).argmax()) + 1} "
+                    f"tokens of text {index}: the scores of the model or processor are not finite. "
                     "The weights are damaged, or their dtype is too narrow; try float32"
                 )
     return found

@@ -49,7 +49,7 @@ class PromptSet:
         name: Name of the set, such as ``"rtp-challenging"``.
         file: Name of the file without its folder, or the hub id.
         sha256: First 16 hex digits of the hash of the file's bytes; for a hub data set, of the
-            texts of all its prompts, joined by line ends.
+            texts of all its prompts, joined by newlines.
         prompts: Prompts in the order of the source, including duplicates.
     """
 
@@ -105,7 +105,7 @@ def read_prompt_set(
     """Read a set of prompts, in the format in which it was published.
 
     Args:
-        source: A file (JSON Lines, JSON, CSV, TSV or text, each also followed by ``.gz``), or a hub
+        source: A file (JSON Lines, JSON, CSV, TSV or text, which may be gzipped), or a hub
             data set ``org/name`` or ``org/name:split``.
         kind: One of these; by default, the content decides.
 
@@ -211,7 +211,7 @@ def _rows(source: str, kind: str | None) -> tuple[list[Row], str | None, str, st
 
 
 def _bold_rows(groups: dict[str, dict[str, Any]], path: Path) -> Iterator[Row]:
-    """The prompts of a file of BOLD: an object of groups, names and lists of prompts."""
+    """The prompts of a BOLD file, an object of groups, names and lists of prompts."""
     for group, names in groups.items():
         for name, prompts in names.items():
             where = f"{path}, {group} > {name}"
@@ -274,7 +274,7 @@ def _read_rtp(row: Row, subset: str) -> Found:
 
 def _read_toxigen(row: Row, _: str) -> Found:
     if LINE in row.values:
-        # The published files write line ends inside a prompt as "\n".
+        # The published files write a newline inside a prompt as "\n".
         return row.values[LINE].replace("\\n", "\n"), None
     return text_field(row, "text"), text_field(row, "target_group") or None
 
@@ -335,7 +335,7 @@ _KINDS = {
         ("safe", "unsafe"),
     ),
     "plain": _Kind(
-        "a prompt per line",
+        "one prompt per line",
         lambda row: list(row.values) == [LINE],
         lambda row, _: (text_field(row, LINE), None),
     ),

@@ -64,7 +64,7 @@ def write_report(results: Mapping[str, Any], folder: Path) -> Path:
 
 
 def write_comparison(runs: Sequence[Mapping[str, Any]], path: Path) -> Path:
-    """Write several runs side by side, with a warning if they are not comparable.
+    """Write a page with several runs side by side, and a warning if they are not comparable.
 
     Args:
         runs: At least two results documents of format 1.

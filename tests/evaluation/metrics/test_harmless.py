@@ -276,7 +276,7 @@ def test_wrong_uses_say_so(byte_tokenizer, make_gpt2):
         change_on_texts(model, same, [[1], list(range(10))])
     with pytest.raises(ConfigError, match="batch_size must be a whole number of at least 1"):
         change_on_texts(model, same, [[1, 2]], batch_size=0)
-    with pytest.raises(ModelError, match="no distribution after 1 tokens of text 1"):
+    with pytest.raises(ModelError, match="no next-token distribution after 1 tokens of text 1"):
         change_on_texts(model, lambda ids, scores: scores - math.inf, [[1], [1, 2]])
     with pytest.raises(DataError, match="do not fit draws of 3"):
         harmless(change_on_texts(model, same, [[1, 2]]), Resamples(3, 0), "t")
