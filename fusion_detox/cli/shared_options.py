@@ -59,7 +59,7 @@ Scorers = Annotated[
     typer.Option(
         "--scorer",
         help="lexical, contextual, detoxify:unbiased, or classifier:MODEL. Repeatable; the first "
-        "is the primary scorer.",
+        "is the main scorer.",
         rich_help_panel=MEASURES,
     ),
 ]

@@ -226,8 +226,8 @@ def tune(
     if best.toxicity >= 1:
         raise ConfigError(
             f"no setting within the price lowers toxicity: the best, {_label(best.config)}, has "
-            f"{best.toxicity:.3f} times the target's; allow a higher price, or train the "
-            "calibrator further"
+            f"{best.toxicity:.3f} times the target's toxicity; allow a higher price, or train "
+            "the calibrator further"
         )
     if not processes.first:
         return None

@@ -129,9 +129,9 @@ def change_on_texts(
             found[index] = _text_change([step[:, row] for step in steps[: lengths[index]]])
             if np.isnan(found[index].kl).any():
                 raise ModelError(
-                    f"no next-token distribution after {int(np.isnan(found[index].kl).argmax()) + 1} "
-                    f"tokens of text {index}: the scores of the model or processor are not finite. "
-                    "The weights are damaged, or their dtype is too narrow; try float32"
+                    "no next-token distribution after "
+                    f"{int(np.isnan(found[index].kl).argmax()) + 1} tokens of text {index}: the "
+                    "scores of the model or processor are not finite. The weights are damaged, or their dtype is too narrow; try float32"
                 )
     return found
 
@@ -194,7 +194,7 @@ def _compare(
         precise = torch.float32 if logits.device.type == "mps" else torch.float64
         for seen in range(1, len(texts[0])):
             left = sum(len(text) > seen for text in texts)
-            # In float32, as generate() passes scores to processors.
+            # generate() passes scores to processors in float32.
             scores = logits[:left, seen - 1].float()
             fused_scores, strength = _process(processor, ids[:left, :seen], scores)
             base = scores.to(precise).log_softmax(-1)
