@@ -131,7 +131,8 @@ def change_on_texts(
                 raise ModelError(
                     "no next-token distribution after "
                     f"{int(np.isnan(found[index].kl).argmax()) + 1} tokens of text {index}: the "
-                    "scores of the model or processor are not finite. The weights are damaged, or their dtype is too narrow; try float32"
+                    "scores of the model or processor are not finite. The weights are "
+                    "damaged, or their dtype is too narrow; try float32"
                 )
     return found
 
