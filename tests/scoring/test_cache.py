@@ -143,7 +143,7 @@ def test_a_broken_file_is_an_error_with_the_remedy(path, line):
     CachedScorer(Counting(), path).score(["a"])
     path.write_text(path.read_text() + line + "\n")
     content = path.read_bytes()
-    with pytest.raises(DataError, match=r"line 2 of .*scores\.jsonl is no row.*Delete that line"):
+    with pytest.raises(DataError, match=r"line 2 of .*scores\.jsonl is not a row.*Delete that line"):
         CachedScorer(Counting(), path)
     assert path.read_bytes() == content
 
@@ -208,5 +208,5 @@ def test_several_processes_append(path):
 
 def test_nothing_to_score(path):
     assert CachedScorer(Counting(), path).score_types([]) == {"toxicity": [], "insult": []}
-    with pytest.raises(DataError, match="must be a list of texts"):
+    with pytest.raises(DataError, match="must be a list, but is a single text"):
         CachedScorer(Counting(), path).score("text")
