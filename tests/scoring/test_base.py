@@ -86,7 +86,8 @@ def test_failure_of_all_texts_says_why():
     def score(texts):
         raise RuntimeError("CUDA error")
 
-    with pytest.raises(NoTextScoredError, match=r"not score any of 2 texts; the reason for 'a' was: CUDA error"):
+    message = "could not score any of 2 texts; the reason for 'a' was: CUDA error"
+    with pytest.raises(NoTextScoredError, match=message):
         run(score, ["a", "bb", ""])
 
 

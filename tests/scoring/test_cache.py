@@ -143,7 +143,8 @@ def test_a_broken_file_is_an_error_with_the_remedy(path, line):
     CachedScorer(Counting(), path).score(["a"])
     path.write_text(path.read_text() + line + "\n")
     content = path.read_bytes()
-    with pytest.raises(DataError, match=r"line 2 of .*scores\.jsonl is not a row.*Delete that line"):
+    message = r"line 2 of .*scores\.jsonl is not a row of scores.*Delete that line"
+    with pytest.raises(DataError, match=message):
         CachedScorer(Counting(), path)
     assert path.read_bytes() == content
 
