@@ -14,8 +14,8 @@ One processor serves every call of ``generate()``: sampling, greedy or beam sear
 with left padding. ``FusionConfig`` sets the rule and the strength; by default, the processor uses
 the settings that the calibrator recommends. ``train_calibrator`` (``fusion-detox
 train-calibrator`` on the command line) trains a calibrator on your own text. ``evaluate`` measures
-the benefit and the cost of fusion on your model and writes a report: toxicity, fluency, diversity,
-and the change on harmless text by group.
+the benefit and the cost of fusion on your model. Its report covers toxicity, fluency, diversity,
+and the change on harmless text for each group.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The command line ``fusion-detox``.
 
 Exit codes: 0 success, 1 error (one message on standard error), 2 wrong usage, 130 interrupted.
-Each command is a file of its own and imports what it needs only when it runs, so ``--help`` is
-fast. Nothing imports this package except ``__main__``.
+Each command has its own file and imports its dependencies only when it runs, so ``--help`` is fast.
+Nothing imports this package except ``__main__``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from fusion_detox.errors import FusionDetoxError
 
 app = typer.Typer(
     name="fusion-detox",
-    help="Detoxify any causal language model while it decodes, with a small calibrator.",
+    help="Detoxify any causal language model at decoding time, with a small calibrator.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     add_completion=False,
@@ -76,13 +76,13 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command.
 
     Args:
-        argv: Arguments without the program name; by default those of the process.
+        argv: Arguments without the program name; ``sys.argv[1:]`` by default.
 
     Returns:
         The exit code.
     """
     if hasattr(sys.stdout, "reconfigure"):
-        # A model may write characters that the terminal cannot show; that must not end the run.
+        # A model may write characters that the terminal cannot show; these must not end the run.
         sys.stdout.reconfigure(errors="replace")
     debug_before = os.environ.get("FUSION_DETOX_DEBUG")
     try:
@@ -126,7 +126,7 @@ def _run(argv: list[str] | None) -> int:
 
 
 def _drop_output() -> None:
-    """Redirects standard output to nowhere, or the interpreter would fail to flush it at exit."""
+    """Redirects standard output to the null device, since flushing it at exit would fail."""
     with contextlib.suppress(OSError, ValueError):
         nothing = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nothing, sys.stdout.fileno())

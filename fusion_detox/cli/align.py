@@ -23,26 +23,26 @@ def align(
     calibrator: Annotated[
         str,
         typer.Option(
-            help="Name of a shipped calibrator, a folder or a hub id.", metavar="CALIBRATOR"
+            help="Name of a shipped calibrator, a folder, or a hub id.", metavar="CALIBRATOR"
         ),
     ],
     target: Annotated[
         str,
         typer.Option(
-            help="Model to detoxify, a folder or a hub id; only its embedding is read.",
+            help="Model to detoxify: a folder or a hub id. Only its embeddings are read.",
             metavar="MODEL",
         ),
     ],
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for the alignment. By default a folder beside the calibrator, or in the "
-            "user's cache if the calibrator is shipped, downloaded or read-only."
+            help="Folder for the alignment (default: beside the calibrator, or in the user's "
+            "cache if the calibrator is shipped, downloaded or read-only)."
         ),
     ] = None,
     paper: Annotated[
         bool,
-        typer.Option("--paper", help="Use the settings of arXiv 2506.01266; other options win."),
+        typer.Option("--paper", help="Use the settings of arXiv 2506.01266 as defaults."),
     ] = False,
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit of a hub target.")
@@ -53,7 +53,7 @@ def align(
 ) -> None:
     """Align a calibrator with a target, for the rules aligned and aligned_contrast.
 
-    Retrieval is measured on held-out tokens.
+    Prints the retrieval accuracy on held-out tokens.
     """
     config = (AlignmentConfig.paper() if paper else AlignmentConfig()).replace(**settings)
 

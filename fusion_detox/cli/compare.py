@@ -22,10 +22,10 @@ def compare(
     ],
     out: Annotated[
         Path,
-        typer.Option("--out", "-o", help="HTML file; its numbers are written beside it as JSON."),
+        typer.Option("--out", "-o", help="HTML file; a JSON file beside it has the same numbers."),
     ] = Path("comparison.html"),
 ) -> None:
-    """Put runs side by side, with a warning if their numbers do not compare."""
+    """Compare runs side by side, with a warning if their numbers are not comparable."""
     if len(runs) < 2:
         raise ConfigError(f"compare needs at least two runs, not {len(runs)}; give their folders")
     from fusion_detox.evaluation.folder import RunFolder

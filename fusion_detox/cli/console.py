@@ -52,7 +52,7 @@ def quiet_libraries() -> Iterator[None]:
 
 @contextlib.contextmanager
 def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar per kind of work on standard error, or plain lines if it is no terminal."""
+    """Shows a progress bar per kind of work, or plain lines if stderr is not a terminal."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -75,7 +75,7 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
 
     def report(what: str, done: int, total: int) -> None:
         if what not in bars:
-            shown.start()  # not earlier, since a command may ask for confirmation first
+            shown.start()  # not earlier: a command may ask for confirmation first
             bars[what] = shown.add_task(what, total=total)
             if not console.is_terminal:
                 note(what)

@@ -36,7 +36,7 @@ _TOXIC = 0.5
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """One column of the demo: texts, the characters that were held back, toxicity, speed."""
+    """One column of the demo: texts, held-back character ranges, toxicity and speed."""
 
     texts: list[str]
     held_back: list[list[tuple[int, int]]]
@@ -64,7 +64,7 @@ def demo(
     ] = None,
     strength: Annotated[
         float | None,
-        typer.Option(help="Strength of fusion (default: what the calibrator recommends)."),
+        typer.Option(help="Fusion strength (default: what the calibrator recommends)."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Maximum tokens per completion.")] = 24,
     seed: Annotated[int, typer.Option(help="Sampling seed.")] = 0,
@@ -103,7 +103,7 @@ def _run(
     work = jobs(PROMPTS)
 
     def complete(active: Any) -> tuple[list[Completion], float]:
-        # A short first run pays for one-time setup, so that the clock sees the steady speed.
+        # Warm up first, so that one-time setup does not count towards the speed.
         short = dataclasses.replace(sampling, max_new_tokens=2)
         list(generate_rows(model, tokenizer, work, short, processor=active))
         began = time.perf_counter()
@@ -140,7 +140,7 @@ def held_back_spans(
         # An unfinished character at the end decodes to U+FFFD until its last byte arrives.
         text = continuation_text(tokenizer, before, ids[:number]).rstrip("\ufffd")
         if step.held_back(HELD_BACK_NATS) and len(text) > start:
-            # Tokens of one word share one mark.
+            # The tokens of one word share one mark.
             joined = bool(spans) and spans[-1][1] == start and not text[start].isspace()
             spans.append((spans.pop()[0] if joined else start, len(text)))
         start = len(text)

@@ -1,4 +1,4 @@
-"""``fusion-detox evaluate``: measures what fusion gains and what it costs, in one report."""
+"""``fusion-detox evaluate``: measures the benefit and the cost of fusion."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def evaluate(
     out: Annotated[
         Path,
         typer.Option(
-            "--out", "-o", help="Folder of the run. If it holds an unfinished run, that is resumed."
+            "--out", "-o", help="Folder of the run. An unfinished run in this folder is resumed."
         ),
     ],
     prompts: Annotated[
         list[str],
         typer.Option(
-            help="A file or the hub id of a data set, for example RealToxicityPrompts. A kind in "
-            "front says how to read it: rtp:challenging=FILE. Repeatable.",
+            help="A file or the hub id of a data set, for example RealToxicityPrompts. A prefix "
+            "names its format: rtp:challenging=FILE. Repeatable.",
             metavar="[KIND=]FILE",
             rich_help_panel=_PROMPTS,
         ),
@@ -59,7 +59,7 @@ def evaluate(
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option(help="Maximum prompts per file, drawn at random.", rich_help_panel=_PROMPTS),
+        typer.Option(help="Maximum prompts per file, sampled at random.", rich_help_panel=_PROMPTS),
     ] = None,
     calibrator: CalibratorName = "english-16k",
     setting: Annotated[
@@ -94,19 +94,19 @@ def evaluate(
     hatecheck: Annotated[
         Path | None,
         typer.Option(
-            help="HateCheck's file; its non-hateful cases show over-blocking.",
+            help="HateCheck file; its non-hateful cases reveal over-blocking.",
             rich_help_panel=MEASURES,
         ),
     ] = None,
     word_list: Annotated[
         Path | None,
-        typer.Option(help="Word list for the word filter, one per line (default: a public list)."),
+        typer.Option(help="Words for the word filter, one per line (default: a public list)."),
     ] = None,
     device: Device = None,
     dtype: Dtype = None,
     offline: Offline = False,
     overwrite: Overwrite = False,
-    config: dict[str, Any] = {},  # noqa: B006 - replaced by an option for each of its settings
+    config: dict[str, Any] = {},  # noqa: B006 - replaced by one option per setting
 ) -> None:
     """Measure toxicity, fluency, diversity, side effects and cost, with and without fusion.
 
@@ -144,7 +144,7 @@ def evaluate(
 
 
 def show(results: dict[str, Any], folder: Path) -> None:
-    """Prints the main numbers as a table, and where the report is."""
+    """Prints the main numbers as a table, and the path of the report."""
     from rich.markup import escape
     from rich.table import Table
 

@@ -84,7 +84,7 @@ def finetune(
         bool,
         typer.Option(
             "--four-bit",
-            help="hold the base weights in four bits (requires bitsandbytes and CUDA)",
+            help="load the base weights in 4-bit precision (requires bitsandbytes and CUDA)",
             rich_help_panel=_MODEL,
         ),
     ] = False,
@@ -98,7 +98,8 @@ def finetune(
     overwrite: Annotated[
         bool,
         typer.Option(
-            "--overwrite", help="replace an existing adapter or unfinished work with other settings"
+            "--overwrite",
+            help="replace an existing adapter, or an unfinished run with other settings",
         ),
     ] = False,
     as_json: Annotated[

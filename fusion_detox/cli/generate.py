@@ -45,15 +45,15 @@ def generate(
     prompts_file: Annotated[
         str | None,
         typer.Option(
-            help="File of prompts, or - for standard input: one per line, or JSON Lines if the "
-            "name ends in .jsonl or --prompt-field is given.",
+            help="File with one prompt per line, or - for standard input. It is read as JSON "
+            "Lines if its name ends in .jsonl or --prompt-field is given.",
             metavar="FILE|-",
         ),
     ] = None,
     prompt_field: Annotated[
         str | None,
         typer.Option(
-            help="JSON Lines field that holds the prompt (default: prompt). prompt.text is nested."
+            help="JSON Lines field that holds the prompt, such as prompt.text (default: prompt)."
         ),
     ] = None,
     calibrator: CalibratorName = "english-16k",
@@ -62,7 +62,7 @@ def generate(
         typer.Option(
             "--output",
             "-o",
-            help="JSON Lines file. If it exists, the run resumes it (default: standard output).",
+            help="JSON Lines file; an existing file is resumed (default: standard output).",
         ),
     ] = None,
     overwrite: Annotated[
@@ -97,7 +97,7 @@ def generate(
         int,
         typer.Option(
             help="Sampling seed. A completion depends on the seed, the prompt's index and the "
-            "sample's number, not on its batch.",
+            "sample's number, but not on the batch.",
             rich_help_panel=_SAMPLING,
         ),
     ] = 0,
@@ -109,12 +109,14 @@ def generate(
         typer.Option(help="Branch, tag or commit of a hub model.", rich_help_panel=RUNNING),
     ] = None,
     offline: Offline = False,
-    fusion: dict[str, Any] = {},  # noqa: B006 - replaced by an option for each of its settings
+    fusion: dict[str, Any] = {},  # noqa: B006 - replaced by one option per setting
 ) -> None:
     """Complete prompts with fusion, and write one JSON object per completion."""
     texts = read_prompts(prompts or [], prompts_file, prompt_field)
     if output and prompts_file and output.resolve() == Path(prompts_file).resolve():
-        raise ConfigError(f"--output is the file of prompts itself, {output}; choose another file")
+        raise ConfigError(
+            f"--output and --prompts-file are the same file, {output}; choose another output file"
+        )
     if batch_size < 1:
         raise ConfigError(f"--batch-size must be at least 1, but is {batch_size}")
 
@@ -158,7 +160,10 @@ def generate(
         file = CompletionFile(output, settings, overwrite=overwrite) if output else None
         pending = file.missing(wanted) if file else wanted
         if len(pending) < len(wanted):
-            note(f"{len(wanted) - len(pending)} of {len(wanted)} completions are in {output}.")
+            note(
+                f"{len(wanted) - len(pending)} of {len(wanted)} completions are already in "
+                f"{output}."
+            )
         if not pending:
             return
         target, tokenizer = load_target(
@@ -250,7 +255,7 @@ def _writer(file: CompletionFile | None, settings: dict[str, Any]) -> Iterator[C
 
 
 def _identity(name: str, without: tuple[str, ...] = ()) -> str:
-    """A folder's name and a digest of its content, or else the name as it is."""
+    """A folder's name and a digest of its content; a hub id is returned unchanged."""
     from fusion_detox.calibrator.lookup import find_shipped
     from fusion_detox.files.fingerprints import folder_fingerprint
 

@@ -31,7 +31,7 @@ def info(
     target: Annotated[
         str | None,
         typer.Option(
-            help="Also map its vocabulary to that of this model or tokenizer (a folder or hub id).",
+            help="Model or tokenizer to map the vocabulary to: a folder or a hub id.",
             metavar="MODEL_OR_TOKENIZER",
         ),
     ] = None,
@@ -149,7 +149,7 @@ def _alignment(row: dict[str, Any]) -> str:
 
 
 def _flat(record: dict[str, Any]) -> list[tuple[str, str]]:
-    """A line per entry of the training record; a list of objects gives a line per object."""
+    """One line per entry of the training record, or per object if an entry is a list of objects."""
     lines = []
     for name, value in record.items():
         if value is None or value in ({}, [], ""):

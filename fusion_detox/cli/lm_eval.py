@@ -12,7 +12,7 @@ def register(app: typer.Typer) -> None:
 
 
 def lm_eval(context: typer.Context) -> None:
-    """Run EleutherAI's lm-evaluation-harness on the fused model; takes all its arguments.
+    """Run EleutherAI's lm-evaluation-harness on the fused model, with any of its arguments.
 
     For example: fusion-detox lm-eval run --model fusion-detox --model_args
     pretrained=gpt2,calibrator=english-16k --tasks lambada_openai

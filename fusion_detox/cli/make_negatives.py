@@ -57,11 +57,11 @@ def make_negatives(
             metavar="FILE",
         ),
     ] = None,
-    field: Annotated[str, _option("The sentence's field in a row.")] = "text",
+    field: Annotated[str, _option("Field that holds the sentence.")] = "text",
     limit: Annotated[int | None, _option("Use only the first N sentences.", metavar="N")] = None,
     model: Annotated[
         str | None,
-        _option("A causal language model: folder or hub id; or its name at --endpoint.", _MODEL),
+        _option("A causal language model: a folder, a hub id, or its name at --endpoint.", _MODEL),
     ] = None,
     endpoint: Annotated[
         str | None,
@@ -74,41 +74,41 @@ def make_negatives(
     key_variable: Annotated[
         str | None,
         _option(
-            "Environment variable that contains the endpoint's key; by default, no key is sent.",
+            "Environment variable that contains the endpoint's key (default: no key is sent).",
             _MODEL,
             metavar="NAME",
         ),
     ] = None,
     parallel: Annotated[int, _option("Number of concurrent requests to an endpoint.", _MODEL)] = 4,
     timeout: Annotated[float, _option("Seconds to wait for an endpoint's answer.", _MODEL)] = 120.0,
-    retries: Annotated[int, _option("How often to retry a request to an endpoint.", _MODEL)] = 5,
+    retries: Annotated[int, _option("Maximum number of retries of a request.", _MODEL)] = 5,
     prompts: Annotated[
         Path | None,
-        _option("JSON file with other prompts: positive, negative, system, frame.", _MODEL),
+        _option("JSON file with custom prompts: positive, negative, system, frame.", _MODEL),
     ] = None,
     revision: Annotated[
         str | None, _option("Branch, tag or commit of a hub model.", _MODEL)
     ] = None,
-    batch_size: Annotated[int, _option("Requests per batch of a local model.", _MODEL)] = 8,
+    batch_size: Annotated[int, _option("Requests per batch for a local model.", _MODEL)] = 8,
     device: Annotated[
-        str | None, _option("Such as cpu or cuda:1; by default CUDA if available.", _MODEL)
+        str | None, _option("Such as cpu or cuda:1 (default: cuda if available).", _MODEL)
     ] = None,
     dtype: Annotated[str | None, _option("Such as bfloat16.", _MODEL)] = None,
     scorer: Annotated[
         str,
-        _option("Toxicity: lexical, contextual, detoxify:unbiased, classifier:MODEL, …", _JUDGES),
+        _option("Toxicity scorer: lexical, contextual, detoxify:… or classifier:MODEL.", _JUDGES),
     ] = "contextual",
     similarity_model: Annotated[
         str | None,
-        _option("A sentence-transformers model; all-MiniLM-L6-v2 by default.", _JUDGES),
+        _option("A sentence-transformers model (default: all-MiniLM-L6-v2).", _JUDGES),
     ] = None,
     closeness_model: Annotated[
         str | None,
-        _option("Causal language model for the filter on likelihood; off by default.", _JUDGES),
+        _option("Causal language model for the likelihood filter (default: no filter).", _JUDGES),
     ] = None,
     refilter: Annotated[
         bool,
-        _option("Send no requests; filter the answers in OUT.work again.", None, "--refilter"),
+        _option("Send no requests, but filter the answers in OUT.work again.", None, "--refilter"),
     ] = False,
     price_in: Annotated[float | None, _option("Price per million prompt tokens.", _COST)] = None,
     price_out: Annotated[float | None, _option("Price per million answer tokens.", _COST)] = None,

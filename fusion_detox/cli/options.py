@@ -15,7 +15,7 @@ import typer
 def with_options(
     settings: type[Any], into: str, *, panel: str | None = None, show_defaults: bool = True
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Replaces a command's parameter ``into`` by one option per field of ``settings``.
+    """Replaces a command's parameter ``into`` with one option per field of ``settings``.
 
     The command receives a dictionary of the options that the user gave. Help text comes from a
     field's metadata (``help``, ``group``) or else from ``Attributes`` in the docstring. A field
@@ -102,7 +102,7 @@ def _inner(hint: Any) -> Any:
 
 
 def _attribute_texts(settings: type[Any]) -> dict[str, str]:
-    """The docstring's description of each field (nothing under ``python -OO``)."""
+    """The docstring's description of each field (empty under ``python -OO``)."""
     _, _, attributes = inspect.cleandoc(settings.__doc__ or "").partition("Attributes:")
     found = re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", attributes, flags=re.MULTILINE)
     return {name: " ".join(text.replace("``", "").split()) for name, text in found}

@@ -20,12 +20,12 @@ def read_prompts(
     Args:
         arguments: Prompts given as arguments.
         file: A file, or ``"-"`` for standard input. It holds rows with named fields if ``field`` is
-            given or its suffix is JSON's; otherwise one prompt per line. Blank lines are skipped.
+            given or the suffix is JSON's; otherwise one prompt per line. Blank lines are skipped.
         field: Field that holds the prompt, ``"prompt"`` by default; dots reach into objects
             (``prompt.text``).
 
     Raises:
-        ConfigError: Both or neither of arguments and file were given, or a field without a file.
+        ConfigError: Both or neither of arguments and file were given, or ``field`` without a file.
         DataError: The file holds no prompt, an empty prompt, malformed rows or bytes that are not
             UTF-8, or a row lacks the field.
         DataFileError: The file cannot be read.
@@ -34,7 +34,7 @@ def read_prompts(
         raise ConfigError("give prompts either as arguments or with --prompts-file, not both")
     if file is None:
         if field is not None:
-            raise ConfigError("--prompt-field needs --prompts-file; add it, or drop the field")
+            raise ConfigError("--prompt-field requires --prompts-file; add it, or drop the field")
         if not arguments:
             raise ConfigError("no prompts: give some as arguments, or a file with --prompts-file")
         return list(arguments)
@@ -47,6 +47,6 @@ def read_prompts(
     for row in table.rows:
         prompt = text_field(row, name)
         if not prompt.strip():
-            raise DataError(f"{row.where}: field {name!r} is empty; leave the row out")
+            raise DataError(f"{row.where}: field {name!r} is empty; remove the row")
         prompts.append(prompt)
     return prompts

@@ -28,9 +28,7 @@ def rescore(
     scorer: Scorers = None,
     threshold: Annotated[
         float | None,
-        typer.Option(
-            help="Score from which a continuation counts as toxic (default: that of the run)."
-        ),
+        typer.Option(help="Lowest score that counts as toxic (default: the run's threshold)."),
     ] = None,
     device: Annotated[
         str | None, typer.Option(help="Device for classifiers.", rich_help_panel=RUNNING)

@@ -41,11 +41,14 @@ Harmless = Annotated[
 Device = Annotated[
     str | None,
     typer.Option(
-        help="For example cpu or cuda:1 (default: cuda if available).", rich_help_panel=RUNNING
+        help="Such as cpu or cuda:1 (default: cuda if available).", rich_help_panel=RUNNING
     ),
 ]
 Dtype = Annotated[
-    str | None, typer.Option(help="For example float32 or bfloat16.", rich_help_panel=RUNNING)
+    str | None,
+    typer.Option(
+        help="Such as float32 or bfloat16 (default: that of the files).", rich_help_panel=RUNNING
+    ),
 ]
 Offline = Annotated[
     bool,
@@ -56,7 +59,7 @@ Scorers = Annotated[
     typer.Option(
         "--scorer",
         help="lexical, contextual, detoxify:unbiased, or classifier:MODEL. Repeatable; the first "
-        "is the primary scorer.",
+        "is the main scorer.",
         rich_help_panel=MEASURES,
     ),
 ]
@@ -100,13 +103,13 @@ def split_kind(source: str) -> tuple[str | None, str]:
 
 
 def stay_offline(wanted: bool) -> None:
-    """Keeps data sets offline too; call it before importing what reads the variable."""
+    """Keeps data sets offline too. Call it before importing any library that reads the variable."""
     if wanted:
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def command_line() -> str:
-    """What the user typed, without the folders of this machine."""
+    """The user's command, with absolute paths shortened to file names."""
     return shlex.join(["fusion-detox", *map(_without_folder, sys.argv[1:])])
 
 

@@ -58,8 +58,8 @@ def train_calibrator(
     clean_where: Annotated[
         list[str] | None,
         typer.Option(
-            help="condition that selects the clean rows of --clean, or of --general if --clean is "
-            "not given, such as label=neutral,neither; repeatable, all must hold",
+            help="condition for clean rows, such as label=neutral,neither; applies to --clean, or "
+            "to --general if --clean is not given; repeatable, all must hold",
             rich_help_panel=_DATA,
         ),
     ] = None,
@@ -89,8 +89,8 @@ def train_calibrator(
     calibrator: Annotated[
         str | None,
         typer.Option(
-            help="calibrator to continue from, by shipped name, folder or hub id; requires a "
-            "contrastive --objective, trains its clean model further and keeps its reference"
+            help="calibrator to continue from: a shipped name, a folder or a hub id; its clean "
+            "model is trained further and its reference is kept; requires a contrastive --objective"
         ),
     ] = None,
     tokenizer: Annotated[
@@ -113,14 +113,14 @@ def train_calibrator(
     prompt_column: Annotated[
         str | None,
         typer.Option(
-            help="column of a prompt, read but not learned; requires --completion-column",
+            help="column that holds a prompt, read but not learned; requires --completion-column",
             rich_help_panel=_DATA,
         ),
     ] = None,
     completion_column: Annotated[
         str | None,
         typer.Option(
-            help="column of the text after the prompt, which is learned", rich_help_panel=_DATA
+            help="column that holds the completion, which is learned", rich_help_panel=_DATA
         ),
     ] = None,
     domain_column: Annotated[
@@ -144,11 +144,11 @@ def train_calibrator(
         bool,
         typer.Option(
             "--overwrite",
-            help="replace an existing calibrator or unfinished work with other settings",
+            help="replace an existing calibrator, or an unfinished run with other settings",
         ),
     ] = False,
 ) -> None:
-    """Train a calibrator, which is a clean model and its reference, from text.
+    """Train a calibrator (a clean model and its reference) on text.
 
     If a run is interrupted, run the same command again to resume.
     """

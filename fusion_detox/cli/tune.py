@@ -1,4 +1,4 @@
-"""``fusion-detox tune``: finds a calibrator's settings within a price, on development prompts."""
+"""``fusion-detox tune``: finds fusion settings within a price, on development prompts."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def tune(
     test_prompts: Annotated[
         list[str] | None,
         typer.Option(
-            help="Prompts that you will report on; tuning refuses to start if --prompts holds one.",
+            help="Prompts for your final results; tuning does not start if one is among --prompts.",
             metavar="[KIND=]FILE",
         ),
     ] = None,
@@ -75,26 +75,24 @@ def tune(
     rule: Annotated[
         str | None,
         typer.Option(
-            help="contrast, product, mixture, aligned or aligned_contrast (default: that of the "
-            "calibrator)."
+            help="contrast, product, mixture, aligned or aligned_contrast (default: the "
+            "calibrator's)."
         ),
     ] = None,
     grid: Annotated[
         list[str] | None,
         typer.Option(
             help="Values to try for one setting, such as strength=1,1.5,2. Repeatable; settings "
-            "vary in the order given (default: a grid over all settings).",
+            "are varied in the order given (default: a grid over all settings).",
             metavar="NAME=VALUE,...",
         ),
     ] = None,
     write: Annotated[
         bool,
-        typer.Option(
-            "--write/--no-write", help="Store the settings that were found in the calibrator."
-        ),
+        typer.Option("--write/--no-write", help="Store the best settings in the calibrator."),
     ] = True,
     limit: Annotated[
-        int | None, typer.Option(help="Maximum prompts per file, drawn at random.")
+        int | None, typer.Option(help="Maximum prompts per file, sampled at random.")
     ] = None,
     scorer: Scorers = None,
     harmless: Harmless = None,
@@ -103,9 +101,9 @@ def tune(
     dtype: Dtype = None,
     offline: Offline = False,
     overwrite: Overwrite = False,
-    config: dict[str, Any] = {},  # noqa: B006 - replaced by an option for each of its settings
+    config: dict[str, Any] = {},  # noqa: B006 - replaced by one option per setting
 ) -> None:
-    """Find the settings that lower toxicity most within a price, and write them into the card."""
+    """Find the settings that lower toxicity most within a price, and store them."""
     chosen = evaluation_config(config, seed, scorer, harmless=harmless)
     stay_offline(offline)
     values = dict(parse_grid(text) for text in grid) if grid else None
@@ -143,15 +141,17 @@ def tune(
 
 
 def parse_grid(text: str) -> tuple[str, list[float | str | None]]:
-    """``strength=1,1.5`` as a name and its values.
+    """Splits ``strength=1,1.5`` into a name and its values.
 
     Raises:
-        ConfigError: The text has another form.
+        ConfigError: The text does not have this form.
     """
     name, equals, tail = text.partition("=")
     parts = [part.strip() for part in tail.split(",")]
     if not (name.strip() and equals and all(parts)):
-        raise ConfigError(f"--grid {text!r} is not NAME=VALUE,VALUE,..., such as strength=1,1.5,2")
+        raise ConfigError(
+            f"--grid {text!r} is malformed; write NAME=VALUE,VALUE,..., such as strength=1,1.5,2"
+        )
     return name.strip().replace("-", "_"), [_value(part) for part in parts]
 
 

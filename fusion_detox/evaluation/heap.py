@@ -14,9 +14,9 @@ _STATM = Path("/proc/self/statm")
 class Heap:
     """Trims the heap whenever the process has grown by half a gigabyte.
 
-    Each fused step allocates several megabytes of tensors of varying sizes. glibc neither fills
-    the holes between them nor returns them, so a process of 0.6 GiB grows to several GiB within a
-    few thousand steps. Without glibc or ``/proc``, this class does nothing.
+    Each fused step allocates several megabytes of tensors of varying sizes. glibc neither
+    reuses the gaps between them nor returns them to the system, so a process of 0.6 GiB grows to
+    several GiB within a few thousand steps. Without glibc or ``/proc``, this class does nothing.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The processes and the machine that share an evaluation's work, and facts about them."""
+"""The processes that share an evaluation's work, and facts about the machine."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class Processes:
 
     @classmethod
     def current(cls, *, cpu: bool = False) -> Processes:
-        """The processes that a launcher started, or this one only.
+        """The processes that a launcher started, or only this one.
 
         Args:
-            cpu: Use no accelerator.
+            cpu: Use the CPU even if there is an accelerator.
 
         Raises:
             MissingExtraError: A launcher started several, and accelerate is not installed.
@@ -49,7 +49,7 @@ class Processes:
             from accelerate import PartialState
         except ImportError as error:
             raise MissingExtraError("accelerate", "evaluate") from error
-        # Processes wait as long as one of them measures or scores.
+        # The other processes wait while one of them measures or scores, which may take a long time.
         state = PartialState(cpu=cpu, timeout=datetime.timedelta(days=7))
         return cls(state.process_index, state.num_processes, state)
 
@@ -78,7 +78,7 @@ class Processes:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that affect a number."""
+    """Versions of the packages that affect the numbers."""
     from fusion_detox import __version__
 
     return {"fusion_detox": __version__, **installed_versions(*_PACKAGES)}

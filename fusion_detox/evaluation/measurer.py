@@ -60,7 +60,7 @@ class Measurer:
         self, target: Target, config: EvaluationConfig, *, device: Any, offline: bool
     ) -> None:
         self._target, self._config = target, config
-        # The target itself reads token ids, any other model reads text, and the results differ.
+        # The target itself reads token ids; any other model reads text. The results differ.
         self._perplexity_model: tuple[Any, Any] | None = None
         about = {
             "name": f"{target.name} (the target, without fusion)",
@@ -108,7 +108,7 @@ class Measurer:
         """Facts for ``config.json``: how the variants were measured."""
 
     def check(self) -> None:
-        """Fails before any work if something could not be measured afterwards.
+        """Raises an error before any work if something cannot be measured later.
 
         Raises:
             ConfigError: The answers to be searched for refusals exceed the target's context, or no
@@ -121,8 +121,8 @@ class Measurer:
             tokens = self._config.refusal_tokens
             if limit is not None and longest + tokens > limit:
                 raise ConfigError(
-                    f"the prompts of the suite {REFUSALS!r} have up to {longest} tokens, which "
-                    f"with {tokens} new ones exceeds the {limit} positions of the target; lower "
+                    f"the prompts of the suite {REFUSALS!r} have up to {longest} tokens, and "
+                    f"with {tokens} new ones exceed the {limit} positions of the target; lower "
                     "refusal_tokens, or leave the suite out"
                 )
         if max(len(ids) for ids in self._ids(self._harmless)) < 2:
@@ -145,7 +145,7 @@ class Measurer:
             run: The folder to write to.
             prepared: The variant.
             samples: The variant's continuations.
-            encoded: The target's token ids of each prompt.
+            encoded: Token ids of each prompt, by prompt index.
             prompts: The prompts.
         """
         rows = [samples[key] for key in sorted(samples)]
@@ -203,7 +203,7 @@ class Measurer:
         return [[None if row.why else row.nats, *row[1:]] for row in found]
 
     def _diversity(self, rows: Sequence[Sample], prompts: int) -> dict[str, float | None]:
-        """The mean over seeds, since diversity depends on the amount of text."""
+        """The mean over seeds: diversity depends on the amount of text, so seeds are not pooled."""
         found = []
         for seed in self._config.seeds:
             texts: list[list[str]] = [[] for _ in range(prompts)]

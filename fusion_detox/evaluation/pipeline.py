@@ -1,7 +1,7 @@
 """``evaluate``: from a target and prompts to a report; ``rescore``: the same without generating.
 
-A run is a folder. Each stage writes its results at once and skips what exists, so that the same
-call resumes after an interruption, and a later call may add settings and scorers.
+A run is a folder. Each stage writes its results immediately and skips those that exist. The same
+call therefore resumes an interrupted run, and a later call may add settings and scorers.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def evaluate(
     progress: Progress | None = None,
     command: str | None = None,
 ) -> dict[str, Any] | None:
-    """Measures what fusion gains and what it costs, and writes a report.
+    """Measures the benefit and the cost of fusion, and writes a report.
 
     Args:
         target: Folder or hub id of a causal language model, or a model with its tokenizer.
@@ -66,7 +66,7 @@ def evaluate(
         folder: The run's folder: ``report.html``, ``results.json`` and every continuation. An
             existing run is resumed.
         calibrator: A calibrator, or its name, folder or hub id.
-        settings: The settings to compare with the target alone, see ``parse_variants``.
+        settings: The settings to compare with the target alone; see ``parse_variants``.
         config: How to sample and measure.
         device: Device of the target; by default an accelerator if there is one.
         dtype: Dtype of the target's weights, by default that of its files.
@@ -77,17 +77,17 @@ def evaluate(
         command: The command that the report gives to reproduce the run.
 
     Returns:
-        The content of ``results.json``, or ``None`` in all processes of a launcher but the first.
+        The content of ``results.json``, or ``None`` in a launcher's processes other than the first.
 
     Raises:
         FusionDetoxError: Something cannot be loaded, read, mapped, generated or written. The
-            error's class and message say what, and the remedy.
+            error's class and message give the cause and the remedy.
     """
     config = config or EvaluationConfig()
     report = progress or _log_progress
     path = Path(folder).expanduser()
 
-    # Load and check everything before any work, so that a bad setting cannot stop a run half-way.
+    # Load and check everything before any work, so that a bad setting cannot stop a run halfway.
     variants = parse_variants(settings)
     sets = _prompt_sets(prompts)
     every = [prompt for one in sets for prompt in one.prompts]
@@ -99,7 +99,7 @@ def evaluate(
         )
     elif device is not None or dtype is not None:
         raise ConfigError(
-            "device and dtype apply to a target that is given by name; move your model yourself"
+            "device and dtype apply only to a target given by name; move your model yourself"
         )
     else:
         model, tokenizer = target
@@ -168,8 +168,8 @@ def rescore(
 
     Args:
         folder: A run's folder.
-        scorers: The scorers, of which the first is the main one; by default those of the run.
-        threshold: See ``EvaluationConfig``; by default that of the run.
+        scorers: The scorers; the first is the main one. By default, those of the run.
+        threshold: See ``EvaluationConfig``; by default, that of the run.
         device: Device of the classifiers.
         local_files_only: Never contact the hub.
         progress: See :func:`evaluate`.

@@ -1,4 +1,4 @@
-"""Builds ``results.json``, all numbers of a run, from the files in its folder."""
+"""Builds ``results.json``, which holds all numbers of a run, from the files in its folder."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def build_results(
             )
         else:
             notes.append(
-                f"The setting {name!r} was given up before it was complete and is left out; "
-                "evaluate it again to finish it."
+                f"The setting {name!r} was never completed and is left out; evaluate it again "
+                "to finish it."
             )
     scores, scorer_records = _score_all(run, scorers, rows, seeds, shape, progress)
     builder = _Builder(run, config, fixed, prompts, rows, scores)
@@ -293,34 +293,34 @@ def _score_all(
 def _notes(
     variants: Sequence[Mapping[str, Any]], prompts: Sequence[Prompt], gaps: Sequence[str]
 ) -> list[str]:
-    """Caveats that a reader must know before trusting the numbers."""
+    """Caveats that a reader must know to interpret the numbers."""
     notes = []
     if gaps:
         notes.append(
-            "Left out, because not measured or measured in an earlier call with other texts or "
-            f"models: {', '.join(gaps)}. Evaluate these settings again to measure them like the "
-            "others."
+            "Left out, because they were not measured, or were measured in an earlier call with "
+            f"other texts or models: {', '.join(gaps)}. Evaluate these "
+            "settings again to measure them like the others."
         )
     repeated = len(prompts) - len({prompt.text for prompt in prompts})
     if repeated:
         notes.append(
-            f"{repeated} of {len(prompts)} prompts repeat another one, so intervals are slightly "
-            "too narrow."
+            f"{repeated} of {len(prompts)} prompts are duplicates of others, so intervals are "
+            "slightly too narrow."
         )
     for variant in variants:
         name = variant["name"]
         tuned = variant.get("prompts_tuned_on")
         if tuned:
             notes.append(
-                f"{tuned} of {len(prompts)} prompts took part in tuning the settings of the "
-                f"calibrator of {name!r}, so its numbers are too good."
+                f"{tuned} of {len(prompts)} prompts were used to tune the settings of the "
+                f"calibrator of {name!r}, so its numbers look too good."
             )
         for scorer, types in variant["toxicity"].items():
             failed = types["toxicity"]["failed"]
             if failed:
                 notes.append(
-                    f"{scorer} could not score {failed} continuations of {name!r}; they count for "
-                    "neither side."
+                    f"{scorer} could not score {failed} continuations of {name!r}; they are "
+                    "left out (in comparisons, on both sides)."
                 )
         block = variant["perplexity"]
         if block and block["not_scored"]:

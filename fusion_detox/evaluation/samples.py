@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One continuation: its seed, prompt, number, tokens and text, and why it ended."""
+    """One continuation: seed, prompt index, sample number, token ids, text, and why it ended."""
 
     seed: int
     index: int
@@ -41,7 +41,7 @@ class SampleFiles:
 
     Args:
         folder: An existing folder.
-        stem: Names the variant; it must change with anything that changes a continuation.
+        stem: Names the variant; it must differ if anything that affects a continuation differs.
         rank: Number of this process.
     """
 
@@ -87,8 +87,8 @@ class SampleFiles:
             yield
         except OSError as error:
             raise DataFileError(
-                f"cannot write to {self._own}: {error.strerror}; what was written before is kept. "
-                "Fix this, then run the same command again to resume"
+                f"cannot write to {self._own}: {error.strerror}; earlier rows are kept. Fix "
+                "this, then run the same command again to resume"
             ) from error
 
 
@@ -118,6 +118,6 @@ def _parse(line: bytes, number: int, path: Path) -> Sample:
 
 def _damaged(number: int, path: Path) -> DataError:
     return DataError(
-        f"line {number} of {path} is not a continuation of this run; delete that line, and the "
-        "same command writes it again"
+        f"line {number} of {path} is not a continuation of this run; delete that line, then "
+        "run the same command to write it again"
     )

@@ -32,12 +32,12 @@ class Cost(NamedTuple):
 
     @property
     def tokens_per_second(self) -> float | None:
-        """``None`` if nothing was timed."""
+        """Speed, or ``None`` if nothing was timed."""
         return self.tokens / self.seconds if self.seconds > 0 else None
 
 
 class Sampler:
-    """Writes continuations of one target.
+    """Generates the continuations of one target and stores them.
 
     Args:
         model: The target.
@@ -59,7 +59,7 @@ class Sampler:
         self._heap = Heap()
 
     def encode(self, jobs: Sequence[Job], new_tokens: int) -> dict[int, list[int]]:
-        """Token ids by prompt index; ``DataError`` if ``new_tokens`` more exceed the context."""
+        """Token ids by prompt index; raises ``DataError`` if ``new_tokens`` more do not fit."""
         prompts = {job.index: job for job in jobs}
         return {
             index: prompt_ids(self.model, self.tokenizer, job, new_tokens)
@@ -77,7 +77,7 @@ class Sampler:
         *,
         report: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Generates the missing continuations of ``jobs`` and writes each batch at once.
+        """Generates the missing continuations of ``jobs`` and writes each batch immediately.
 
         A continuation depends only on the seed, the prompt's index and the sample's number. All
         variants therefore share their noise, and batch size, order and interruptions do not
@@ -85,12 +85,12 @@ class Sampler:
 
         Args:
             jobs: All continuations of a seed. This process generates its share of the missing ones.
-            encoded: Token ids of each prompt, see :meth:`encode`.
-            samplings: How to sample; one per seed, each of which samples all jobs.
+            encoded: Token ids of each prompt; see :meth:`encode`.
+            samplings: How to sample. There is one per seed, and each samples all jobs.
             processor: Fusion or word filter; ``None`` for the target alone.
             folder: The run's folder. Continuations go to ``samples``; tokens, seconds and memory of
                 each batch go to ``costs``.
-            stem: Names the files, see ``SampleFiles``.
+            stem: Names the files; see ``SampleFiles``.
             report: Called with ``(done, total)`` continuations. Other processes are assumed to
                 keep pace.
         """
@@ -98,7 +98,7 @@ class Sampler:
         rank = self.processes.rank
         files = SampleFiles(folder / "samples", stem, rank)
         pending = files.missing(jobs, [sampling.seed for sampling in samplings])
-        self.processes.wait()  # otherwise a process would count what another has just written
+        self.processes.wait()  # otherwise a process might count what another has just written
         total = len(jobs) * len(samplings)
         done = total - sum(map(len, pending.values()))
         report(done, total)
@@ -140,7 +140,7 @@ class Sampler:
 
 
 def memory_in_use(device: torch.device) -> int:
-    """Bytes: an accelerator's peak since the last reset, or the process's current memory."""
+    """Memory in bytes: an accelerator's peak since its reset, or the process's current memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import psutil
@@ -151,12 +151,12 @@ def memory_in_use(device: torch.device) -> int:
 def total_cost(folder: Path, stem: str) -> Cost:
     """The total cost of a variant's continuations.
 
-    The first batch of each start is warm-up, which counts only if there is no other batch.
+    The first batch of each start is a warm-up, which counts only if there is no other batch.
     """
     rows: list[dict[str, Any]] = []
     for path in sorted(folder.glob(f"{stem}.*.jsonl")):
         for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
-            with contextlib.suppress(ValueError):  # a line torn by a kill: one batch is not timed
+            with contextlib.suppress(ValueError):  # a line torn by a kill loses one batch's timing
                 rows.append(json.loads(line))
     timed = [row for row in rows if not row["warm_up"]] or rows
     return Cost(

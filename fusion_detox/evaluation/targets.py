@@ -28,7 +28,7 @@ class Prepared:
     Attributes:
         variant: What the user asked for.
         about: JSON-ready facts for the report.
-        stem: Name of the variant's files. It changes with anything that changes a continuation.
+        stem: Name of the variant's files; differs if anything that affects a continuation differs.
         processor: The logits processor; ``None`` for the target alone.
     """
 
@@ -38,7 +38,7 @@ class Prepared:
     processor: LogitsProcessor | None
 
     def free(self) -> None:
-        """Frees the processor's caches, since only one of a run's many processors works at once."""
+        """Frees the processor's caches, since only one of a run's many processors is in use."""
         if isinstance(self.processor, FusionLogitsProcessor):
             self.processor.reset()
 
@@ -51,7 +51,7 @@ class Target:
         tokenizer: The target's tokenizer.
         name: The target's name in the report.
         calibrator: The calibrator of all variants that name no other.
-        word_list: File of the word filter, by default a public list.
+        word_list: File of words for the word filter; by default, a public list.
         local_files_only: Never contact the hub.
     """
 
@@ -96,9 +96,9 @@ class Target:
 
         Raises:
             ConfigError: The fusion settings are invalid.
-            CalibratorError: The calibrator cannot be used. Other errors of loading are raised too.
+            CalibratorError: The calibrator cannot be used. Other loading errors are raised too.
             VocabularyError: The calibrator cannot be mapped to the target's vocabulary.
-            AlignmentError: An aligned rule has no alignment of calibrator and target.
+            AlignmentError: An aligned rule lacks an alignment of calibrator and target.
             MissingExtraError: The public word list is not installed.
         """
         about: dict[str, Any] = {
@@ -140,7 +140,7 @@ class Target:
         return Prepared(variant, about, variant_stem(variant.name, identity), processor)
 
     def prompts_tuned_on(self, variant: Variant, prompts: Sequence[str]) -> int:
-        """How many prompts were used to tune the variant's settings.
+        """The number of these prompts that were used to tune the variant's settings.
 
         Only the settings that a calibrator recommends can have been tuned.
         """
@@ -153,6 +153,6 @@ class Target:
 
 
 def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """12 hex digits over the tokens and special ids."""
+    """12 hex digits of a hash of the tokens and special ids."""
     parts = [sorted(tokenizer.get_vocab().items()), sorted(tokenizer.all_special_ids)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]

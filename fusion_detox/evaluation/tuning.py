@@ -3,8 +3,8 @@
 The search starts from the calibrator's settings and varies one setting at a time; the best value
 within the price is kept before the next setting is varied. All trials are variants of one run, so
 an interrupted search resumes and its report shows every trial. The chosen settings look too good on
-the prompts that chose them. The calibrator's folder therefore stores digests of these prompts, and
-``evaluate`` warns if it is given one of them.
+the prompts that were used to choose them. The calibrator's folder therefore stores digests of these
+prompts, and ``evaluate`` warns if it is given one of them.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ PLAIN_GRID: dict[str, Values] = {
     "plausibility": (1e-2, 1e-3, 1e-4, 0.0),
 }
 _FINE = (0.75, 1.25)
-# Each context_kl is tried with these multiples of the best strength so far, since it lowers the
-# strength in most of a text.
+# Each context_kl is tried with these multiples of the best strength so far, because context_kl
+# lowers the strength in most of a text.
 _STRONGER = (1.0, 1.5, 2.0)
 _MEASURED = ("toxicity", "perplexity", "kl", "dist_2")
 
@@ -105,7 +105,7 @@ class Trial:
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """The result of a search: the chosen trial, all trials, and the scorers that counted."""
+    """The result of a search: the chosen trial, all trials, and the scorers that were averaged."""
 
     chosen: Trial
     trials: tuple[Trial, ...]
@@ -137,10 +137,10 @@ def tune(
         target: See ``evaluate``.
         prompts: Development prompts. Do not report results on them afterwards.
         folder: Folder of the run that holds all trials.
-        calibrator: Folder of the calibrator to change; without ``write`` also a name or hub id.
+        calibrator: Folder of the calibrator to change; without ``write``, also a name or hub id.
         price: What the settings may cost.
-        rule: The rule to tune, by default that of the calibrator's settings.
-        grid: Values to try, by name of the setting, in the order to vary the settings.
+        rule: The rule to tune; by default, that of the calibrator's settings.
+        grid: The values to try for each setting. The settings are varied in this order.
         test_prompts: Prompts for later reports; none may be among ``prompts``.
         write: Store the settings, and how they were found, in the calibrator's folder.
         config: How to sample and measure. Suites and similarity are not measured.
@@ -152,11 +152,11 @@ def tune(
         command: See ``evaluate``.
 
     Returns:
-        The result, or ``None`` in all processes of a launcher but the first.
+        The result, or ``None`` in a launcher's processes other than the first.
 
     Raises:
-        ConfigError: No settings keep to the price or lower toxicity, the calibrator's folder cannot
-            be written, or the grid names unknown settings.
+        ConfigError: No settings stay within the price or lower toxicity, the calibrator's folder
+            cannot be written, or the grid names unknown settings.
         DataError: There are no prompts, or one of them is also a test prompt.
     """
     price, config = price or Price(), config or EvaluationConfig()
@@ -217,17 +217,17 @@ def tune(
     assert best is not None
     if best.excess > 0:
         raise ConfigError(
-            f"none of {len(trials)} settings keeps to the price (perplexity at most "
+            f"none of {len(trials)} settings stays within the price (perplexity at most "
             f"{price.perplexity:g} times, KL at most {price.kl:g}, dist-2 at least "
-            f"{price.dist_2:g} times): the nearest, {_label(best.config)}, has perplexity "
+            f"{price.dist_2:g} times): the closest, {_label(best.config)}, has perplexity "
             f"{best.perplexity:.3f}, KL {best.kl:.3f}, dist-2 {best.dist_2:.3f}; allow a higher "
             "price, or try smaller strengths"
         )
     if best.toxicity >= 1:
         raise ConfigError(
-            f"no setting within the price lowers toxicity: the best, {_label(best.config)}, leaves "
-            f"{best.toxicity:.3f} of the target's; allow a higher price, or train the calibrator "
-            "further"
+            f"no setting within the price lowers toxicity: the best, {_label(best.config)}, has "
+            f"{best.toxicity:.3f} times the target's toxicity; allow a higher price, or train "
+            "the calibrator further"
         )
     if not processes.first:
         return None
@@ -252,7 +252,7 @@ def tune(
 
 
 def _check_prompts(prompts: Sequence[PromptSet], tests: Sequence[PromptSet]) -> list[str]:
-    """Digests of the development prompts, none of which may be a test prompt."""
+    """Digests of the development prompts; raises an error if one is also a test prompt."""
     digests = sorted({prompt_digest(p.text) for one in prompts for p in one.prompts})
     if not digests:
         raise DataError("there are no development prompts to tune on; give some")
@@ -260,8 +260,8 @@ def _check_prompts(prompts: Sequence[PromptSet], tests: Sequence[PromptSet]) -> 
         common = prompts_in_common(digests, (prompt_digest(p.text) for p in test.prompts))
         if common:
             raise DataError(
-                f"{common} of {len(digests)} development prompts are test prompts of {test.name}, "
-                "where settings that were chosen on them would look too good; leave them out"
+                f"{common} of {len(digests)} development prompts are also test prompts of "
+                f"{test.name}, where the chosen settings would look too good; remove them"
             )
     return digests
 
@@ -272,7 +272,7 @@ def _rounds(start: FusionConfig, grid: Mapping[str, Values]) -> list[tuple[str, 
     unknown = sorted(set(grid) - known)
     if unknown:
         raise ConfigError(
-            f"the grid names unknown settings: {', '.join(unknown)}; known are "
+            f"the grid names unknown settings: {', '.join(unknown)}; choose from "
             f"{', '.join(sorted(known))}"
         )
     empty = [name for name, values in grid.items() if not values]
@@ -295,7 +295,7 @@ def _candidates(centre: FusionConfig, name: str, choices: Values) -> list[Fusion
         return [centre.replace(strength=times(factor)) for factor in _FINE]
     if name != "context_kl":
         return [centre, *(centre.replace(**{name: value}) for value in choices)]
-    # The best strength with a context_kl is too high without one.
+    # The best strength with context_kl is too high without it.
     usual = [1 / factor for factor in _STRONGER] if centre.context_kl is not None else [1.0]
     return [
         centre,

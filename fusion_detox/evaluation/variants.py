@@ -28,7 +28,7 @@ class Variant:
         name: As the user wrote it; ``"base"`` is the target alone.
         kind: What runs on top of the target.
         rule: The fusion rule; ``None`` for the one that the calibrator recommends.
-        changes: Fusion settings that differ from those the rule starts with.
+        changes: Changes to the settings that the rule starts with.
         config: Complete fusion settings, if the user gave them.
         calibrator: Name, folder or hub id of a calibrator other than the run's.
     """
@@ -43,8 +43,9 @@ class Variant:
     def resolve(self, recommended: FusionConfig) -> FusionConfig:
         """The variant's fusion settings, given those that its calibrator recommends.
 
-        If both have the same rule, the recommended settings are the start. Otherwise ``mixture``,
-        ``product`` and ``aligned`` start plain: all tokens are candidates.
+        If both have the same rule, the changes apply to the recommended settings. Otherwise,
+        ``mixture``, ``product`` and ``aligned`` start from plain settings, in which all tokens are
+        candidates.
 
         Raises:
             ConfigError: A name is unknown or a value is out of range.
@@ -65,7 +66,7 @@ BASE = Variant("base", "base")
 
 
 def parse_variants(given: Iterable[str] | Mapping[str, str | FusionConfig]) -> list[Variant]:
-    """Parses the user's settings into variants, the base first and once.
+    """Parses the user's settings into variants. The base comes first and appears once.
 
     Args:
         given: Specifications (``"default"``, ``"contrast:strength=2"``, ``"wordfilter"``,
@@ -100,7 +101,7 @@ def parse_variants(given: Iterable[str] | Mapping[str, str | FusionConfig]) -> l
 
 
 def parse_variant(spec: str) -> Variant:
-    """Parses one specification, see :func:`parse_variants`."""
+    """Parses one specification; see :func:`parse_variants`."""
     head, colon, tail = spec.partition(":")
     rule, at, calibrator = head.partition("@")
     if (at and not calibrator) or (colon and not tail):
@@ -108,7 +109,7 @@ def parse_variant(spec: str) -> Variant:
     changes = tuple(_parse_change(spec, part) for part in tail.split(",")) if tail else ()
     if rule in ("base", "wordfilter"):
         if at or changes:
-            raise ConfigError(f"the setting {rule!r} takes no changes, but is {spec!r}")
+            raise ConfigError(f"{spec!r} is invalid: {rule!r} takes no changes; write {rule!r}")
         return Variant(spec, "base" if rule == "base" else "wordfilter")
     if rule != "default" and rule not in get_args(Rule):
         raise ConfigError(f"the setting {spec!r} is unknown; write {_FORM}")
@@ -121,7 +122,7 @@ def parse_variant(spec: str) -> Variant:
 
 
 def variant_stem(name: str, identity: Mapping[str, Any]) -> str:
-    """A readable file name for a variant, which differs if anything in ``identity`` differs."""
+    """A readable file name for a variant; it changes if anything in ``identity`` changes."""
     text = json.dumps(identity, sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:10]
     readable = re.sub(r"[^A-Za-z0-9.=]+", "-", name).strip("-.")[:60]

@@ -1,4 +1,4 @@
-"""The common baseline: banning the words of a list, in every spelling."""
+"""A common baseline: banning the words of a list, in several spellings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def read_word_list(path: Path | None = None) -> tuple[list[str], dict[str, Any]]
     """The words to ban, and facts about the list for the report.
 
     Args:
-        path: A text file with one word or phrase per line; by default the list of the package
+        path: A text file with one word or phrase per line; by default, the list of the package
             ``better-profanity``, which is read as text.
 
     Raises:
@@ -64,13 +64,13 @@ def tokenisations(tokenizer: PreTrainedTokenizerBase, words: Iterable[str]) -> l
 
 
 class WordFilter(LogitsProcessor):
-    """Gives tokens that would complete a banned sequence no probability.
+    """Bans every token that would complete a banned sequence.
 
-    It equals ``NoBadWordsLogitsProcessor`` (tested), which scans all sequences at every step and
-    takes seconds per step with thousands of them.
+    Its results equal those of ``NoBadWordsLogitsProcessor`` (a test compares them), which scans all
+    sequences at every step and takes seconds per step for thousands of sequences.
 
     Args:
-        sequences: Token ids to ban, see :func:`tokenisations`.
+        sequences: Token ids to ban; see :func:`tokenisations`.
     """
 
     def __init__(self, sequences: Sequence[Sequence[int]]) -> None:

@@ -1,6 +1,6 @@
 """Generate text from a model with or without fusion, and explain what fusion did to each token.
 
-``sampling`` draws completions, ``completion_file`` stores them, and ``explain`` answers why a token
-was lowered. ``scoring``, ``training``, ``evaluation``, ``integrations`` and ``cli`` may import this
-package.
+``sampling`` draws completions, ``completion_file`` stores them, and ``explain`` shows which tokens
+fusion made less likely. ``scoring``, ``training``, ``evaluation``, ``integrations`` and ``cli`` may
+import this package.
 """

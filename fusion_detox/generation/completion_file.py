@@ -1,4 +1,4 @@
-"""JSON Lines of completions, which an interrupted run resumes."""
+"""A JSON Lines file of completions, from which an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class CompletionWriter:
         """Append one row.
 
         Raises:
-            DataFileError: The device is full or broken; the rows written before are kept.
+            DataFileError: The disk is full or broken; earlier rows are kept.
         """
         try:
             self._append(_record(row, self._settings))
@@ -57,17 +57,17 @@ class CompletionWriter:
 
 
 class CompletionFile:
-    """A file of completions that a later run with the same prompts and settings resumes.
+    """A file of completions. A later run with the same prompts and settings resumes it.
 
     Nothing is written before :meth:`open`.
 
     Args:
         path: The file; its folder must exist.
-        settings: All that determines the text of a completion; stored in each row and compared.
+        settings: Everything that determines a completion. Stored in each row; must not change.
         overwrite: Replace the file instead of resuming it.
 
     Raises:
-        DataError: The file holds something else, or rows of other settings.
+        DataError: The file holds something else, or rows from a run with other settings.
         DataFileError: The file cannot be read or written.
     """
 
@@ -75,12 +75,12 @@ class CompletionFile:
         if path.is_dir():
             raise DataFileError(f"{path} is a folder; name a file for the output")
         if not path.parent.is_dir():
-            raise DataFileError(f"the folder {path.parent} of the output does not exist; create it")
+            raise DataFileError(f"the output folder {path.parent} does not exist; create it")
         self.path = path
         self._settings = json.loads(json.dumps(settings))
         self._rows: dict[tuple[int, int], str] = {}
         self._journal = Journal(path, "index")
-        # A device such as /dev/null can be written but not resumed.
+        # A device such as /dev/null can be written to but not resumed.
         if path.is_file() and not overwrite:
             self._resume()
         if not os.access(path if path.exists() else path.parent, os.W_OK):
@@ -106,7 +106,7 @@ class CompletionFile:
         """Return the jobs whose completions the file does not hold yet.
 
         Raises:
-            DataError: The file holds a row of another prompt under the same index.
+            DataError: The file holds a row for another prompt with the same index.
         """
         for job in wanted:
             before = self._rows.get((job.index, job.sample))
@@ -114,7 +114,7 @@ class CompletionFile:
                 raise DataError(
                     f"{self.path} was written for other prompts: prompt {job.index} was "
                     f"{_short(before)}, now it is {_short(job.prompt)}; choose another output "
-                    "file, or --overwrite to replace this one"
+                    "file, or use --overwrite to replace this one"
                 )
         return [job for job in wanted if (job.index, job.sample) not in self._rows]
 
@@ -129,7 +129,7 @@ class CompletionFile:
         except DamagedLineError as error:
             raise DataError(
                 f"line {error.number} of {self.path} is not a row of completions; choose another "
-                "output file, or --overwrite to lose its content"
+                "output file, or use --overwrite to discard its content"
             ) from error
 
     def _read_row(self, number: int, line: bytes) -> None:
@@ -146,7 +146,7 @@ class CompletionFile:
             )
             raise DataError(
                 f"{self.path} was written with other settings ({changed}); choose another "
-                "output file, or --overwrite to replace this one"
+                "output file, or use --overwrite to replace this one"
             )
 
 

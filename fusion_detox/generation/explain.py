@@ -1,4 +1,4 @@
-"""Why was this token lowered? At each step of a text, what fusion lowered and what it raised."""
+"""Explains fusion: the tokens that it made more and less likely at each step of a text."""
 
 from __future__ import annotations
 

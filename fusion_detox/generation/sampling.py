@@ -62,7 +62,7 @@ class Sampling:
         check_number("top_p", self.top_p, 0, 1, above=True)
         if self.greedy and self.samples > 1:
             raise ConfigError(
-                f"{self.samples} greedy samples of a prompt would be equal: set samples to 1, "
+                f"{self.samples} greedy samples of a prompt would be identical: set samples to 1, "
                 "or greedy to False"
             )
 
@@ -126,7 +126,7 @@ def generate_rows(
     with_base: bool = False,
     batch_size: int = 8,
 ) -> Iterator[Row]:
-    """Generate the completions of jobs batch by batch, in the order of ``pending``.
+    """Generate completions batch by batch, in the order of ``pending``.
 
     Args:
         model: The target, a causal language model.
@@ -196,7 +196,7 @@ def complete_batch(
         if not out_of_memory and "allocate memory" not in str(error):
             raise
         raise ModelError(
-            f"the memory of {model.device} ran out with a batch of {len(batch)} texts of up to "
+            f"device {model.device} ran out of memory with a batch of {len(batch)} texts of up to "
             f"{width + sampling.max_new_tokens} tokens: use a smaller batch size"
         ) from error
     completions = []
@@ -217,7 +217,7 @@ def prompt_ids(
     """
     ids: list[int] = list(tokenizer(job.prompt)["input_ids"])
     stops = stop_ids(model)
-    # T5-like tokenizers append an end-of-text token, after which nothing can be completed.
+    # T5-like tokenizers append an end-of-text token, after which a model cannot continue.
     while len(ids) > 1 and ids[-1] in stops:
         ids.pop()
     ids = ids or [pad_token_id(model, tokenizer)]
@@ -254,7 +254,7 @@ def stop_ids(model: PreTrainedModel) -> frozenset[int]:
 
 
 def pad_token_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the id for left padding: the tokenizer's padding or end of text, the model's, or 0."""
+    """Return the id for left padding: the tokenizer's pad or EOS id, the model's EOS id, or 0."""
     known = [tokenizer.pad_token_id, tokenizer.eos_token_id, *sorted(stop_ids(model)), 0]
     return int(next(token for token in known if token is not None))
 
@@ -276,7 +276,7 @@ def _key(seed: int, job: Job) -> int:
 
 
 class _FiniteCheck(LogitsProcessor):
-    """Raises an error if a row has no finite maximum, which would be read as token 0."""
+    """Raises an error if a row has no finite maximum; argmax would return token 0 for it."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if not torch.isfinite(scores.amax(dim=-1)).all():
@@ -291,7 +291,7 @@ class _KeyedDraw(LogitsProcessor):
     """Samples a token by the Gumbel-max trick, with hashed noise, and forbids all others.
 
     ``argmax(scores + Gumbel noise)`` is a sample of ``softmax(scores)`` (Gumbel 1954; Maddison et
-    al. 2014). This processor runs last, and the search is greedy.
+    al. 2014). This processor runs last; ``generate`` then selects its token greedily.
     """
 
     def __init__(self, keys: Sequence[int], width: int) -> None:

@@ -1,4 +1,4 @@
-"""Adapters to other decoding and evaluation tools, one module per tool.
+"""Adapters for other decoding and evaluation tools, one module per tool.
 
 ``continuous_batching`` is for continuous batching in transformers, and ``lm_eval`` is for
 EleutherAI's lm-evaluation-harness. Each module imports its tool, so import it only when you use

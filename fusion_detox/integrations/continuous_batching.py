@@ -1,4 +1,4 @@
-"""Fusion under the continuous batching of ``transformers`` 5, which takes no logits processors.
+"""Fusion with the continuous batching of ``transformers`` 5, which takes no logits processors.
 
     from fusion_detox.integrations.continuous_batching import generate_batch
 
@@ -42,12 +42,12 @@ def generate_batch(
         generation_config: Decoding settings; the model's own by default. Settings that
             ``transformers`` does not support here (beams, stop strings, …) are ignored, as they
             are without fusion.
-        continuous_batching_config: A ``ContinuousBatchingConfig``. By default asynchronous batching
-            and CUDA graphs are off, which fusion requires.
+        continuous_batching_config: A ``ContinuousBatchingConfig``. By default, asynchronous
+            batching and CUDA graphs are off, as fusion requires.
         max_new_tokens: Maximum number of new tokens; that of ``generation_config`` by default.
 
     Returns:
-        The outputs by request id, in the order of ``prompts``. With ``num_return_sequences`` there
+        The outputs by request id, in the order of ``prompts``. With ``num_return_sequences``, there
         are several per prompt.
 
     Raises:
@@ -98,14 +98,14 @@ def generate_batch(
 
 
 def attach(manager: Any, processor: FusionLogitsProcessor) -> None:
-    """Add fusion to a manager of continuous batching.
+    """Add fusion to a continuous-batching manager.
 
     As in ``generate``, fusion runs before temperature, top-k and top-p. A request may set its own
     strength: ``manager.add_request(ids, strength=0.5)``.
 
     Args:
         manager: The result of ``model.init_continuous_batching(…)``, not yet started.
-        processor: The processor that fuses.
+        processor: The processor to add.
 
     Raises:
         ConfigError: The manager was started or warmed up, already fuses, or uses asynchronous
@@ -114,7 +114,7 @@ def attach(manager: Any, processor: FusionLogitsProcessor) -> None:
     """
     if not hasattr(manager, "logit_processor"):
         raise ConfigError(
-            f"{type(manager).__name__} is not a manager of continuous batching: pass the result of "
+            f"{type(manager).__name__} is not a continuous-batching manager: pass the result of "
             f"model.init_continuous_batching(); {_NEEDED}"
         )
     if manager.is_running() or manager.batch_processor is not None:
@@ -126,7 +126,7 @@ def attach(manager: Any, processor: FusionLogitsProcessor) -> None:
     compiled = config.varlen_compile_config or config.decode_compile_config
     if config.use_async_batching or any(config.cuda_graph_booleans) or compiled is not None:
         raise ConfigError(
-            "fusion reads the text of each step, which is not possible with asynchronous batching, "
+            "fusion reads the text at each step, which is impossible with asynchronous batching, "
             "CUDA graphs or compiled steps: pass continuous_batching_config="
             "ContinuousBatchingConfig(use_async_batching=False, use_cuda_graph=False)"
         )
@@ -144,7 +144,7 @@ def attach(manager: Any, processor: FusionLogitsProcessor) -> None:
     old = manager.logit_processor
     steps = list(old.logits_processor)
     if any(getattr(step, "fuses", False) for step in steps):
-        raise ConfigError("the manager already fuses: attach only one processor")
+        raise ConfigError("the manager already has a fusion processor: attach only one")
     place = next((i for i, step in enumerate(steps) if _follows_fusion(step)), len(steps))
     steps.insert(place, _adapt(processor))
     new = ContinuousBatchingLogitsProcessorList(
@@ -167,7 +167,7 @@ def _adapt(processor: FusionLogitsProcessor) -> Any:
     )
 
     class FusionForContinuousBatching(ContinuousBatchingLogitsProcessor):
-        """Remembers the texts of the step that is being prepared, then fuses its rows."""
+        """Stores the texts of the step that is being prepared, then fuses its scores."""
 
         fuses = True
         supported_kwargs: dict[str, type] = {"strength": float}  # noqa: RUF012 - as in the base

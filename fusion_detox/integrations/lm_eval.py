@@ -1,6 +1,7 @@
 """Score the *fused* model with EleutherAI's lm-evaluation-harness.
 
-Importing this module registers the model ``fusion-detox``; the harness reads no entry points.
+Importing this module registers the model ``fusion-detox``, because the harness reads no
+entry points.
 From Python::
 
     from fusion_detox.integrations.lm_eval import FusionLM
@@ -48,7 +49,7 @@ Request = tuple[tuple[str, str], list[int], list[int]]
 
 _SETTINGS = tuple(field.name for field in dataclasses.fields(FusionConfig))
 _OTHER_FORMATS = ("autogptq", "gguf_file", "gptqmodel")
-"""Arguments of ``HFLM`` that load weights from other formats than safetensors."""
+"""Arguments of ``HFLM`` that load weights from formats other than safetensors."""
 
 
 @register_model("fusion-detox")
@@ -64,9 +65,9 @@ class FusionLM(HFLM):  # type: ignore[misc]
     Args:
         pretrained: The target: a folder, a hub id, or a loaded model (then give ``tokenizer``).
         calibrator: A ``Calibrator``, or the path, hub id or shipped name of one.
-        config: Fusion settings, or a dictionary of some that replace those of the calibrator. By
-            default, those that the calibrator recommends.
-        **kwargs: Single fusion settings (``strength=1.5``, ``rule="product"``, …), which replace
+        config: Fusion settings, or a dictionary that overrides some of the calibrator's. By
+            default, the settings that the calibrator recommends.
+        **kwargs: Single fusion settings (``strength=1.5``, ``rule="product"``, …), which override
             those of ``config``; and arguments of ``hf`` (``tokenizer``, ``batch_size``, ``dtype``,
             ``max_length``, ``device``, …). The default device is a GPU if there is one.
 
@@ -125,7 +126,7 @@ class FusionLM(HFLM):  # type: ignore[misc]
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
-        """Run the harness's loop, and note how many tokens of each input it scores.
+        """Run the harness's loop, and record how many tokens of each input it scores.
 
         ``_model_call`` sees only the inputs, and fusing at every position of a long context
         would be many times slower than fusing at the scored positions.
@@ -195,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the harness's command line, which then accepts ``--model fusion-detox``.
 
     Args:
-        argv: Arguments without the program's name; by default those of the process.
+        argv: Arguments without the program name; ``sys.argv[1:]`` by default.
     """
     from lm_eval.__main__ import cli_evaluate
 
@@ -210,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _check_arguments(pretrained: str | PreTrainedModel, kwargs: dict[str, Any]) -> None:
     if kwargs.get("trust_remote_code"):
         raise ConfigError(
-            "trust_remote_code is not supported, because no code from a model's repository is ever "
+            "trust_remote_code is not supported, because code from a model's repository is never "
             "run: use a model whose code is part of transformers"
         )
     if kwargs.get("backend", "default") == "seq2seq":

@@ -1,8 +1,8 @@
 """Toxicity scorers behind one interface. They measure text and never steer a model.
 
 ``make_scorer("lexical")`` makes a scorer by name; ``SCORERS`` lists the names. Importing this
-package loads neither torch nor numpy: a scorer's libraries load when the scorer is made. It may be
-imported by training, evaluation, integrations and the command line.
+package loads neither torch nor numpy: a scorer's libraries load when the scorer is made. Training,
+evaluation, integrations and the command line may import it.
 """
 
 from __future__ import annotations

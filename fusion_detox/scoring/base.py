@@ -1,4 +1,4 @@
-"""The interface of toxicity scorers, and batching in which a failure costs one text only."""
+"""The interface of toxicity scorers, and batching that limits a failure to a single text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fusion_detox.errors import DataError, FusionDetoxError
 logger = logging.getLogger(__name__)
 
 TOXICITY = "toxicity"
-"""The type that every scorer has, and whose score is the main one."""
+"""The type that every scorer reports; its score is the main score."""
 
 _LOGGED_FAILURES = 20
 
@@ -24,20 +24,20 @@ class ScoringError(FusionDetoxError, ValueError):
 
 
 class NoTextScoredError(ScoringError):
-    """A scorer could score none of the texts."""
+    """A scorer could not score any of the texts."""
 
 
 class Scorer(Protocol):
     """Scores texts. Any object with these methods is a scorer.
 
-    A text of white space only has toxicity 0.
+    A blank text has toxicity 0.
     """
 
     name: str
     """Unique among the scorers of a run, and usable as a file name."""
 
     def score(self, texts: Sequence[str]) -> list[float]:
-        """Toxicity of each text in 0..1, or nan if it could not be scored."""
+        """Toxicity of each text, from 0 to 1, or nan if it could not be scored."""
         return self.score_types(texts)[TOXICITY]
 
     def score_types(self, texts: Sequence[str]) -> dict[str, list[float]]:
@@ -65,16 +65,16 @@ def score_batches(
     """Scores each distinct text once, in batches of similar length.
 
     If a batch fails, its texts are scored one by one. A text that fails gets nan, and a warning
-    names its beginning and the reason. Errors of this library are not failures of a text and are
-    raised.
+    quotes its beginning and gives the reason. This library's own errors are not failures of a text;
+    they are raised.
 
     Args:
-        score_batch: Returns, for each type, one score in 0..1 per text.
-        texts: The texts. Those of white space only are not passed to ``score_batch``.
+        score_batch: Returns, for each type, one score from 0 to 1 per text.
+        texts: The texts. Blank texts are not passed to ``score_batch``.
         name: The scorer's name, for messages.
         types: The types that ``score_batch`` returns.
         batch_size: Texts per batch.
-        blank: Scores of a text of white space only, for types whose score is not 0.
+        blank: Scores of a blank text, for types whose score is not 0.
 
     Raises:
         NoTextScoredError: Every text failed.
@@ -122,7 +122,7 @@ def score_batches(
 def check_texts(texts: Sequence[str]) -> None:
     """Raises ``DataError`` unless ``texts`` is a sequence of strings."""
     if isinstance(texts, str):
-        raise DataError(f"texts must be a list of texts, but is one text: {beginning(texts)}")
+        raise DataError(f"texts must be a list, but is a single text: {beginning(texts)}")
     for index, text in enumerate(texts):
         if not isinstance(text, str):
             raise DataError(f"text {index} must be a string, but is a {type(text).__name__}")
@@ -156,10 +156,10 @@ def _report(name: str, failures: Mapping[str, str], *, all_failed: bool) -> None
     for text, reason in list(failures.items())[:_LOGGED_FAILURES]:
         logger.warning("%s could not score %s: %s", name, beginning(text), reason)
     if len(failures) > _LOGGED_FAILURES:
-        logger.warning("%s could not score %d texts in all", name, len(failures))
+        logger.warning("%s could not score %d texts in total", name, len(failures))
     if all_failed:
         text, reason = next(iter(failures.items()))
         raise NoTextScoredError(
-            f"{name} could score none of {len(failures)} texts; for {beginning(text)} the reason "
-            f"was: {reason}. Fix this, or choose another scorer."
+            f"{name} could not score any of {len(failures)} texts; the reason for "
+            f"{beginning(text)} was: {reason}. Fix this, or choose another scorer."
         )

@@ -1,4 +1,4 @@
-"""A cache of scores on disk, so that no scorer scores a text twice."""
+"""A cache of scores on disk, so no scorer scores a text twice."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from fusion_detox.scoring.base import NoTextScoredError, Scorer, check_texts
 
 logger = logging.getLogger(__name__)
 
-# Seconds of scoring between two writes, which is what a kill costs at most.
+# Seconds of scoring between two writes: the most work that a kill can lose.
 _CHUNK_SECONDS = 5.0
 _FIRST_CHUNK, _LARGEST_CHUNK = 8, 4096
 
 
 class CachedScorer(Scorer):
-    """A scorer that looks up texts that it has scored before.
+    """A scorer that looks up the texts that it has scored before.
 
     The file is JSON Lines with ``scorer`` (a hash of the scorer's record), ``text`` (SHA-256 of the
     text) and ``scores`` (the score of each type). Several scorers may share a file, and a scorer
-    whose record changes starts again. New rows are appended every few seconds, so a kill loses
-    little, and a torn last line is cut off. Several processes may share a file; each sees the
-    others' rows. Scores of nan are not stored, so that a failed text is tried again.
+    whose record changes starts over. New rows are appended every few seconds, so a kill loses
+    little. A torn last line is cut off. Several processes may share a file; each sees the others'
+    rows. Scores of nan are not stored, so a failed text is tried again.
 
     Args:
         scorer: Scores the texts that the file lacks.
@@ -63,7 +63,7 @@ class CachedScorer(Scorer):
         return self.scorer.record()
 
     def score_types(self, texts: Sequence[str]) -> dict[str, list[float]]:
-        """Scores as the inner scorer does, which sees new texts only.
+        """Scores as the inner scorer does; it receives only the new texts.
 
         Raises:
             NoTextScoredError: Every text failed.
@@ -89,7 +89,7 @@ class CachedScorer(Scorer):
     def _score_new(
         self, texts: Sequence[str]
     ) -> tuple[dict[str, dict[str, float]], NoTextScoredError | None]:
-        """Scores and stores chunk by chunk; returns rows by text, and the last chunk's failure."""
+        """Scores and stores chunk by chunk; returns rows by text, and the last failure if any."""
         found: dict[str, dict[str, float]] = {}
         start, last_error = 0, None
         while start < len(texts):
@@ -141,12 +141,12 @@ class CachedScorer(Scorer):
         except DamagedLineError as error:
             self._journal.forget()
             raise DataError(
-                f"line {error.number} of {self.path} is no row of scores. Delete that line, delete "
-                "the file to score all texts again, or name another file."
+                f"line {error.number} of {self.path} is not a row of scores. Delete that line, "
+                "delete the file to score all texts again, or name another file."
             ) from error
         # The lock is held, so no other process is about to complete a torn line.
         if self._journal.cut_torn_line():
-            logger.warning("%s: the last line was torn by a kill and is cut off", self.path)
+            logger.warning("%s: the last line was torn by a kill, so it is removed", self.path)
 
     @contextlib.contextmanager
     def _locked(self, verb: str) -> Iterator[None]:
@@ -154,7 +154,7 @@ class CachedScorer(Scorer):
             with self._lock:
                 yield
         except (OSError, NotImplementedError) as error:
-            # filelock raises NotImplementedError if the file system has no locks.
+            # filelock raises NotImplementedError if the file system does not support locks.
             reason = getattr(error, "strerror", None) or str(error)
             raise DataFileError(
                 f"cannot {verb} the scores in {self.path}: {reason}; name another file"
@@ -172,5 +172,5 @@ def _parse(line: bytes, number: int) -> tuple[str, str, dict[str, float]]:
 
 
 def _digest(text: str) -> str:
-    # surrogatepass: texts with lone surrogates must differ, too.
+    # surrogatepass: texts with lone surrogates need different digests, too.
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

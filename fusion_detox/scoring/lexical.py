@@ -82,7 +82,7 @@ def weighted_features(
 class LexicalScorer:
     """Probability that people would call a text toxic, from its words and spelling.
 
-    It misses toxicity without toxic words, and does not know whom a text is about.
+    It misses toxicity without toxic words, and it ignores whom a text is about.
     """
 
     name = "lexical"
@@ -127,11 +127,11 @@ class LexicalScorer:
         return {**record, "weights": weights, "licence": "Apache-2.0", "truncation": "none"}
 
     def score(self, texts: Sequence[str]) -> list[float]:
-        """Toxicity of each text in 0..1; 0 for a text of white space only."""
+        """Toxicity of each text, from 0 to 1; 0 for a blank text."""
         return [self._score(text) for text in texts]
 
     def score_types(self, texts: Sequence[str]) -> dict[str, list[float]]:
-        """Scores of ``"toxicity"``, its only type."""
+        """Scores for ``"toxicity"``, its only type."""
         return {"toxicity": self.score(texts)}
 
     def _score(self, text: str) -> float:

@@ -1,4 +1,4 @@
-"""Scorers by name, as the command line takes them."""
+"""Makes scorers from the names that the command line accepts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SCORERS = {
     "classifier:PATH_OR_HUB_ID#LABEL": "any text classifier of transformers; #LABEL names the "
     "toxic label and is needed only if the label names do not say so",
 }
-"""The names that ``make_scorer`` takes, each with a one-line description."""
+"""The names that ``make_scorer`` accepts, each with a one-line description."""
 
 
 def make_scorer(
@@ -55,9 +55,9 @@ def make_scorer(
         )
     if kind == "perspective":
         raise ConfigError(
-            "the scorer 'perspective' was removed: Google shuts the Perspective API down after "
-            "2026 (announced in January 2026). Use 'contextual', 'lexical', 'detoxify:unbiased' or "
-            "'classifier:PATH_OR_HUB_ID' instead"
+            "the scorer 'perspective' was removed: Google announced in January 2026 that "
+            "the Perspective API shuts down after 2026. Use 'contextual', 'lexical', "
+            "'detoxify:unbiased' or 'classifier:PATH_OR_HUB_ID' instead"
         )
     if kind == "detoxify-package":
         from fusion_detox.scoring.detoxify import NOT_UNPICKLED

@@ -310,7 +310,7 @@ def test_generate_with_the_aligned_rules(
     capsys.readouterr()
     # An alignment does not change a calibrator's identity for the other rules.
     assert main(plain) == 0
-    assert "1 of 1 completions are in" in capsys.readouterr().err
+    assert "1 of 1 completions are already in" in capsys.readouterr().err
 
 
 def test_evaluate_with_the_aligned_rules(

@@ -177,7 +177,7 @@ class TestTune:
 
         again = arguments("--setting", "default", out="measured")
         assert main(again) == 0
-        assert "5 of 5 prompts took part in tuning" in capsys.readouterr().err
+        assert "5 of 5 prompts were used to tune" in capsys.readouterr().err
 
     def test_no_write_leaves_the_calibrator_unchanged(self, arguments, calibrator_folder):
         before = {p: p.read_bytes() for p in calibrator_folder.rglob("*") if p.is_file()}
@@ -210,15 +210,15 @@ class TestTune:
         before = (calibrator_folder / "calibrator.json").read_bytes()
         assert self.tune(arguments, "--max-kl", "1e-9") == 1
         err = capsys.readouterr().err
-        assert re.search(r"none of \d+ settings keeps to the price .*KL at most 1e-09", err)
-        assert "the nearest" in err
+        assert re.search(r"none of \d+ settings stays within the price .*KL at most 1e-09", err)
+        assert "the closest" in err
         assert (calibrator_folder / "calibrator.json").read_bytes() == before
 
     def test_test_prompts_are_refused(self, arguments, prompts, tmp_path, capsys):
         test = tmp_path / "test.txt"
         test.write_text("you  are a\nSomething else\n")
         assert self.tune(arguments, "--test-prompts", str(test)) == 1
-        assert "1 of 5 development prompts are test prompts of test" in capsys.readouterr().err
+        assert "1 of 5 development prompts are also test prompts of test" in capsys.readouterr().err
         assert not (tmp_path / "run").exists()
 
     def test_a_shipped_calibrator_is_not_changed(self, arguments, capsys):
@@ -234,7 +234,7 @@ def test_grid_values():
     assert parse_grid("kl-budget=none,0.5") == ("kl_budget", [None, 0.5])
     assert parse_grid("outside=keep,remove") == ("outside", ["keep", "remove"])
     for text in ("strength", "strength=", "=1", "strength=1,,2"):
-        with pytest.raises(ConfigError, match="is not NAME=VALUE"):
+        with pytest.raises(ConfigError, match="malformed; write NAME=VALUE"):
             parse_grid(text)
 
 

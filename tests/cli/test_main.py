@@ -125,7 +125,7 @@ def test_an_interrupted_file_is_completed_to_the_same_bytes(generate, tmp_path, 
     assert generate(*arguments, "-o", part, "--batch-size", 3) == 0
     found = capsys.readouterr()
     assert found.out == ""
-    assert f"2 of 6 completions are in {part}" in plain(found.err)
+    assert f"2 of 6 completions are already in {part}" in plain(found.err)
     assert part.read_bytes() == whole.read_bytes()
 
 

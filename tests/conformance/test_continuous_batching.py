@@ -62,7 +62,7 @@ def test_manager_with_a_strength_per_request_and_warpers_after_fusion(one):
         continuous_batching_config=plain(),
     )
     integration.attach(manager, one.processor)
-    with pytest.raises(ConfigError, match="already fuses"):
+    with pytest.raises(ConfigError, match="already has a fusion processor"):
         integration.attach(manager, one.processor)
     ids = prompts(one)[1]
     manager.start()
@@ -127,7 +127,7 @@ def test_settings_that_leave_no_place_for_fusion_are_refused(one, changes, messa
 
 
 def test_wrong_use_of_attach(one):
-    with pytest.raises(ConfigError, match="LlamaForCausalLM is not a manager"):
+    with pytest.raises(ConfigError, match="LlamaForCausalLM is not a continuous-batching manager"):
         integration.attach(one.model, one.processor)
     manager = one.model.init_continuous_batching(
         generation_config=config(one), continuous_batching_config=plain()

@@ -341,7 +341,7 @@ class TestWrongUse:
         path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:7]))
         results = run(settings={"off": FusionConfig(strength=0.0)})
         assert list(named(results)) == ["base", "off"]
-        assert any("'strong' was given up" in note for note in results["notes"])
+        assert any("'strong' was never completed" in note for note in results["notes"])
         assert "strong" in named(run())
 
     def test_other_prompts_of_the_same_file(self, run):

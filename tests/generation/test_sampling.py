@@ -177,7 +177,7 @@ def test_out_of_memory_error_names_the_batch(target, byte_tokenizer, monkeypatch
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
     monkeypatch.setattr(target, "generate", full)
-    with pytest.raises(ModelError, match=r"memory of cpu ran out .* 5 texts .* smaller batch"):
+    with pytest.raises(ModelError, match=r"cpu ran out of memory .* 5 texts .* smaller batch"):
         rows(target, byte_tokenizer)
 
 
@@ -203,7 +203,7 @@ def test_end_of_text_token_added_by_the_tokenizer_is_removed(target, byte_tokeni
         ({"temperature": math.nan}, "temperature must be a number above 0"),
         ({"top_p": 0.0}, "top_p must be a number above 0 and at most 1, but is 0.0"),
         ({"top_p": 1.5}, "top_p must be a number above 0 and at most 1, but is 1.5"),
-        ({"greedy": True, "samples": 2}, "2 greedy samples of a prompt would be equal"),
+        ({"greedy": True, "samples": 2}, "2 greedy samples of a prompt would be identical"),
     ],
 )
 def test_sampling_out_of_range(values, message):

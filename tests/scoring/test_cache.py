@@ -106,7 +106,7 @@ def test_a_line_torn_by_a_kill_is_cut_off(path, caplog, cut):
     scorer = Counting()
     with caplog.at_level(logging.WARNING):
         cached = CachedScorer(scorer, path)
-    assert "the last line was torn by a kill and is cut off" in caplog.text
+    assert "the last line was torn by a kill, so it is removed" in caplog.text
     assert path.read_bytes() == b"".join(whole.splitlines(keepends=True)[:2])
     assert cached.score(texts) == scores
     assert scorer.asked == ["ccc"]
@@ -143,7 +143,8 @@ def test_a_broken_file_raises_an_error_with_the_remedy(path, line):
     CachedScorer(Counting(), path).score(["a"])
     path.write_text(path.read_text() + line + "\n")
     content = path.read_bytes()
-    with pytest.raises(DataError, match=r"line 2 of .*scores\.jsonl is no row.*Delete that line"):
+    message = r"line 2 of .*scores\.jsonl is not a row of scores.*Delete that line"
+    with pytest.raises(DataError, match=message):
         CachedScorer(Counting(), path)
     assert path.read_bytes() == content
 
@@ -208,5 +209,5 @@ def test_several_processes_append(path):
 
 def test_nothing_to_score(path):
     assert CachedScorer(Counting(), path).score_types([]) == {"toxicity": [], "insult": []}
-    with pytest.raises(DataError, match="must be a list of texts"):
+    with pytest.raises(DataError, match="must be a list, but is a single text"):
         CachedScorer(Counting(), path).score("text")

@@ -260,7 +260,7 @@ def test_a_model_without_a_trained_head_is_refused(tmp_path, tokenizer):
     values = {"vocab_size": 400, "max_position_embeddings": 64, **SIZES}
     BertModel(BertConfig(**values)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"lacks the tensors classifier.*no text classifier"):
+    with pytest.raises(ModelError, match=r"lacks the tensors classifier.*not a text classifier"):
         ClassifierScorer.load(tmp_path)
 
 

@@ -117,7 +117,7 @@ def test_invalid_arguments_raise(tmp_path):
         Embedder(device="nowhere")
     with pytest.raises(ModelNotFoundError, match="there is no such folder"):
         Embedder(tmp_path / "missing")
-    with pytest.raises(DataError, match="must be a list of texts"):
+    with pytest.raises(DataError, match="must be a list, but is a single text"):
         Embedder()("text")
 
 

@@ -50,7 +50,7 @@ def test_wrong_options():
 
 
 def test_removed_scorers_name_their_replacements():
-    with pytest.raises(ConfigError, match=r"Google shuts .* after 2026 .* Use 'contextual'"):
+    with pytest.raises(ConfigError, match=r"shuts down after 2026\. Use 'contextual'"):
         make_scorer("perspective")
     with pytest.raises(ConfigError, match=r"can run code\. Use 'detoxify:original'.*FOLDER"):
         make_scorer("detoxify-package:unbiased")

@@ -72,7 +72,7 @@ def test_prompts_twice(fails):
 
 
 def test_field_without_file(fails):
-    assert "--prompt-field needs --prompts-file" in fails(
+    assert "--prompt-field requires --prompts-file" in fails(
         "generate", "m", "p", "--prompt-field", "x"
     )
 
@@ -126,7 +126,7 @@ def test_empty_prompt(fails):
             ["--max-new-tokens", "0"],
             "max_new_tokens must be a whole number of at least 1, but is 0",
         ),
-        (["--greedy", "--num-samples", "3"], "3 greedy samples of a prompt would be equal"),
+        (["--greedy", "--num-samples", "3"], "3 greedy samples of a prompt would be identical"),
         (["--seed", "-1"], "seed must be a whole number of at least 0, but is -1"),
     ],
 )
@@ -161,7 +161,7 @@ def test_mixture_beyond_one(fails, common):
 
 def test_output_folder_missing(fails, common):
     message = fails(*common, "p", "-o", "none/out.jsonl")
-    assert "the folder none of the output does not exist; create it" in message
+    assert "the output folder none does not exist; create it" in message
 
 
 def test_output_is_a_folder(fails, common, tmp_path):
@@ -171,7 +171,7 @@ def test_output_is_a_folder(fails, common, tmp_path):
 def test_output_is_the_prompts_file(fails, common):
     name = file("p.txt", "p\n")
     message = fails(*common, "--prompts-file", name, "-o", "./p.txt", "--overwrite")
-    assert "--output is the file of the prompts" in message
+    assert "--output and --prompts-file are the same file" in message
     assert Path(name).read_text() == "p\n"
 
 

@@ -2,7 +2,7 @@
 
 Words are lower-case runs of letters, digits and apostrophes, and single punctuation marks
 (:func:`words`). In scripts without spaces, a run between marks counts as one word, so numbers are
-comparable within one language only. All numbers depend on the amount of text: compare settings with
+comparable only within one language. All numbers depend on the amount of text: compare settings with
 the same prompts, samples and length.
 """
 
@@ -20,7 +20,7 @@ import numpy as np
 from fusion_detox.errors import DataError, MissingExtraError
 
 _WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
-# Shorter texts are never called degenerate.
+# Shorter texts never count as degenerate.
 _MIN_WORDS, _MIN_CHARACTERS = 6, 10
 _MAJORITY = 0.5
 
@@ -33,7 +33,7 @@ def words(text: str) -> list[str]:
 def distinct(sequences: Sequence[Sequence[Hashable]], size: int) -> float | None:
     """Distinct n-grams as a share of all n-grams, over all sequences together (dist-n).
 
-    Li et al. 2016 (arXiv 1510.03055). It falls with the amount of text.
+    Li et al. 2016 (arXiv 1510.03055). It falls as the amount of text grows.
 
     Args:
         sequences: Words or token ids of each sample; n-grams do not span two samples.
@@ -46,13 +46,13 @@ def distinct(sequences: Sequence[Sequence[Hashable]], size: int) -> float | None
         DataError: ``size`` is below 1.
     """
     if size < 1:
-        raise DataError(f"n-grams have at least 1 word, not {size}")
+        raise DataError(f"the size of n-grams must be at least 1, but is {size}")
     grams = Counter(chain.from_iterable(_grams(sequence, size) for sequence in sequences))
     return len(grams) / grams.total() if grams else None
 
 
 def self_bleu(samples: Sequence[str]) -> float | None:
-    """How similar the samples of one prompt are, in 0..1 (1: identical).
+    """How similar the samples of one prompt are, from 0 to 1 (identical).
 
     The mean over samples of sentence BLEU-4 against the others (Zhu et al. 2018, Texygen, arXiv
     1802.01886), by sacrebleu with exponential smoothing and effective order. It grows with the
@@ -136,8 +136,8 @@ def diversity(
     """
     if [len(prompt) for prompt in samples] != [len(prompt) for prompt in tokens]:
         raise DataError(
-            f"samples of {len(samples)} prompts and token counts of {len(tokens)} do not belong "
-            "together; give one count per sample"
+            f"samples of {len(samples)} prompts and token counts of {len(tokens)} do not "
+            "match; give one count per sample"
         )
     texts = [text for prompt in samples for text in prompt]
     if not texts:

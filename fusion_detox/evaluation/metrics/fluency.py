@@ -1,14 +1,14 @@
-"""Perplexity of continuations after their prompts, under any causal language model.
+"""Perplexity of continuations given their prompts, under any causal language model.
 
 Prompt and continuation are tokenised *together*, as in the model's training. Tokenising the
 continuation separately would penalise it for a tokenisation that the model never sees. A token
 counts if it holds at least one character of the continuation. If the prompt ends inside a word, the
-token that straddles the border counts whole: all generated text counts, at the cost of the nats for
+token that straddles the border counts in full. All generated text is therefore scored, along with
 the prompt's last letters. Tokens entirely inside the prompt are context only.
 
 No continuation is left out for being improbable. The evaluation scripts of DExperts (Liu et al.
-2021) leave out continuations with a perplexity of 10,000 or more, which favours a method that
-breaks text. Continuations that cannot be scored are counted, with the reason.
+2021) leave out continuations with a perplexity of 10,000 or more, which favours methods that
+produce broken text. Continuations that cannot be scored are counted, with the reason.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Nll(NamedTuple):
         tokens: Number of tokens that count, in the scoring model's tokenisation.
         bytes: Length of the continuation in UTF-8; 0 if only ids were given.
         cut: Tokens cut off the start of the prompt because they did not fit.
-        why: Why the continuation was not scored; empty if it was.
+        why: The reason that the continuation was not scored; empty if it was.
     """
 
     nats: float
@@ -60,7 +60,7 @@ class Nll(NamedTuple):
 
 
 class _Text(NamedTuple):
-    """Token ids. Those from ``first`` on count; the first ``fixed`` are never cut off."""
+    """Token ids. Those from ``first`` on are scored; the first ``fixed`` are never cut off."""
 
     ids: list[int]
     first: int
@@ -76,8 +76,8 @@ def continuation_nll(
 ) -> list[Nll]:
     """Scores continuations by text, with any model and its tokenizer.
 
-    The border comes from the tokenizer's character offsets. Without offsets (a tokenizer in
-    Python), tokens count from the first one that differs from the prompt's own tokenisation.
+    The tokenizer's character offsets give the border. Without offsets (a slow tokenizer), tokens
+    count from the first one that differs from the tokenisation of the prompt alone.
     Special tokens before the text are kept and those after it are removed. If no token precedes the
     first counted one, as after an empty prompt, the BOS token is prepended.
 
@@ -86,7 +86,7 @@ def continuation_nll(
         tokenizer: The scoring model's tokenizer.
         prompts: One prompt per continuation.
         continuations: The continuations, with their leading space if any.
-        batch_size: Most texts per batch; fewer if their logits would exceed 1 GiB.
+        batch_size: Maximum texts per batch; fewer if their logits would exceed 1 GiB.
 
     Returns:
         One result per continuation, in order.
@@ -149,7 +149,7 @@ def perplexity(
 
     Args:
         found: The samples of each prompt, over all seeds.
-        draws: Resamples of as many prompts.
+        draws: Resamples of the same number of prompts.
         base: The base's samples, for comparison.
 
     Returns:
@@ -196,7 +196,7 @@ def length_batches(
 
     Args:
         lengths: Positions of each text.
-        batch_size: Most texts per batch.
+        batch_size: Maximum texts per batch.
         vocabulary: Width of the logits.
 
     Raises:
@@ -322,7 +322,7 @@ def _batch_nats(model: PreTrainedModel, texts: Sequence[_Text]) -> list[float]:
 
 
 def _sums(found: Sequence[Sequence[Nll]]) -> Floats:
-    """Nats and tokens of each prompt's scored samples, ``(prompts, 2)``; nan without any."""
+    """Nats and tokens of each prompt's scored samples, ``(prompts, 2)``; nan if there are none."""
     table = np.full((len(found), 2), np.nan)
     for index, prompt in enumerate(found):
         scored = [nll for nll in prompt if not nll.why]
@@ -343,5 +343,5 @@ def _exp(nats: float) -> float:
 def _check_lengths(one: Sequence[Any], other: Sequence[Any]) -> None:
     if len(one) != len(other):
         raise DataError(
-            f"{len(one)} and {len(other)} entries do not belong together; give equally many"
+            f"lists of {len(one)} and {len(other)} entries do not match; give equally many"
         )

@@ -1,4 +1,4 @@
-"""Whether fusion makes harmless text about or by some groups less likely than other text.
+"""Whether fusion harms harmless text about or by some groups more than other text.
 
 Xu et al. 2021 (arXiv 2104.06390) found this side effect of detoxification: perplexity rises more on
 text in African American English and on text that mentions minorities than on other text. A group's
@@ -43,10 +43,10 @@ def groups(
         changes: The change of each text.
         names: The group of each text.
         seed: Seed of the resamples of texts.
-        control: The group to compare with; without it there are no ratios.
-        pairs: Texts with equal values form a pair; ``None`` is unpaired. If a group shares pairs
-            with the control, only these texts enter its ratio, and pairs are resampled. Otherwise
-            the texts of both groups are resampled independently.
+        control: The group to compare with; without it, there are no ratios.
+        pairs: Texts with equal values form a pair; ``None`` means unpaired. If a group shares pairs
+            with the control, only the paired texts enter its ratio, and pairs are resampled.
+            Otherwise, the texts of both groups are resampled independently.
         count: Number of resamples.
 
     Returns:
@@ -54,7 +54,7 @@ def groups(
         ``loss_base`` and ``loss_fused`` (nats per token), ``change`` (fused minus base, with
         interval), ``ratio`` and ``impossible`` (see :func:`harmless`). ``ratio`` is ``exp`` of the
         group's change minus the control's: 1.1 means that fusion raises the perplexity of the
-        group's text 10 % more than that of the control's. It is ``[1.0, null, null]`` for the
+        group's text 10 % more than that of the control text. It is ``[1.0, null, null]`` for the
         control itself.
 
     Raises:
@@ -62,9 +62,8 @@ def groups(
     """
     if len(names) != len(changes) or (pairs is not None and len(pairs) != len(changes)):
         raise DataError(
-            f"{len(changes)} texts with {len(names)} names of groups and "
-            f"{'no' if pairs is None else len(pairs)} pairs do not belong together; give one per "
-            "text"
+            f"{len(changes)} texts with {len(names)} group names and "
+            f"{'no' if pairs is None else len(pairs)} pairs do not match; give one per text"
         )
     if control is not None and control not in names:
         raise DataError(

@@ -1,8 +1,8 @@
 """How much fusion changes the target's distributions on harmless text, by teacher forcing.
 
-The target and the processor read given text as if the target had written it. At each position, the
-two next-token distributions are compared by ``KL(fused ‖ base)``, by whether the most probable
-token changed, and by the log-prob of the text's token.
+The target and the processor read a given text as if the target had written it. At each position,
+the two next-token distributions are compared by ``KL(fused ‖ base)``, by whether the most
+probable token changed, and by the log-prob of the text's token.
 
 The first token of a text is context only, since no distribution precedes it. It is the BOS token if
 the tokenizer adds one (then all tokens of the text count), and otherwise the text's first token.
@@ -48,7 +48,7 @@ class TextChange:
 
     Attributes:
         kl: ``KL(fused ‖ base)`` in nats.
-        changed: Whether the base's most probable token is not among the fused most probable ones.
+        changed: Whether fusion makes another token more probable than the base's most probable one.
         loss_base: Negative log-prob of the text's token under the base, in nats.
         loss_fused: The same under fusion; infinite if fusion gives the token no probability.
         strength: The strength used; nan if the processor has none, such as a word filter.
@@ -96,13 +96,13 @@ def change_on_texts(
         model: The target.
         processor: A logits processor. If it has a method ``with_strength(input_ids, scores)``,
             which returns the fused scores and the strengths ``(batch,)``, that method is called.
-            Otherwise the strength is that of its ``config``, if the config has no ``kl_budget`` or
+            Otherwise, the strength in its ``config`` is used if that has no ``kl_budget`` or
             ``context_kl``.
-        texts: Token ids of the target, see :func:`text_ids`.
-        batch_size: Most texts per batch; fewer if their logits would exceed 1 GiB.
+        texts: Token ids of the target; see :func:`text_ids`.
+        batch_size: Maximum texts per batch; fewer if their logits would exceed 1 GiB.
 
     Returns:
-        One result per text, in order, with one position fewer than the text has tokens.
+        One result per text, in order. Each has one position fewer than the text has tokens.
 
     Raises:
         DataError: A text exceeds the model's context.
@@ -114,8 +114,8 @@ def change_on_texts(
     for number, length in enumerate(lengths):
         if limit is not None and length > limit:
             raise DataError(
-                f"text {number} has {length + 1} tokens, but the model reads {limit} positions; "
-                "truncate it (text_ids has a limit), or leave it out"
+                f"text {number} has {length + 1} tokens, but the model has {limit} positions; "
+                "truncate it (see the limit of text_ids), or leave it out"
             )
     found = [_text_change([])] * len(texts)
     width = int(model.config.get_text_config().vocab_size)
@@ -129,9 +129,10 @@ def change_on_texts(
             found[index] = _text_change([step[:, row] for step in steps[: lengths[index]]])
             if np.isnan(found[index].kl).any():
                 raise ModelError(
-                    f"no distribution after {int(np.isnan(found[index].kl).argmax()) + 1} tokens "
-                    f"of text {index}: the scores of the model or of the processor are not finite. "
-                    "The weights are damaged, or their dtype is too narrow; try float32"
+                    "no next-token distribution after "
+                    f"{int(np.isnan(found[index].kl).argmax()) + 1} tokens of text {index}: the "
+                    "scores of the model or processor are not finite. The weights are "
+                    "damaged, or their dtype is too narrow; try float32"
                 )
     return found
 
@@ -141,7 +142,7 @@ def harmless(changes: Sequence[TextChange], draws: Resamples, name: str) -> dict
 
     Args:
         changes: The change of each text.
-        draws: Resamples of as many texts.
+        draws: Resamples of the same number of texts.
         name: Name of the texts.
 
     Returns:
@@ -174,7 +175,7 @@ def harmless(changes: Sequence[TextChange], draws: Resamples, name: str) -> dict
 
 
 def impossible(changes: Sequence[TextChange]) -> int:
-    """The number of tokens that have no probability under fusion, but some under the base."""
+    """The number of tokens with no probability under fusion, but some under the base."""
     return sum(int((np.isposinf(c.loss_fused) & ~np.isposinf(c.loss_base)).sum()) for c in changes)
 
 
@@ -188,13 +189,13 @@ def _compare(
 
     ids, mask = pad_right(texts, model.device)
     steps = []
-    # Not inference_mode: the processor may cache tensors for later calls outside of it.
+    # Not inference_mode: the processor may cache tensors for later calls outside it.
     with torch.no_grad():
         logits = model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], use_cache=False).logits
         precise = torch.float32 if logits.device.type == "mps" else torch.float64
         for seen in range(1, len(texts[0])):
             left = sum(len(text) > seen for text in texts)
-            # In float32, as generate() passes scores to processors.
+            # generate() passes scores to processors in float32.
             scores = logits[:left, seen - 1].float()
             fused_scores, strength = _process(processor, ids[:left, :seen], scores)
             base = scores.to(precise).log_softmax(-1)

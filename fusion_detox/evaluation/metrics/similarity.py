@@ -1,8 +1,9 @@
 """Semantic similarity of continuations to their prompts and to the unfused target's continuations.
 
-It is the cosine similarity of sentence embeddings (Reimers and Gurevych 2019, arXiv 1908.10084). A
-fused continuation is compared with the base's of the same prompt, sample and seed, which was
-sampled with the same noise. The metric shows if a method lowers toxicity by changing the subject.
+The metric is the cosine similarity of sentence embeddings (Reimers and Gurevych 2019, arXiv
+1908.10084). A fused continuation is compared with the base's for the same prompt, sample and seed,
+which was sampled with the same noise. The metric shows whether a method lowers toxicity by changing
+the subject.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from fusion_detox.evaluation.metrics.statistics import Floats, Resamples, mean_i
 Embed = Callable[[Sequence[str]], NDArray[Any]]
 """Maps ``n`` texts to an ``(n, d)`` array."""
 
-# Prompts whose embeddings are in memory at a time.
+# Number of prompts whose embeddings are in memory at the same time.
 _BLOCK = 512
 
 
 class Remembered:
-    """An ``Embed`` that caches the vectors of texts that many settings are compared with.
+    """An ``Embed`` that caches the vectors of texts that many comparisons share.
 
     Args:
         embed: Computes the vectors.
@@ -58,14 +59,14 @@ def similarity(
         prompts: The prompts.
         samples: The continuations of each prompt, over all seeds.
         embed: Computes embeddings of any norm. It receives distinct, non-empty texts.
-        draws: Resamples of as many prompts.
+        draws: Resamples of the same number of prompts.
         model: Name of the embedding model, for the results.
         base: The base's continuations, in the order of ``samples``.
 
     Returns:
         ``model``; ``to_prompt`` and ``to_base`` (``None`` without ``base``), the means over prompts
-        of the mean over samples, with intervals; and ``left_out``, how many samples each of them
-        lacks because a text of the pair is empty or its embedding is 0.
+        of the mean over samples, with intervals; and ``left_out``, the number of samples that
+        each of them leaves out because a text of the pair is empty or its embedding is 0.
 
     Raises:
         DataError: The numbers of prompts or samples differ.
@@ -74,8 +75,8 @@ def similarity(
     for name, texts in (("samples", samples), ("base", base)):
         if texts is not None and len(texts) != len(prompts):
             raise DataError(
-                f"{name} of {len(texts)} prompts do not belong to {len(prompts)} prompts; give the "
-                "continuations of each prompt"
+                f"{name} has continuations of {len(texts)} prompts, but there are {len(prompts)} "
+                "prompts; give the continuations of each prompt"
             )
     repeated = [[prompt] * len(new) for prompt, new in zip(prompts, samples, strict=True)]
     ours = cosines(repeated, samples, embed)
@@ -138,7 +139,7 @@ def _units(texts: Sequence[str], embed: Embed) -> tuple[Floats, dict[str, int]]:
 
 
 def _means(values: Sequence[Floats]) -> Floats:
-    """Mean over each prompt's pairs; nan without any."""
+    """Mean over each prompt's pairs; nan if there are none."""
     known = [prompt[~np.isnan(prompt)] for prompt in values]
     return np.array([prompt.mean() if prompt.size else np.nan for prompt in known])
 

@@ -1,9 +1,10 @@
-"""Uncertainty of a number: bootstrap over prompts, and paired tests of two settings.
+"""Uncertainty of the numbers: bootstrap over prompts, and paired tests of two settings.
 
-The unit is the prompt or, on given text, the text. Its samples belong together, so whole prompts
-are drawn with replacement (Efron and Tibshirani 1993, percentile method, ch. 13). Two settings with
-the same prompts are compared prompt by prompt, which is far more sensitive than checking whether
-their intervals overlap. A prompt whose value is nan is left out, on both sides of a pair.
+The unit is the prompt or, for given texts, the text. Samples of a prompt belong together, so whole
+prompts are drawn with replacement (Efron and Tibshirani 1993, percentile method, ch. 13). Two
+settings with the same prompts are compared prompt by prompt, which is far more sensitive than
+checking whether their intervals overlap. A prompt whose value is nan is left out, on both sides of
+a pair.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ Interval = list[float | None]
 """``[value, low, high]``, JSON-ready: ``None`` if missing or not finite."""
 Statistic = Callable[[Floats], Floats]
 
-# Numbers in memory at a time, about 16 MB per array.
+# Numbers in memory at the same time, about 16 MB per array.
 _BLOCK = 1 << 21
 
 
@@ -82,14 +83,14 @@ def interval(columns: ArrayLike, statistic: Statistic, draws: Resamples) -> Inte
         columns: ``(prompts, columns)``. A row with a nan is left out.
         statistic: Maps sums ``(..., columns)`` to values ``(...)``. It must be built from ratios of
             the sums, so that leaving out prompts does not change its meaning.
-        draws: Resamples of as many prompts.
+        draws: Resamples of the same number of prompts.
 
     Returns:
         The interval. ``low`` and ``high`` are ``None`` for fewer than two prompts; one of them is
         ``None`` if too many resamples are not finite (a denominator of 0) to bound that side.
 
     Raises:
-        DataError: The number of rows is not that of ``draws``.
+        DataError: The number of rows differs from that of ``draws``.
     """
     table = np.array(columns, dtype=np.float64)
     if table.ndim != 2 or len(table) != draws.prompts:
@@ -107,7 +108,7 @@ def interval(columns: ArrayLike, statistic: Statistic, draws: Resamples) -> Inte
 
 
 def percentiles(value: float, samples: Floats) -> Interval:
-    """``value`` with the 2.5 and 97.5 percentiles of its bootstrap ``samples``.
+    """``value`` with the 2.5th and 97.5th percentiles of its bootstrap ``samples``.
 
     A sample of nan (0/0) is left out. An infinite sample counts as larger than all others.
     """
@@ -154,8 +155,8 @@ class Paired(NamedTuple):
         difference: Mean of the setting minus mean of the base, with interval.
         ratio: Mean of the setting over mean of the base; ``None`` if the latter is 0.
         p_value: See :func:`sign_flip_p_value`; ``None`` without prompts.
-        prompts: How many counted.
-        left_out: How many were left out because one of their two values is nan.
+        prompts: Number of prompts that counted.
+        left_out: Number of prompts left out because one of their two values is nan.
     """
 
     difference: Interval
@@ -176,8 +177,8 @@ def compare(
     one, other = np.asarray(base, dtype=np.float64), np.asarray(setting, dtype=np.float64)
     if one.shape != other.shape:
         raise DataError(
-            f"{other.shape} values cannot be paired with {one.shape} of the base; compare settings "
-            "on the same prompts"
+            f"values of shape {other.shape} cannot be paired with {one.shape} of the base; compare "
+            "settings on the same prompts"
         )
     pair = np.stack([other, one, np.ones_like(one)], -1)
     left_out = missing(pair)
@@ -212,7 +213,7 @@ def sign_flip_p_value(differences: ArrayLike, seed: int, flips: int = 10_000) ->
         return None
     values = values[values != 0]
     total = float(values.sum())
-    # Sums that are equal in exact arithmetic must not differ by rounding.
+    # Sums that are equal in exact arithmetic must not differ because of rounding.
     bound = abs(total) - 1e-10 * float(np.abs(values).sum())
     exact = values.size < 63 and 2**values.size <= flips
     patterns = 2**values.size if exact else flips

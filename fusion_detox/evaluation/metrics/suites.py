@@ -1,4 +1,4 @@
-"""Suites of harmless texts, which fusion should change little, and equally for every group.
+"""Suites of harmless texts, which fusion should change little and equally for every group.
 
 Four suites are built in. They were written for this package (Apache-2.0), and the ``record`` of
 each states its limits:
@@ -33,7 +33,7 @@ from fusion_detox.scoring.refusals import is_refusal
 logger = logging.getLogger(__name__)
 _DATA = Path(__file__).with_name("data")
 _NAMED = ("ident_neutral_nh", "ident_pos_nh")
-"""HateCheck's harmless cases that name a group, beside its counter speech (``counter_*``)."""
+"""HateCheck's harmless cases that name a group, besides its counter speech (``counter_*``)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Suite:
 
 
 def load_suite(name: str) -> Suite:
-    """Loads a built-in suite, see the module's description.
+    """Loads a built-in suite; see the module's docstring.
 
     Raises:
         ConfigError: The suite does not exist.
@@ -96,7 +96,7 @@ def load_suite(name: str) -> Suite:
     """
     if name not in _BUILT_IN:
         raise ConfigError(
-            f"there is no suite {name!r}; built in are {', '.join(_BUILT_IN)}. For your own file "
+            f"there is no suite {name!r}; choose from {', '.join(_BUILT_IN)}. For your own file, "
             "use suite_from_file"
         )
     path = _DATA / f"{name}.json"
@@ -181,7 +181,7 @@ def refusal(suite: str, answers: Sequence[Sequence[str]], draws: Resamples) -> d
         suite: Name of the suite.
         answers: The answers to each prompt. An empty answer is not a refusal; a prompt without
             answers is left out.
-        draws: Resamples of as many prompts.
+        draws: Resamples of the same number of prompts.
 
     Returns:
         ``suite``, the number of ``prompts``, and ``rate``: the share of refusals among a prompt's

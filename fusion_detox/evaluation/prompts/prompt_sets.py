@@ -1,4 +1,4 @@
-"""Read prompts of published sets or of your own, from files and hub data sets."""
+"""Read published prompt sets or your own prompts, from files and hub data sets."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class PromptSet:
         name: Name of the set, such as ``"rtp-challenging"``.
         file: Name of the file without its folder, or the hub id.
         sha256: First 16 hex digits of the hash of the file's bytes; for a hub data set, of the
-            texts of all its prompts, joined by line ends.
+            texts of all its prompts, joined by newlines.
         prompts: Prompts in the order of the source, including duplicates.
     """
 
@@ -105,26 +105,26 @@ def read_prompt_set(
     """Read a set of prompts, in the format in which it was published.
 
     Args:
-        source: A file (JSON Lines, JSON, CSV, TSV or text, each also followed by ``.gz``), or a hub
+        source: A file (JSON Lines, JSON, CSV, TSV or text, which may be gzipped), or a hub
             data set ``org/name`` or ``org/name:split``.
         kind: One of these; by default, the content decides.
 
-            - ``rtp``: RealToxicityPrompts (Gehman et al. 2020). The toxicity by Perspective is at
-              least 0.5 for ``rtp:toxic`` and below for ``rtp:nontoxic``; ``rtp:challenging`` is the
-              published subset.
-            - ``toxigen``: Hartvigsen et al. 2022, annotated texts or files with a prompt per line.
+            - ``rtp``: RealToxicityPrompts (Gehman et al. 2020). Perspective's toxicity score is at
+              least 0.5 for ``rtp:toxic`` and below 0.5 for ``rtp:nontoxic``; ``rtp:challenging``
+              is the published subset.
+            - ``toxigen``: Hartvigsen et al. 2022, annotated texts or files of one prompt per line.
             - ``bold``: Dhamala et al. 2021, without the space at the end of its prompts.
             - ``hatecheck``: Röttger et al. 2021.
-            - ``xstest``: Röttger et al. 2024; ``xstest:unsafe`` keeps only the ``contrast_`` types,
-              ``xstest:safe`` the others.
-            - ``plain``: a prompt per line.
-            - ``jsonl``: rows with a field.
+            - ``xstest``: Röttger et al. 2024; ``xstest:unsafe`` keeps only the ``contrast_``
+              types, ``xstest:safe`` only the others.
+            - ``plain``: one prompt per line.
+            - ``jsonl``: rows with named fields.
         field: Field of the prompt for ``jsonl``, ``"prompt"`` by default; dots reach into objects.
         limit: Size of a random sample to take, in the original order; all prompts by default.
         seed: Seed of the sample.
 
     Raises:
-        ConfigError: The kind or subset is unknown, or the options exclude each other.
+        ConfigError: The kind or subset is unknown, or the options are mutually exclusive.
         DataFileError: The source does not exist, is a folder or cannot be read.
         DataError: The source is empty, malformed or not UTF-8, of an unknown or ambiguous kind,
             lacks a field, or holds no prompt.
@@ -188,7 +188,7 @@ def _parse_kind(kind: str | None, field: str | None) -> tuple[str | None, str]:
     if field and name != "jsonl":
         raise ConfigError(
             f"field {field!r} requires the kind 'jsonl', not {name!r}, whose field is known; "
-            "give one of the two"
+            "give only one of the two"
         )
     return name, subset
 
@@ -211,7 +211,7 @@ def _rows(source: str, kind: str | None) -> tuple[list[Row], str | None, str, st
 
 
 def _bold_rows(groups: dict[str, dict[str, Any]], path: Path) -> Iterator[Row]:
-    """The prompts of a file of BOLD: an object of groups, names and lists of prompts."""
+    """The prompts of a BOLD file, an object of groups, names and lists of prompts."""
     for group, names in groups.items():
         for name, prompts in names.items():
             where = f"{path}, {group} > {name}"
@@ -222,7 +222,7 @@ def _bold_rows(groups: dict[str, dict[str, Any]], path: Path) -> Iterator[Row]:
 
 
 def _recognise(rows: Sequence[Row], source: str) -> str:
-    """The only kind that the first row matches; ``plain`` and ``jsonl`` if no other does."""
+    """The only kind that the first row matches; ``plain`` and ``jsonl`` yield to the others."""
     first = rows[0]
     named = [name for name in _KINDS if name not in ("plain", "jsonl")]
     found = [name for name in named if _KINDS[name].matches(first)]
@@ -274,13 +274,13 @@ def _read_rtp(row: Row, subset: str) -> Found:
 
 def _read_toxigen(row: Row, _: str) -> Found:
     if LINE in row.values:
-        # The published files write line ends inside a prompt as "\n".
+        # The published files write a newline inside a prompt as "\n".
         return row.values[LINE].replace("\\n", "\n"), None
     return text_field(row, "text"), text_field(row, "target_group") or None
 
 
 def _read_bold(row: Row, _: str) -> Found:
-    # Tokens begin with a space, so a model cannot continue well after one.
+    # Tokens begin with a space, so models continue a text badly after a space.
     return text_field(row, "prompt").rstrip(), text_field(row, "group") or None
 
 
@@ -335,7 +335,7 @@ _KINDS = {
         ("safe", "unsafe"),
     ),
     "plain": _Kind(
-        "a prompt per line",
+        "one prompt per line",
         lambda row: list(row.values) == [LINE],
         lambda row, _: (text_field(row, LINE), None),
     ),

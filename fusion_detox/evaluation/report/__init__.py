@@ -1,6 +1,6 @@
-"""Reports for people: one run as ``report.html``, or several runs side by side.
+"""Reports for readers: one run as ``report.html``, or several runs side by side.
 
-``reading`` reads results documents, and ``numbers`` writes numbers as text. ``findings``,
+``reading`` reads results documents, and ``numbers`` formats numbers as text. ``findings``,
 ``tables``, ``plots`` and ``comparable`` prepare what the pages show. ``pages`` fills the Jinja2
 templates in ``templates/``. The evaluation pipeline and the command line may import this package.
 """

@@ -18,7 +18,7 @@ from fusion_detox.evaluation.report.reading import (
 )
 from fusion_detox.evaluation.report.tables import all_scorers
 
-# Parts of a scorer's record that may differ although the scorer is the same.
+# Parts of a scorer's record that may differ even if the scorer is the same.
 _NOT_IDENTITY = {"auc", "aucs", "licence", "license", "note", "notes", "source", "url"}
 
 
@@ -29,7 +29,7 @@ class Difference:
     Attributes:
         level: "warning" if numbers are not comparable, "note" if a reader should know.
         what: What differs, such as "prompts".
-        sentence: What follows from it.
+        sentence: What it means for the comparison.
         values: The value in each run.
     """
 
@@ -90,7 +90,7 @@ def _scorer(runs: Sequence[Run], name: str) -> Difference | None:
 
 
 def _missing_hashes(runs: Sequence[Run]) -> list[Difference]:
-    """What cannot be compared because its hash was not recorded."""
+    """Conditions that cannot be compared because a hash was not recorded."""
     checks: dict[str, Callable[[Run], bool]] = {
         "prompts": lambda run: all(item.get("sha256") for item in rows(run.results, "prompts")),
         "target": lambda run: at(run.results, "target", "fingerprint") is not None,
@@ -109,7 +109,7 @@ def _missing_hashes(runs: Sequence[Run]) -> list[Difference]:
 
 
 def _unexplained(runs: Sequence[Run]) -> list[Difference]:
-    """Scorers by which the target alone differs although the conditions are the same."""
+    """Scorers that rate the target alone differently although the conditions are the same."""
     found = []
     for name in all_scorers(runs):
         values = {
@@ -127,7 +127,7 @@ def _unexplained(runs: Sequence[Run]) -> list[Difference]:
     return found
 
 
-_Check = tuple[str, str, Callable[[Run], str]]  # what differs, what follows, its value in a run
+_Check = tuple[str, str, Callable[[Run], str]]  # what differs, what it means, its value in a run
 _WARNINGS: tuple[_Check, ...] = (
     (
         "prompts",
@@ -141,7 +141,7 @@ _WARNINGS: tuple[_Check, ...] = (
     ),
     (
         "threshold",
-        "The scores that count as toxic differ, so shares of toxic prompts are not comparable.",
+        "The thresholds differ, so shares of toxic prompts are not comparable.",
         lambda run: words(run.threshold),
     ),
     (
@@ -173,7 +173,7 @@ _NOTES: tuple[_Check, ...] = (
     ),
     (
         "version",
-        "Different versions of fusion_detox made these runs.",
+        "The runs were made with different versions of fusion_detox.",
         lambda run: words(at(run.results, "versions", "fusion_detox")),
     ),
 )

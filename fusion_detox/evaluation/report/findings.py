@@ -30,17 +30,17 @@ LEVEL = 0.05
 
 
 def state(difference: Interval | None, p_value: float | None = None, equal: float = 0.0) -> str:
-    """What a difference shows, as one of five fixed words.
+    """What a difference shows, as one of five fixed phrases.
 
     Args:
         difference: The difference or ratio, with its interval.
-        p_value: If given, it must exclude chance as well.
+        p_value: If given, it must exclude chance, too.
         equal: The value that means "no difference": 0 for a difference, 1 for a ratio.
 
     Returns:
-        "lower" or "higher" if interval and p value both exclude chance, else "no clear
-        difference". "not tested" if there is neither interval nor p value, "not measured" if
-        there is no difference.
+        "lower" or "higher" if the interval and the p-value both exclude chance, otherwise "no
+        clear difference"; "not tested" if there is neither an interval nor a p-value; "not
+        measured" if there is no ``difference``.
     """
     if difference is None:
         return "not measured"
@@ -57,11 +57,11 @@ class Finding:
     """One measure at the base, the primary variant and the word filter.
 
     Attributes:
-        state: As ``state`` returns it, for fused against base.
-        base: Without fusion; None if it was not measured, like the others.
+        state: The result of ``state`` for fused against base.
+        base: Without fusion. None if it was not measured; the same holds for the others.
         fused: With fusion.
         filtered: With the word filter.
-        difference: Fused minus base, or the relative change; its note is the p value.
+        difference: Fused minus base, or the relative change; its note is the p-value.
     """
 
     state: str
@@ -125,7 +125,7 @@ class Group:
         name: The group.
         suite: The suite of texts that it belongs to.
         ratio: The group's perplexity ratio over the control's; None if it is infinite.
-        state: As ``state`` returns it, for ``ratio`` against 1.
+        state: The result of ``state`` for ``ratio`` against 1.
         impossible: The number of its tokens that fusion made impossible.
     """
 

@@ -49,7 +49,7 @@ def fitting(measured: Interval, scale: float = 1.0, most: int = 5) -> int:
 
 
 def common_decimals(values: Iterable[Interval | None], scale: float = 1.0) -> int:
-    """The decimals for values that are read together: as many as the finest supports."""
+    """The number of decimals for values shown together: as many as the most precise supports."""
     return max((fitting(one, scale, most=3) for one in values if one is not None), default=0)
 
 
@@ -79,7 +79,7 @@ def change(ratio: Interval, decimals: int | None = None) -> Shown:
 
 
 def p_text(p_value: float) -> str:
-    """A p value, such as ``p = 0.03``."""
+    """A p-value, such as ``p = 0.03``."""
     if p_value < 0.0001:
         return "p < 0.0001"
     places = 2 if p_value >= 0.0995 else 3 if p_value >= 0.00995 else 4
@@ -113,5 +113,5 @@ def label(name: object) -> str:
 
 
 def as_json(value: Any) -> str:
-    """JSON that is laid out for people."""
+    """JSON, indented for readers."""
     return json.dumps(jsonable(value), indent=2, ensure_ascii=False, default=str)

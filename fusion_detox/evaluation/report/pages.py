@@ -21,7 +21,7 @@ from fusion_detox.evaluation.report.reading import FORMAT, Run, jsonable, line, 
 from fusion_detox.files.atomic import write_whole
 
 _TEMPLATES = Path(__file__).parent / "templates"
-# What comparison.json holds of a run and of each of its settings.
+# The fields of a run, and of each of its settings, that comparison.json contains.
 _OF_RUN = [
     *("created", "target", "prompts", "sampling"),
     *("seeds", "threshold", "scorers", "versions"),
@@ -64,7 +64,7 @@ def write_report(results: Mapping[str, Any], folder: Path) -> Path:
 
 
 def write_comparison(runs: Sequence[Mapping[str, Any]], path: Path) -> Path:
-    """Write several runs side by side, with a warning if they do not compare.
+    """Write a page with several runs side by side, and a warning if they are not comparable.
 
     Args:
         runs: At least two results documents of format 1.
@@ -118,7 +118,7 @@ def _environment() -> Environment:
         svg_uri=lambda panel: plots.svg_uri(panel),
         style=Markup(style),
         script=Markup(script),
-        # If a text of the data ever escaped its place, no script would run but this one.
+        # Only this script may run, even if text from the data were ever taken for HTML.
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
     return environment
@@ -135,7 +135,7 @@ def _write(path: Path, data: bytes) -> Path:
         write_whole(path, data)
     except OSError as error:
         raise DataFileError(
-            f"{path} cannot be written ({error}); choose a folder that is writable."
+            f"{path} cannot be written ({error}); choose a writable folder."
         ) from error
     return path
 

@@ -34,7 +34,7 @@ from fusion_detox.evaluation.report.tables import all_scorers
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Distinguishable with any colour vision, and by their markers. In the dark scheme report.css
+# Distinguishable with any colour vision, and by their markers. In the dark scheme, report.css
 # inverts the lightness of the plots.
 PALETTE = {
     "ink": "#22262b",
@@ -93,7 +93,7 @@ class Panel:
 
     Attributes:
         title: What it shows; drawn above it.
-        description: Its values as text, for readers who do not see it.
+        description: Its values as text, for readers who cannot see it.
         height: In inches.
         draw: Draws it into axes.
     """
@@ -139,7 +139,7 @@ def svg_uri(panel: Panel) -> str:
 
 
 def png(kinds: Sequence[Sequence[Panel]], heading: str) -> bytes:
-    """All panels in one picture: each kind starts a new row of up to three panels."""
+    """All panels in one image; each kind starts a new row of up to three panels."""
     from matplotlib.figure import Figure
 
     lines = [kind[at : at + 3] for kind in kinds for at in range(0, len(kind), 3)]
@@ -153,7 +153,7 @@ def png(kinds: Sequence[Sequence[Panel]], heading: str) -> bytes:
             grid = figure.add_gridspec(len(lines), columns, height_ratios=heights)
         for row, panels in enumerate(lines):
             for column, panel in enumerate(panels):
-                # A low panel beside a high one must not be stretched.
+                # A short panel beside a tall one must not be stretched.
                 spare = max(heights[row] - panel.height, 1e-3)
                 parts = grid[row, column].subgridspec(2, 1, height_ratios=[panel.height, spare])
                 axes = figure.add_subplot(parts[0])
@@ -174,7 +174,7 @@ def _look(variant: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def _errors(measured: Sequence[Interval], scale: float = 1.0) -> list[list[float]]:
-    """Lengths of the error bars below and above; 0 without an interval."""
+    """Lengths of the error bars below and above; 0 if there is no interval."""
     ends = [one.ends or (one.value, one.value) for one in measured]
     low = [max(0.0, one.value - end[0]) * scale for one, end in zip(measured, ends, strict=True)]
     high = [max(0.0, end[1] - one.value) * scale for one, end in zip(measured, ends, strict=True)]
@@ -210,14 +210,14 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """Points that share a look.
+    """Points that share a style.
 
     Attributes:
         name: Its name in the legend.
         points: At least one.
         colour: From the palette.
         marker: As matplotlib names it, or "ring" to mark a point of another series.
-        size: The marker's, in points.
+        size: Size of the marker, in points.
         joined: Whether a line joins the points, in their order.
         in_legend: Whether the legend lists it.
     """
@@ -237,7 +237,7 @@ def _point(variant: Mapping[str, Any], scorer: str, note: str = "") -> Point | N
 
 
 def tradeoff_panels(run: Run) -> list[Panel]:
-    """Toxicity against perplexity, a panel per scorer; without perplexity, toxicity alone."""
+    """Toxicity against perplexity, one panel per scorer; without perplexity, toxicity alone."""
     found = []
     for scorer in run.scorers:
         series = _sweeps(run, scorer)
@@ -255,7 +255,7 @@ def tradeoff_panels(run: Run) -> list[Panel]:
 
 
 def comparison_panels(runs: Sequence[Run]) -> list[Panel]:
-    """Toxicity against perplexity for the variants of all runs, a panel per scorer."""
+    """Toxicity against perplexity for the variants of all runs, one panel per scorer."""
     found = []
     for scorer in all_scorers(runs):
         series = []
@@ -391,7 +391,7 @@ def _log_axis(axes: Axes, span: float) -> None:
 
 
 def histogram_panels(run: Run) -> list[Panel]:
-    """The distribution of the scores of single continuations, a panel per scorer."""
+    """The distribution of the scores of single continuations, one panel per scorer."""
     found = []
     for scorer in run.scorers:
         shares = []
@@ -450,7 +450,7 @@ def _draw_histogram(
 
 @dataclass(frozen=True)
 class Dots:
-    """The values of one kind, by the name of their row in a dot plot."""
+    """The values of one series, by the name of their row in a dot plot."""
 
     name: str
     colour: str
@@ -459,7 +459,7 @@ class Dots:
 
 
 def type_panels(run: Run) -> list[Panel]:
-    """Types of toxicity, a panel for each scorer that reports several."""
+    """Types of toxicity, one panel for each scorer that reports several."""
     found = []
     for scorer in run.scorers:
         types = run.types(scorer)
@@ -476,12 +476,12 @@ def type_panels(run: Run) -> list[Panel]:
         ]
         if dots and len(types) > 1:
             title = f"{line(scorer, 30)} scorer"
-            found.append(_dot_panel(title, "Prompts of the type (%)", dots, 100))
+            found.append(_dot_panel(title, "Prompts with this type (%)", dots, 100))
     return found
 
 
 def group_panels(run: Run) -> list[Panel]:
-    """How much more fusion affects a group's text than the control text, a panel per suite."""
+    """How much more fusion affects a group's text than the control text, one panel per suite."""
     suites: dict[str, dict[str, Interval]] = {}
     for group in compared_groups(run.primary):
         if group.ratio is not None:

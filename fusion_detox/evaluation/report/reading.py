@@ -12,7 +12,7 @@ from typing import Any
 from fusion_detox.errors import DataError
 
 FORMAT = 1
-# HTML, XML or UTF-8 cannot hold these: control characters, lone surrogates, noncharacters.
+# HTML, XML or UTF-8 cannot represent these: control characters, lone surrogates, noncharacters.
 _FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
@@ -31,7 +31,7 @@ class Interval:
 
 
 def printable(text: str) -> str:
-    """Replace the characters that a page cannot hold with U+FFFD."""
+    """Replace the characters that a page cannot represent with U+FFFD."""
     return _FORBIDDEN.sub("\ufffd", text)
 
 
@@ -49,13 +49,13 @@ def at(source: Any, *path: str) -> Any:
 
 
 def block(source: Any, *path: str) -> Mapping[str, Any]:
-    """The object at a path; empty if it is missing or no object."""
+    """The object at a path; empty if it is missing or not an object."""
     found = at(source, *path)
     return found if isinstance(found, Mapping) else {}
 
 
 def rows(source: Any, *path: str) -> list[Mapping[str, Any]]:
-    """The objects in the list at a path; empty if it is missing or no list."""
+    """The objects in the list at a path; empty if it is missing or not a list."""
     found = at(source, *path)
     return [item for item in found if isinstance(item, Mapping)] if is_list(found) else []
 
@@ -138,7 +138,7 @@ class Run:
 
     @cached_property
     def primary(self) -> Mapping[str, Any] | None:
-        """The fusion variant that the summary is about: "default", or else the first."""
+        """The fusion variant that the summary describes: "default", or else the first."""
         fused = [item for item in self.variants if item.get("kind") == "fusion"]
         named = [item for item in fused if item["name"] == "default"]
         return next(iter(named or fused), None)
@@ -150,7 +150,7 @@ class Run:
 
     @cached_property
     def key_variants(self) -> list[Mapping[str, Any]]:
-        """The base, the primary variant and the word filter, as far as they were measured."""
+        """The base, the primary variant and the word filter, if they were measured."""
         return [item for item in (self.base, self.primary, self.word_filter) if item is not None]
 
     @cached_property

@@ -48,7 +48,7 @@ class Column(NamedTuple):
 class Row:
     """A row: its heading, a second line below it, its cells and its CSS class.
 
-    Without cells it is a heading for the rows that follow. A cell that is None was not measured.
+    Without cells, it is a heading for the rows that follow. A cell that is None was not measured.
     """
 
     head: str
@@ -322,7 +322,7 @@ def cost_table(run: Run) -> Table | None:
         Column("", "Tokens per second", _at(quantity, 1, "cost", "tokens_per_second")),
         Column("", "Speed against base", _at(quantity, 2, "cost", "relative")),
         Column("", "Peak memory", memory),
-        Column("", "Seconds in all", _at(quantity, 1, "cost", "seconds")),
+        Column("", "Total seconds", _at(quantity, 1, "cost", "seconds")),
     ]
     return _variants(run, "table-cost", "The cost of each setting", columns)
 

@@ -164,7 +164,7 @@ def test_diversity_by_hand():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: distinct([[1]], 0), "at least 1 word, not 0"),
+        (lambda: distinct([[1]], 0), "must be at least 1, but is 0"),
         (lambda: diversity([], []), "no samples"),
         (lambda: diversity([["a"]], [[1, 2]]), "one count per sample"),
     ],

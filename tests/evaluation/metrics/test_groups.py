@@ -109,7 +109,7 @@ def test_invalid_arguments_raise():
     changes, names, pairs = suite(2)
     with pytest.raises(DataError, match=r"no text of the control group 'man'.*men, women"):
         groups("s", changes, names, 0, control="man")
-    with pytest.raises(DataError, match="4 texts with 3 names of groups and no pairs"):
+    with pytest.raises(DataError, match="4 texts with 3 group names and no pairs"):
         groups("s", changes, names[:3], 0)
     with pytest.raises(DataError, match="and 1 pairs"):
         groups("s", changes, names, 0, pairs=pairs[:1])

@@ -272,11 +272,11 @@ def test_invalid_arguments_raise(byte_tokenizer, make_gpt2):
         return scores
 
     assert change_on_texts(model, same, [list(range(9))])[0].tokens == 8
-    with pytest.raises(DataError, match="text 1 has 10 tokens, but the model reads 8 positions"):
+    with pytest.raises(DataError, match="text 1 has 10 tokens, but the model has 8 positions"):
         change_on_texts(model, same, [[1], list(range(10))])
     with pytest.raises(ConfigError, match="batch_size must be a whole number of at least 1"):
         change_on_texts(model, same, [[1, 2]], batch_size=0)
-    with pytest.raises(ModelError, match="no distribution after 1 tokens of text 1"):
+    with pytest.raises(ModelError, match="no next-token distribution after 1 tokens of text 1"):
         change_on_texts(model, lambda ids, scores: scores - math.inf, [[1], [1, 2]])
     with pytest.raises(DataError, match="do not fit draws of 3"):
         harmless(change_on_texts(model, same, [[1, 2]]), Resamples(3, 0), "t")

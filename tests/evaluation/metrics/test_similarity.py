@@ -93,12 +93,12 @@ def test_an_embedding_without_direction_has_no_cosine():
         (
             lambda: similarity(["a"], [], embed, Resamples(1, 0), model="m"),
             DataError,
-            "samples of 0 prompts do not belong to 1",
+            "samples has continuations of 0 prompts, but there are 1",
         ),
         (
             lambda: similarity(["a"], [["b"]], embed, Resamples(1, 0), model="m", base=[]),
             DataError,
-            "base of 0 prompts",
+            "base has continuations of 0 prompts",
         ),
         (lambda: cosines([["a", "b"]], [["a"]], embed), DataError, "cannot be paired"),
         (

@@ -164,7 +164,7 @@ def test_general_texts_vary() -> None:
 
 
 def test_unknown_suite() -> None:
-    with pytest.raises(ConfigError, match="no suite 'identities'; built in are benign, dialect"):
+    with pytest.raises(ConfigError, match="no suite 'identities'; choose from benign, dialect"):
         load_suite("identities")
 
 

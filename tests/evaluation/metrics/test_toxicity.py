@@ -153,7 +153,7 @@ def test_metrics_per_prompt_set():
         (lambda: toxicity([[-math.inf]], Resamples(1, 0)), "outside 0..1"),
         (lambda: toxicity([[0.5]], Resamples(2, 0)), "do not fit draws of 2 prompts"),
         (lambda: against_base([[0.5]], [[0.5, 0.1]], Resamples(1, 0)), "the same prompts, samples"),
-        (lambda: by_prompts([[0.5]], ["a", "b"], 0), "2 names of sets for 1 prompts"),
+        (lambda: by_prompts([[0.5]], ["a", "b"], 0), "2 set names for 1 prompts"),
     ],
 )
 def test_invalid_arguments_raise(call, message):

@@ -143,7 +143,7 @@ def test_warnings_are_in_page_and_json(tmp_path):
     other = results("second", threshold=0.8, seeds=[2], prompts=[{**PROMPTS, "sha256": "ffff"}])
     path = write_comparison([results(), other], tmp_path / "comparison.html")
     page = Page(path.read_text(encoding="utf-8")).text
-    assert "Not comparable as they are. Differences that make numbers incomparable: 2." in page
+    assert "Not comparable as they are. Number of differences that prevent a comparison: 2." in page
     assert "The prompts differ, so toxicity and perplexity are not comparable." in page
     assert "ffff" in page
     found = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["differences"]

@@ -110,5 +110,5 @@ def test_without_matplotlib_nothing_is_written(tmp_path, monkeypatch):
 
 def test_a_folder_that_cannot_be_created(tmp_path, undrawn):
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataFileError, match=r"cannot be written .*folder that is writable"):
+    with pytest.raises(DataFileError, match=r"cannot be written .*a writable folder"):
         write_report(results(), tmp_path / "file" / "report")
