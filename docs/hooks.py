@@ -35,6 +35,7 @@ PACKAGES = (
     "fusion_detox.training",
     "fusion_detox.evaluation",
     "fusion_detox.scoring",
+    "fusion_detox.integrations.continuous_batching",
 )
 LINK = re.compile(r"\]\((?![a-z]+:|#)([^)\s#]+)(#[^)\s]*)?\)")
 

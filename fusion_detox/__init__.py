@@ -1,9 +1,9 @@
 """Detoxify any Hugging Face causal language model at decoding time.
 
-A *calibrator* is a small language model with two next-token distributions: ``clean``, after
-training on non-toxic text, and ``reference``, without that training (the expert and anti-expert of
-DExperts). Their difference shows what non-toxic training changes, and the processor adds it to the
-log-probs of your model. Your model stays unchanged, and its vocabulary may differ from the
+A *calibrator* is a pair of small language models that share a start: ``clean`` was trained further
+on non-toxic text, and ``reference`` on text of all kinds (the expert and anti-expert of DExperts).
+Their difference shows what non-toxic training changes, and the processor adds it to the log-probs
+of your model. Your model stays unchanged, and its vocabulary may differ from the
 calibrator's. For a ``model`` and its ``tokenizer``, three lines suffice::
 
     calibrator = Calibrator.from_pretrained("english-16k")

@@ -15,7 +15,7 @@ from fusion_detox.alignment.aligned_rule import AlignedTarget
 from fusion_detox.calibrator.calibrator import Calibrator
 from fusion_detox.calibrator.folder import check_rule
 from fusion_detox.config import FusionConfig
-from fusion_detox.decoding.decoder import check_calibrator
+from fusion_detox.decoding.build_decoder import check_calibrator
 from fusion_detox.decoding.session import CalibratorSession, Reading, plain_mode
 from fusion_detox.decoding.target_columns import TargetColumns
 from fusion_detox.decoding.text_context import Covers, TextContext
@@ -144,6 +144,7 @@ class FusionLogitsProcessor(LogitsProcessor):
             See ``__call__``.
 
         Raises:
+            DataError: The numbers of rows differ.
             VocabularyError: See ``__call__``.
         """
         if not self._acts_on(scores, len(rows)):
@@ -162,6 +163,7 @@ class FusionLogitsProcessor(LogitsProcessor):
             or less if ``context_kl`` or ``kl_budget`` lowers it.
 
         Raises:
+            DataError: See ``__call__``.
             VocabularyError: See ``__call__``.
         """
         rows = self._rows(input_ids)

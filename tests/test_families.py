@@ -16,7 +16,7 @@ import transformers
 from transformers import AutoTokenizer
 
 from fusion_detox import Calibrator, FusionConfig, FusionLogitsProcessor
-from fusion_detox.decoding.decoder import check_calibrator
+from fusion_detox.decoding.build_decoder import check_calibrator
 from fusion_detox.decoding.session import CalibratorSession
 from fusion_detox.errors import ModelError
 

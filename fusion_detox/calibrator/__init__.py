@@ -1,4 +1,5 @@
 """The ``Calibrator``, its folder on disk, finding one by name, and its model card.
 
-``decoding`` and everything above it may import this package.
+It builds on the rooms before it in CONTRIBUTING's table; ``decoding`` and the rooms after it may
+import it.
 """

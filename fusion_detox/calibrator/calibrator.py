@@ -33,14 +33,15 @@ _DEFAULT_MAX_CONTEXT = 128
 
 
 class Calibrator:
-    """A small language model before and after training on non-toxic text.
+    """A pair of small language models that share a start and differ in what they learned next.
 
     In the terms of DExperts (Liu et al. 2021), ``clean`` is the expert and ``reference`` the
     anti-expert. Both models are put into eval mode and their parameters are frozen.
 
     Args:
-        clean: A causal language model, trained on non-toxic text.
-        reference: The same model without that training. If it is ``None``, only rules that use
+        clean: A causal language model, trained further on non-toxic text.
+        reference: The same model, trained further on all text, or on toxic text, or not at
+            all. If it is ``None``, only rules that use
             the clean model alone are possible, such as ``"product"`` and ``"mixture"``.
         tokenizer: The fast tokenizer of both models.
         config: Recommended settings; by default, those of ``FusionConfig``, or the product rule

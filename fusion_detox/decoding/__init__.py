@@ -1,4 +1,5 @@
 """One decoding step of the calibrator: target ids to text, text to next-token log-probs.
 
-``alignment``, ``processor`` and everything above them may import this package.
+It builds on the rooms before it in CONTRIBUTING's table; ``alignment`` and the rooms after it
+may import it.
 """

@@ -1,52 +1,48 @@
-"""Chooses how to run a calibrator's models: two Llamas at once, or any models one by one."""
+"""The interface of a decoder, which runs a calibrator's models on rows of the KV cache."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
-import torch
+from torch import Tensor
 
-from fusion_detox.decoding.generic_decoder import GenericDecoder, check_configurations
-from fusion_detox.decoding.slots import Decoder
-from fusion_detox.decoding.stacked_llama import StackedLlamaDecoder
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from fusion_detox.calibrator.calibrator import Calibrator
+from fusion_detox.decoding.kv_cache import Row
 
 
-def build_decoder(
-    calibrator: Calibrator, device: torch.device, *, reference: bool = True
-) -> Decoder:
-    """The fastest decoder that runs a calibrator's models on a device.
+class Decoder(ABC):
+    """Logits, or last hidden states, of one or two models at the ends of texts in slots.
 
-    Args:
-        calibrator: Its models are read, never changed.
-        device: Where to run.
-        reference: Whether to run the reference model too, if there is one.
-
-    Raises:
-        ModelError: No decoder can run them; the message says why.
+    Attributes:
+        distributions: Number of models.
     """
-    models = _models(calibrator) if reference else [calibrator.clean]
-    length = calibrator.context_length
-    if StackedLlamaDecoder.supports(models):
-        return StackedLlamaDecoder(models, length, calibrator.vocabulary_size, device)
-    return GenericDecoder(models, length, device)
 
+    distributions: int
 
-def check_calibrator(calibrator: Calibrator) -> None:
-    """Refuses models whose configuration shows that ``build_decoder`` would refuse them.
+    @abstractmethod
+    def resize(self, slots: int) -> None:
+        """Changes the number of slots; the first ones keep what they hold."""
 
-    No model is run.
+    @abstractmethod
+    def copy(self, source: int, target: int, start: int, stop: int) -> None:
+        """Copies the columns ``start`` to ``stop`` of one slot to another."""
 
-    Raises:
-        ModelError: A model has no cache that can be rolled back, or too short a context.
-    """
-    check_configurations(_models(calibrator), calibrator.context_length)
+    @abstractmethod
+    def logits(self, rows: Sequence[Row]) -> Tensor:
+        """Runs the rows' tokens in one forward pass and fills their columns.
 
+        Args:
+            rows: At least one row; each has its own slot.
 
-def _models(calibrator: Calibrator) -> list[PreTrainedModel]:
-    reference = calibrator.reference
-    return [calibrator.clean] if reference is None else [calibrator.clean, reference]
+        Returns:
+            ``(distributions, asked, vocab)``: the asked positions of the first row, then those
+            of the second, and so on.
+        """
+
+    @abstractmethod
+    def hidden(self, rows: Sequence[Row]) -> Tensor:
+        """The same, but returns the output layer's inputs instead of logits.
+
+        Returns:
+            ``(distributions, asked, width)`` last hidden states, after the final norm.
+        """

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from fusion_detox.decoding.decoder import Decoder
 from fusion_detox.decoding.head_inputs import head_inputs
-from fusion_detox.decoding.slots import Decoder, Row, SlotStore
+from fusion_detox.decoding.kv_cache import Row, SlotStore
 from fusion_detox.errors import ModelError
 from fusion_detox.files.models import logits_width
 

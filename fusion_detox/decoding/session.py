@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusion_detox.decoding.decoder import build_decoder
-from fusion_detox.decoding.slots import Row
+from fusion_detox.decoding.build_decoder import build_decoder
+from fusion_detox.decoding.kv_cache import Row
 from fusion_detox.errors import ConfigError
 from fusion_detox.files.forks import renew_after_fork
 from fusion_detox.fusion import kl_divergence

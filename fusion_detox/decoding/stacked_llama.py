@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 from transformers.activations import ACT2FN
 
-from fusion_detox.decoding.slots import Decoder, Row, SlotStore
+from fusion_detox.decoding.decoder import Decoder
+from fusion_detox.decoding.kv_cache import Row, SlotStore
 from fusion_detox.errors import ModelError
 
 if TYPE_CHECKING:

@@ -1,5 +1,6 @@
 """Projecting a calibrator's distributions to a target's vocabulary, through the bytes of tokens.
 
-``calibrator`` and everything above it may import this package. It accesses a calibrator only
-through ``CalibratorLike``, which declares the few attributes that it reads.
+It builds on the rooms before it in CONTRIBUTING's table; ``calibrator`` and the rooms after it may
+import it. It accesses a calibrator only through ``CalibratorLike``, which declares the few
+attributes that it reads.
 """

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from fusion_detox.decoding.generic_decoder import GenericDecoder
-from fusion_detox.decoding.slots import Row
+from fusion_detox.decoding.kv_cache import Row
 from fusion_detox.decoding.stacked_llama import StackedLlamaDecoder
 from fusion_detox.errors import ModelError
 

@@ -13,8 +13,8 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from fusion_detox import Calibrator, FusionConfig, FusionLogitsProcessor
+from fusion_detox.decoding.kv_cache import Row
 from fusion_detox.decoding.session import CalibratorSession, RecentDivergence
-from fusion_detox.decoding.slots import Row
 from fusion_detox.errors import ConfigError
 
 Ids = tuple[int, ...]

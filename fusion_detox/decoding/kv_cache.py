@@ -1,8 +1,7 @@
-"""The interface of a decoder, and the KV cache: slots that hold the keys and values of texts."""
+"""The KV cache: slots that hold the keys and values of texts, and rows of work on them."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -91,41 +90,3 @@ class SlotStore:
         """
         self.keys[layer].flatten(0, 1).index_copy_(0, where, keys)
         self.values[layer].flatten(0, 1).index_copy_(0, where, values)
-
-
-class Decoder(ABC):
-    """Logits, or last hidden states, of one or two models at the ends of texts in slots.
-
-    Attributes:
-        distributions: Number of models.
-    """
-
-    distributions: int
-
-    @abstractmethod
-    def resize(self, slots: int) -> None:
-        """Changes the number of slots; the first ones keep what they hold."""
-
-    @abstractmethod
-    def copy(self, source: int, target: int, start: int, stop: int) -> None:
-        """Copies the columns ``start`` to ``stop`` of one slot to another."""
-
-    @abstractmethod
-    def logits(self, rows: Sequence[Row]) -> Tensor:
-        """Runs the rows' tokens in one forward pass and fills their columns.
-
-        Args:
-            rows: At least one row; each has its own slot.
-
-        Returns:
-            ``(distributions, asked, vocab)``: the asked positions of the first row, then those
-            of the second, and so on.
-        """
-
-    @abstractmethod
-    def hidden(self, rows: Sequence[Row]) -> Tensor:
-        """The same, but returns the output layer's inputs instead of logits.
-
-        Returns:
-            ``(distributions, asked, width)`` last hidden states, after the final norm.
-        """
