@@ -113,7 +113,7 @@ def test_nothing_to_score():
 
 
 def test_invalid_arguments_raise():
-    with pytest.raises(DataError, match="must be a list of texts, but is one text: 'hello'"):
+    with pytest.raises(DataError, match="texts must be a list, but is a single text: 'hello'"):
         run(lengths, "hello")
     with pytest.raises(DataError, match="text 1 must be a string, but is a NoneType"):
         run(lengths, ["a", None])

@@ -267,7 +267,7 @@ def test_a_model_without_a_trained_head_is_refused(tmp_path, tokenizer):
 def test_models_that_cannot_be_loaded(save, tmp_path, tokenizer):
     with pytest.raises(ModelNotFoundError, match="there is no such folder"):
         ClassifierScorer.load(tmp_path / "missing")
-    with pytest.raises(ModelNotFoundError, match="not in the cache"):
+    with pytest.raises(ModelNotFoundError, match="nor in the cache"):
         ClassifierScorer.load("nobody/nothing")
     with pytest.raises(ConfigError, match="device 'nowhere'"):
         ClassifierScorer.load("nobody/nothing", device="nowhere")

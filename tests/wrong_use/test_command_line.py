@@ -54,7 +54,7 @@ def file(name, content):
         (["generate", "m", "p", "--strenght", "1"], "No such option: --strenght"),
         (["generate", "m", "p", "--strength", "much"], "Invalid value for '--strength'"),
         (["generate", "m", "p", "--rule", "contrst"], "'contrst'"),
-        (["generate", "m", "p", "--kl-budget", "little"], "'little' is neither float nor 'none'"),
+        (["generate", "m", "p", "--kl-budget", "little"], "'little' is neither a valid float nor 'none'"),
         (["generate", "m", "p", "--max-new-tokens", "2.5"], "Invalid value for '--max-new-tokens'"),
     ],
 )
@@ -270,7 +270,7 @@ def test_interrupted_generation_keeps_its_work(common, capsys, monkeypatch, requ
         assert main([*command, "out.jsonl"]) == 130
     found = capsys.readouterr()
     assert found.out == ""
-    assert "1 of 3 completions were written; the same command goes on from there" in found.err
+    assert "1 of 3 completions were written. Run the same command again to resume" in found.err
     assert found.err.endswith("Interrupted.\n")
     assert [json.loads(line)["prompt"] for line in Path("out.jsonl").read_text().splitlines()] == [
         "a"
