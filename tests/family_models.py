@@ -343,7 +343,7 @@ class Family(NamedTuple):
 RECURRENT = "no key-value cache"
 # transformers 4.57 does not list the types of all layers, or has a special cache for them.
 HYBRID = (
-    "cannot be taken back from its layers of type|does not run on a plain key-value cache"
+    "its layers of type .* cannot be rolled back|does not run on a plain key-value cache"
     "|no key-value cache"
 )
 

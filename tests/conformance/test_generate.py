@@ -274,7 +274,7 @@ def test_embeddings_alone_warn(case, caplog):
     assert found.tolist() == [row[case.length :] for row in search.sample()[0]]
     case.generate(processor=processor, **embedded(case))
     (warning,) = ours(caplog)
-    assert "the calibrator sees only what is written from here on" in warning
+    assert "the calibrator sees only what is generated from here on" in warning
     # With the text passed in, results equal those with ids, however the rows are reordered.
     caplog.clear()
     following = processor.following(TEXTS)

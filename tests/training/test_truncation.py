@@ -91,7 +91,9 @@ def test_results_equal_those_with_the_later_layers_removed(
 
 
 def test_more_layers_than_the_model_has() -> None:
-    with pytest.raises(TrainingError, match=r"at least 1 and at most 4, the layers of .* but is 5"):
+    with pytest.raises(
+        TrainingError, match=r"at least 1 and at most 4, the number of layers of .* but is 5"
+    ):
         truncate(make("GPT-2"), 5)
     with pytest.raises(TrainingError, match="but is 0"):
         truncate(make("GPT-2"), 0)

@@ -54,7 +54,10 @@ def file(name, content):
         (["generate", "m", "p", "--strenght", "1"], "No such option: --strenght"),
         (["generate", "m", "p", "--strength", "much"], "Invalid value for '--strength'"),
         (["generate", "m", "p", "--rule", "contrst"], "'contrst'"),
-        (["generate", "m", "p", "--kl-budget", "little"], "'little' is neither a valid float nor 'none'"),
+        (
+            ["generate", "m", "p", "--kl-budget", "little"],
+            "'little' is neither a valid float nor 'none'",
+        ),
         (["generate", "m", "p", "--max-new-tokens", "2.5"], "Invalid value for '--max-new-tokens'"),
     ],
 )
