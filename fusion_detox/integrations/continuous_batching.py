@@ -21,6 +21,8 @@ from fusion_detox.processor import FusionLogitsProcessor
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
 
+__all__ = ["attach", "generate_batch"]
+
 _NEEDED = "continuous batching needs transformers 5.23 or later"
 
 
