@@ -146,7 +146,7 @@ def test_a_killed_run_resumes_with_the_same_result(tmp_path, sentences, how):
         kept = [json.loads(line) for line in answers.read_text().splitlines()]
         assert 2 <= len(kept) < 15
         if how == signal.SIGINT:
-            assert "kept; run the same command again to resume" in told
+            assert "kept. Run the same command again to resume." in told
             assert len(kept) == len(server.bodies), "answers in progress are kept, too"
         server.bodies.clear()
         server.reply = lambda body, number: paraphrase(body)

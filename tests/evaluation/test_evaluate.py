@@ -277,7 +277,7 @@ def test_a_note_names_prompts_used_for_tuning(run, target, calibrator_folder, tm
     # A copy keeps the record.
     Calibrator.from_pretrained(calibrator_folder).save_pretrained(tmp_path / "copy")
     results = run(calibrator=str(tmp_path / "copy"), settings=["default", "default:strength=2"])
-    tuned = [note for note in results["notes"] if "1 of 5 prompts took part in tuning" in note]
+    tuned = [note for note in results["notes"] if "1 of 5 prompts were used to tune" in note]
     assert len(tuned) == 1  # the other setting was not tuned
     assert "'default'" in tuned[0]
 

@@ -336,7 +336,7 @@ def test_only_scored_positions_are_fused(
         ({"config": "strong"}, "give single settings such as strength=1.5"),
         ({"strength": -1.0}, "strength must be a number of at least 0"),
         ({"config": {"strong": 1}}, "unknown fusion settings: strong"),
-        ({"trust_remote_code": True}, "no code from a model's repository"),
+        ({"trust_remote_code": True}, "code from a model's repository is never run"),
         ({"backend": "seq2seq"}, "use a causal model"),
     ],
 )
