@@ -41,7 +41,7 @@ def test_a_gzip_file_damaged_inside_is_refused(tmp_path):
         ("lines.json", b'{"text": "one", "n": "1"}\n{"text": "two", "n": "2"}\n'),
         ("unnamed", b'{"text": "one", "n": "1"}\n{"text": "two", "n": "2"}\n'),
         ("a.CSV", b"text,n\none,1\ntwo,2\n"),
-        ("a.tsv.gz", gzip.compress(b"text\tn\none\t1\ntwo\t2\n")),
+        ("a.tsv.gz", gzip.compress(b"text\tn\none\t1\ntwo\t2\n", mtime=0)),  # part of the name
     ],
 )
 def test_all_formats_give_the_same_rows(tmp_path, name, content):
