@@ -1,4 +1,7 @@
-"""Runs two Llamas of one shape in a single forward pass, on weights stacked along a new axis."""
+"""Runs two Llamas of one shape in a single forward pass, on weights stacked along a new axis.
+
+Models that differ only in their output layers share the pass through all other layers.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ _SAME = (
 
 
 class _Layer(NamedTuple):
-    """Weights ``(models, in, out)`` and biases ``(models, 1, out)`` of a layer.
+    """Weights ``(trunks, in, out)`` and biases ``(trunks, 1, out)`` of a layer.
 
     The scales of the norms are multiplied into the weights that follow them.
     """
@@ -124,10 +127,12 @@ class StackedLlamaDecoder(Decoder):
         self._head_dim = _head_dim(config)
         self._epsilon = config.rms_norm_eps
         self._activation = ACT2FN[config.hidden_act]
-        weights = _Weights(models, device, dtype)
+        weights = _Weights(models[:1] if _share_trunk(models) else models, device, dtype)
+        trunks = len(weights)
         self._embeddings = weights.stack("model.embed_tokens.weight").to(dtype)
         self._layers = [weights.layer(index) for index in range(config.num_hidden_layers)]
-        self._head = weights.joined("", ["lm_head"], norm="model.norm")[:, :, :vocabulary_size]
+        heads = _Weights(models, device, dtype)
+        self._head = heads.joined("", ["lm_head"], norm="model.norm")[:, :, :vocabulary_size]
         self._head = self._head.contiguous()
         self._scale = weights.stack("model.norm.weight").to(dtype)[:, None]
         theta = torch.tensor(_rope(config)[1], dtype=torch.float32)
@@ -137,7 +142,7 @@ class StackedLlamaDecoder(Decoder):
         # (columns, 1, head_dim); the sign of the sine is that of rotation by halves.
         self._cosine = torch.cat([cosine, cosine], -1)[:, None].to(device, dtype)
         self._sine = torch.cat([-sine, sine], -1)[:, None].to(device, dtype)
-        shape = (self.distributions * self._key_heads, self._head_dim)
+        shape = (trunks * self._key_heads, self._head_dim)
         shapes = [(shape, shape)] * config.num_hidden_layers
         self._store = SlotStore(shapes, context_length, device, dtype)
 
@@ -148,15 +153,15 @@ class StackedLlamaDecoder(Decoder):
         self._store.copy(source, target, start, stop)
 
     def logits(self, rows: Sequence[Row]) -> Tensor:  # noqa: D102
-        return torch.bmm(self._normed(rows), self._head)
+        return torch.bmm(self._normed(rows).expand(self.distributions, -1, -1), self._head)
 
     def hidden(self, rows: Sequence[Row]) -> Tensor:  # noqa: D102
-        return self._normed(rows) * self._scale
+        return (self._normed(rows) * self._scale).expand(self.distributions, -1, -1)
 
     def _normed(self, rows: Sequence[Row]) -> Tensor:
-        """``(models, asked, width)`` without the final norm's scale, which is part of the head."""
+        """``(trunks, asked, width)`` without the final norm's scale, which is part of the head."""
         at = self._layout(rows)
-        hidden = self._embeddings.index_select(1, at.ids)  # (models, tokens, width)
+        hidden = self._embeddings.index_select(1, at.ids)  # (trunks, tokens, width)
         size = (hidden.shape[-1],)
         cosine, sine = self._cosine[at.columns], self._sine[at.columns]
         last = len(self._layers) - 1
@@ -179,11 +184,11 @@ class StackedLlamaDecoder(Decoder):
     def _attention(
         self, layer: int, qkv: Tensor, at: _Layout, cosine: Tensor, sine: Tensor
     ) -> Tensor:
-        """``(models, tokens, heads * head_dim)``; stores the new keys and values."""
-        models, tokens, _ = qkv.shape
+        """``(trunks, tokens, heads * head_dim)``; stores the new keys and values."""
+        trunks, tokens, _ = qkv.shape
         heads, dim = self._key_heads, self._head_dim
         groups = self._heads // heads
-        qkv = qkv.view(models, tokens, -1, dim)
+        qkv = qkv.view(trunks, tokens, -1, dim)
         turned, values = torch.split(qkv, [self._heads + heads, heads], 2)
         swapped = turned.view(*turned.shape[:-1], 2, dim // 2).flip(-2).flatten(-2)
         turned = (turned * cosine).addcmul_(swapped, sine)
@@ -197,16 +202,16 @@ class StackedLlamaDecoder(Decoder):
         if at.gather is not None:
             queries = queries.index_select(1, at.gather)
         # Query heads that share a key head become additional queries of that head.
-        queries = queries.reshape(models, at.rows, at.width, heads, groups, dim)
-        queries = queries.permute(1, 0, 3, 4, 2, 5).reshape(at.rows, models * heads, -1, dim)
+        queries = queries.reshape(trunks, at.rows, at.width, heads, groups, dim)
+        queries = queries.permute(1, 0, 3, 4, 2, 5).reshape(at.rows, trunks * heads, -1, dim)
         result = F.scaled_dot_product_attention(
             queries,
             _columns(self._store.keys[layer], at),
             _columns(self._store.values[layer], at),
             attn_mask=at.mask,
         )
-        result = result.view(at.rows, models, heads, groups, at.width, dim)
-        result = result.permute(1, 0, 4, 2, 3, 5).reshape(models, at.rows * at.width, -1)
+        result = result.view(at.rows, trunks, heads, groups, at.width, dim)
+        result = result.permute(1, 0, 4, 2, 3, 5).reshape(trunks, at.rows * at.width, -1)
         return result if at.back is None else result.index_select(1, at.back)
 
     def _layout(self, rows: Sequence[Row]) -> _Layout:
@@ -272,6 +277,9 @@ class _Weights:
         self._states = [model.state_dict() for model in models]
         self._device, self._dtype = device, dtype
 
+    def __len__(self) -> int:
+        return len(self._states)
+
     def stack(self, name: str) -> Tensor:
         """``(models, ...)``, in float32."""
         return torch.stack([state[name].to(self._device).float() for state in self._states])
@@ -306,6 +314,16 @@ class _Weights:
             down=self.joined(mlp, ["down_proj"]),
             down_bias=self.biases(mlp, ["down_proj"]),
         )
+
+
+def _share_trunk(models: Sequence[PreTrainedModel]) -> bool:
+    """Whether all weights but those of the output layers are equal."""
+    first = models[0].state_dict()
+    return all(
+        name == "lm_head.weight" or torch.equal(tensor.to(first[name].device), first[name])
+        for model in models[1:]
+        for name, tensor in model.state_dict().items()
+    )
 
 
 def _affine(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

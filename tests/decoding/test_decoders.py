@@ -99,6 +99,16 @@ def test_stacked_llamas(make_llama, shape):
     exercise(StackedLlamaDecoder(models, COLUMNS, WIDTH - 3, CPU), models)
 
 
+def test_models_with_one_trunk_run_it_once(make_llama):
+    clean, reference = (randomised(make_llama(WIDTH, 1)) for _ in range(2))
+    clean.lm_head.weight.data += 0.3 * torch.randn(clean.lm_head.weight.shape)
+    for other in (reference, randomised(make_llama(WIDTH, 2))):
+        models = [clean, other]
+        decoder = StackedLlamaDecoder(models, COLUMNS, WIDTH, CPU)
+        assert len(decoder._embeddings) == (1 if other is reference else 2)
+        exercise(decoder, models)
+
+
 def test_one_stacked_llama(make_llama):
     models = [make_llama(WIDTH, 1)]
     exercise(StackedLlamaDecoder(models, COLUMNS, WIDTH, CPU), models)
