@@ -340,7 +340,7 @@ def _convert(name: str, target: PackagedTarget, gguf: Path, new: Path, report: P
         # Recent versions otherwise keep the weights in GGUF's blocks where they have a kernel.
         if hasattr(transformers, "GgufConfig"):
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-        loaded = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, **options)
     except (*LOADING_ERRORS, MemoryError) as error:
         raise ModelError(
             f"{PREFIX}{name}: transformers {transformers.__version__} cannot convert {gguf}: "
@@ -352,11 +352,11 @@ def _convert(name: str, target: PackagedTarget, gguf: Path, new: Path, report: P
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    embedding, head = loaded.get_input_embeddings(), loaded.get_output_embeddings()
-    if torch.equal(embedding.weight, head.weight):
+    if torch.equal(loaded.get_input_embeddings().weight, loaded.get_output_embeddings().weight):
         config.tie_word_embeddings = True
+    auto: Any = AutoModelForCausalLM
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = auto.from_config(config, dtype=torch.bfloat16)
     model.load_state_dict(loaded.state_dict(), assign=True)
     model.tie_weights()
     model.generation_config = loaded.generation_config
