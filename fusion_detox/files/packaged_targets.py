@@ -26,6 +26,7 @@ from filelock import FileLock
 from safetensors import SafetensorError
 
 from fusion_detox.errors import (
+    DataFileError,
     FusionDetoxError,
     MissingExtraError,
     ModelError,
@@ -129,8 +130,9 @@ def packaged_target(
 
     Raises:
         ModelNotFoundError: There is no such target, or a package cannot be downloaded.
-        ModelError: A package is damaged, the GGUF file is not the expected one or cannot be
-            converted, or the cache has no space or cannot be written.
+        ModelError: A package is damaged, or the GGUF file is not the expected one or cannot be
+            converted.
+        DataFileError: The cache cannot be written, or its disk has too little space.
         MissingExtraError: ``gguf`` or ``accelerate`` is not installed.
     """
     target = PACKAGED_TARGETS.get(name)
@@ -159,7 +161,7 @@ def packaged_target(
     except (OSError, NotImplementedError, SafetensorError) as error:
         # filelock raises NotImplementedError if the file system does not support locks.
         reason = getattr(error, "strerror", None) or str(error)
-        raise ModelError(
+        raise DataFileError(
             f"{PREFIX}{name} cannot be stored in {folder.parent}: {reason}. Set FUSION_DETOX_CACHE "
             "to a writable folder with enough space, then rerun."
         ) from error
@@ -216,7 +218,7 @@ def _check_space(name: str, target: PackagedTarget, work: Path) -> None:
     needed = 2 * target.download_mb + target.folder_mb - _megabytes(work)
     free = shutil.disk_usage(work).free // _MEGABYTE
     if free < needed:
-        raise ModelError(
+        raise DataFileError(
             f"{PREFIX}{name} needs {needed} MB on the disk of {work.parent}, which has {free} MB "
             "free. Free some, or set FUSION_DETOX_CACHE to a folder on another disk, then rerun."
         )
