@@ -38,7 +38,8 @@ def generate(
     model: Annotated[
         str,
         typer.Argument(
-            help="A causal language model: a folder, a hub id, or packaged:NAME (see fetch-target).",
+            help="A causal language model: a folder, a hub id, or packaged:NAME (see "
+            "fetch-target).",
             metavar="MODEL",
         ),
     ],

