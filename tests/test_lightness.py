@@ -53,6 +53,7 @@ def test_settings_are_light():
         ["compare", "--help"],
         ["tune", "--help"],
         ["make-negatives", "--help"],
+        ["fetch-target", "--help"],
     ],
 )
 def test_help_is_light_and_quick(arguments):

@@ -107,7 +107,7 @@ def checkpoint_embeddings(
         ModelError: The model is not a causal language model, or its files are damaged.
         VocabularyError: The bytes of the tokenizer's tokens cannot be determined.
     """
-    source = locate(name_or_path, "model")
+    source = locate(name_or_path, "model", local_files_only=local_files_only)
     options: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
     with explained(source, "model", local_files_only):
         settings = AutoConfig.from_pretrained(

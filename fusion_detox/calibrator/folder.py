@@ -34,7 +34,8 @@ from fusion_detox.config import FusionConfig
 from fusion_detox.errors import CalibratorError, ConfigError, DataFileError, ModelError
 from fusion_detox.files.atomic import replacing_folder, write_whole
 from fusion_detox.files.loading_errors import LOADING_ERRORS, describe, first_line
-from fusion_detox.files.models import check_causal, make_portable, quiet_transformers
+from fusion_detox.files.models import check_causal, quiet_transformers
+from fusion_detox.files.portable import make_portable
 
 FORMAT_VERSION = 1
 DISTRIBUTIONS = ("clean", "reference")

@@ -20,6 +20,7 @@ from fusion_detox.cli import (
     compare,
     demo,
     evaluate,
+    fetch_target,
     finetune,
     generate,
     info,
@@ -43,7 +44,7 @@ app = typer.Typer(
 )
 for _command in (
     *(demo, generate, train_calibrator, finetune, info),
-    *(evaluate, rescore, compare, tune, lm_eval, make_negatives, align),
+    *(evaluate, rescore, compare, tune, lm_eval, make_negatives, align, fetch_target),
 ):
     _command.register(app)
 

@@ -36,7 +36,12 @@ def register(app: typer.Typer) -> None:
 
 def generate(
     model: Annotated[
-        str, typer.Argument(help="A causal language model: a folder or a hub id.", metavar="MODEL")
+        str,
+        typer.Argument(
+            help="A causal language model: a folder, a hub id, or packaged:NAME (see "
+            "fetch-target).",
+            metavar="MODEL",
+        ),
     ],
     prompts: Annotated[
         list[str] | None,

