@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -14,12 +15,13 @@ from transformers import LogitsProcessor
 from fusion_detox.alignment.aligned_rule import AlignedTarget
 from fusion_detox.calibrator.calibrator import Calibrator
 from fusion_detox.calibrator.folder import check_rule
-from fusion_detox.config import FusionConfig
+from fusion_detox.config import FusionConfig, check_choice
 from fusion_detox.decoding.build_decoder import check_calibrator
+from fusion_detox.decoding.self_check import find_fault
 from fusion_detox.decoding.session import CalibratorSession, Reading, plain_mode
 from fusion_detox.decoding.target_columns import TargetColumns
 from fusion_detox.decoding.text_context import Covers, TextContext
-from fusion_detox.errors import ConfigError, DataError
+from fusion_detox.errors import ConfigError, DataError, InertError
 from fusion_detox.fusion import Fusion, fit, prepare
 from fusion_detox.vocabulary.map import VocabularyMap
 from fusion_detox.vocabulary.token_table import TokenTable, encode
@@ -31,7 +33,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+Verify = Literal["raise", "warn", "off"]
 Strengths = float | Sequence[float] | Tensor
+
+# The settings that can switch fusion off.
+_DECISIVE = ("rule", "plausibility", "outside", "clip", "threshold", "floor")
 
 
 class FusionLogitsProcessor(LogitsProcessor):
@@ -61,12 +67,20 @@ class FusionLogitsProcessor(LogitsProcessor):
             once on a few tokens.
         alignment: How the aligned rules project the calibrator's vectors into the target's space;
             by default the alignment that ``fusion-detox align`` saved for the two.
+        verify: What to do if a new processor fails the check of itself: ``"raise"`` an error,
+            ``"warn"`` in the log, or ``"off"``, no check. The check runs the same step as
+            ``generate`` on the calibrator's probes, in plain text and in the tokenizer's chat
+            template: the words to avoid must lose probability against harmless words. If the
+            calibrator has no probes, only some token must move. There is no check at strength 0 and
+            for the aligned rules. :meth:`with_settings` repeats it for settings that can switch
+            fusion off.
 
     Raises:
         AlignmentError: An aligned rule has no alignment, or one for other models.
         CalibratorError: The calibrator cannot be used.
         ConfigError: A contrast rule or ``context_kl`` needs a reference and the calibrator has
             none, or an aligned rule is used without a target.
+        InertError: The check of ``verify`` failed.
         ModelError: A model of the calibrator cannot run with a cache that can be rolled back, or
             the target's hidden states cannot be fused.
         VocabularyError: The two vocabularies cannot be mapped onto each other.
@@ -85,7 +99,9 @@ class FusionLogitsProcessor(LogitsProcessor):
         assistant_tokenizer: PreTrainedTokenizerBase | None = None,
         target: PreTrainedModel | None = None,
         alignment: Alignment | None = None,
+        verify: Verify = "raise",
     ) -> None:
+        check_choice("verify", verify, get_args(Verify))
         if isinstance(calibrator, str):
             calibrator = Calibrator.from_pretrained(calibrator)
         if not isinstance(calibrator, Calibrator):
@@ -108,6 +124,7 @@ class FusionLogitsProcessor(LogitsProcessor):
             self.vocabulary = VocabularyMap.build(calibrator, tokens, tokenizer)
         identity = self.vocabulary.kind == "identity"
         self._context = TextContext(calibrator, tokens, identity, pad_token_id)
+        self._read_bytes = tokens.token_bytes if identity else calibrator.tokens.token_bytes
         self._device = None if device is None else torch.device(device)
         self._sessions: dict[tuple[torch.device, bool], CalibratorSession] = {}
         assistant = 0 if assistant_tokenizer is None else len(assistant_tokenizer)
@@ -117,6 +134,10 @@ class FusionLogitsProcessor(LogitsProcessor):
         self._before: list[tuple[int, ...]] = []
         self._strengths: list[float] | None = None  # one for each prompt
         self._warned: set[str] = set()  # shared by copies
+        self._verify: Verify = verify
+        self._verified = False
+        self._check_acts()
+        self._context.reset()
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Fuses one step.
@@ -245,6 +266,7 @@ class FusionLogitsProcessor(LogitsProcessor):
             ConfigError: A setting is unknown or out of range, or needs a reference model or a
                 target that this processor lacks. Or (when called) the number of rows is not a
                 multiple of the number of strengths.
+            InertError: With these settings, the check of ``verify`` fails.
         """
         result = copy.copy(self)
         if "strength" in changes:
@@ -262,6 +284,9 @@ class FusionLogitsProcessor(LogitsProcessor):
             changes["strength"] = listed
         result.config = self.config.replace(**changes)
         result._check_rule()
+        if any(getattr(result.config, name) != getattr(self.config, name) for name in _DECISIVE):
+            result._verified = False
+        result._check_acts()
         return result
 
     def reset(self) -> None:
@@ -420,6 +445,52 @@ class FusionLogitsProcessor(LogitsProcessor):
             start = next((i for i, id in enumerate(ids) if id not in self._starts), len(ids))
             texts[index] = self._before[index // rows_per_text] + ids[start:]
         return texts
+
+    def _check_acts(self) -> None:
+        """The check of ``verify``, if it has not been passed with such settings yet."""
+        config = self.config
+        if self._verify == "off" or self._verified or config.strength == 0 or config.aligned:
+            return
+        alone = copy.copy(self)
+        alone._before, alone._strengths, alone._sessions = [], None, {}
+        device = self._device or self.calibrator.device
+        # Other rules are judged on a target like the reference, to which the clean one is compared.
+        paired = self.calibrator.reference is not None
+        with plain_mode(device):
+            fault = find_fault(
+                alone.fuse_rows,
+                alone._read,
+                self._tokenizer,
+                self.calibrator.probes if paired else (),
+                width=len(self.vocabulary.mapped),
+                strength=config.strength,
+                device=device,
+                target=alone._as_reference if paired and not config.contrasts else None,
+            )
+        self._verified = fault is None
+        if fault is None:
+            return
+        message = (
+            f"with the calibrator {self.calibrator.name or 'unnamed'}, this processor fails "
+            f"its check: {fault}. Correct this, or pass verify='warn' or verify='off' if the check "
+            "does not fit your calibrator or tokenizer"
+        )
+        if self._verify == "raise":
+            raise InertError(message)
+        logger.warning("%s", message)
+
+    def _as_reference(self, rows: Sequence[Sequence[int]], scores: Tensor) -> Tensor:
+        """The reference's log-probs of the tokens that equal scores allow."""
+        of_clean, ratio = copy.copy(self), copy.copy(self)
+        of_clean.config = FusionConfig(rule="product", plausibility=0.0)
+        ratio.config = FusionConfig(plausibility=0.0, clip=math.inf)
+        difference = of_clean.fuse_rows(rows, scores) - ratio.fuse_rows(rows, scores)
+        return torch.where(scores.isneginf(), scores, difference)
+
+    def _read(self, ids: Sequence[int]) -> bytes:
+        """The text that the calibrator reads in a row."""
+        position = self._context.read(tuple(ids))
+        return b"".join(self._read_bytes[id] or b"" for id in position.path) + position.pending
 
     def _check_rule(self) -> None:
         check_rule(self.config, self.calibrator.reference is not None)
