@@ -25,9 +25,8 @@ CHAT = (
     "{% for message in messages %}<|{{ message.role }}|>\n{{ message.content }}"
     "{{ eos_token }}\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
-PARTS = CHAT.replace(
-    "{{ message.content }}", "{% for p in message.content %}{{ p.text }}{% endfor %}"
-)
+CONTENT = "{{ message.content }}"
+PARTS = CHAT.replace(CONTENT, "{% for part in message.content %}{{ part.text }}{% endfor %}")
 PROBE = {"context": "You are", "avoided": [" bad"], "kept": [" good", " kind"]}
 
 
@@ -109,9 +108,7 @@ def test_swapped_ids_in_the_vocabulary_map(
     ("template", "seen"),
     [
         (
-            CHAT.replace(
-                "{{ message.content }}", "{{ message.content | replace(' ', eos_token) }}"
-            ),
+            CHAT.replace(CONTENT, "{{ message.content | replace(' ', eos_token) }}"),
             "''",
         ),
         ("{% for m in messages if m.role == 'user' %}<|user|>\n{{ m.content }}{% endfor %}", "day"),
