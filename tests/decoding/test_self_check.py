@@ -109,10 +109,10 @@ def test_swapped_ids_in_the_vocabulary_map(
     [
         (
             CHAT.replace(CONTENT, "{{ message.content | replace(' ', eos_token) }}"),
-            "''",
+            r"'\\n' instead",
         ),
         ("{% for m in messages if m.role == 'user' %}<|user|>\n{{ m.content }}{% endfor %}", "day"),
-        (CHAT.replace(CONTENT, "{{ message.content | reverse }}"), "''"),
+        (CHAT.replace(CONTENT, "{{ message.content | reverse }}"), r"'\\n' instead"),
     ],
     ids=["a new text at each space", "no answers", "reversed"],
 )
