@@ -208,6 +208,8 @@ class FusionLogitsProcessor(LogitsProcessor):
         if not active:
             return scores, none
         step = self._step(rows, scores, strengths, active)
+        if len(active) == len(rows):
+            return step.fused(), step.strength()
         return _put(scores, active, step.fused()), _put(none, active, step.strength())
 
     def following(self, text: str | Sequence[str]) -> FusionLogitsProcessor:
@@ -447,7 +449,7 @@ class FusionLogitsProcessor(LogitsProcessor):
         return texts
 
     def _check_acts(self) -> None:
-        """The check of ``verify``, if it has not been passed with such settings yet."""
+        """The check of ``verify``, if it has not been made with such settings yet."""
         config = self.config
         if self._verify == "off" or self._verified or config.strength == 0 or config.aligned:
             return
@@ -467,7 +469,7 @@ class FusionLogitsProcessor(LogitsProcessor):
                 device=device,
                 target=alone._as_reference if paired and not config.contrasts else None,
             )
-        self._verified = fault is None
+        self._verified = True
         if fault is None:
             return
         message = (
@@ -482,8 +484,8 @@ class FusionLogitsProcessor(LogitsProcessor):
     def _as_reference(self, rows: Sequence[Sequence[int]], scores: Tensor) -> Tensor:
         """The reference's log-probs of the tokens that equal scores allow."""
         of_clean, ratio = copy.copy(self), copy.copy(self)
-        of_clean.config = FusionConfig(rule="product", plausibility=0.0)
-        ratio.config = FusionConfig(plausibility=0.0, clip=math.inf)
+        of_clean.config = FusionConfig(rule="product", strength=1.0, plausibility=0.0)
+        ratio.config = FusionConfig("contrast", 1.0, plausibility=0.0, clip=math.inf)
         difference = of_clean.fuse_rows(rows, scores) - ratio.fuse_rows(rows, scores)
         return torch.where(scores.isneginf(), scores, difference)
 

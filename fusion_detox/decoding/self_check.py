@@ -28,7 +28,7 @@ _LIKELY, _MOST_LIKELY = 0.0, 0.05
 _ROUNDING = 1e-5
 _LEAST_GAP = 0.01
 """In nats per unit of strength, up to strength 1: how much more the avoided words must lose."""
-_LEAST_SHARE = 0.75
+_LEAST_SHARE = 2 / 3
 """Of the comparisons of an avoided word with a kept one."""
 
 _SETTINGS = (
