@@ -568,9 +568,12 @@ class RowwiseProcessor(LogitsProcessor):
 
 def _plain(strength: Strengths) -> float | list[float]:
     """A strength, or a list of strengths, without tensors."""
-    values: Any = strength.tolist() if hasattr(strength, "tolist") else strength
+    values: Any = strength
+    if hasattr(strength, "tolist"):
+        values = strength.tolist()
     if isinstance(values, str) or not isinstance(values, Sequence):
-        return values  # type: ignore[no-any-return]  # FusionConfig checks it
+        single: float = values  # FusionConfig checks it
+        return single
     for value in values:
         if not isinstance(value, (int, float)):
             raise ConfigError(f"strengths must be numbers, but one is {value!r}")

@@ -37,14 +37,11 @@ def read_probes(values: Iterable[Probe | Mapping[str, Any]]) -> tuple[Probe, ...
     """
     found = []
     for number, value in enumerate(values):
-        fields = value._asdict() if isinstance(value, Probe) else value
-        words = (
-            [fields.get(name) for name in ("avoided", "kept")]
-            if isinstance(fields, Mapping) and fields.keys() == set(Probe._fields)
-            else []
-        )
+        fields: Any = value._asdict() if isinstance(value, Probe) else value
+        named = isinstance(fields, Mapping) and fields.keys() == set(Probe._fields)
+        words: list[Any] = [fields["avoided"], fields["kept"]] if named else []
         if not (
-            words
+            named
             and isinstance(fields["context"], str)
             and fields["context"].strip()
             and all(isinstance(some, (list, tuple)) and some for some in words)

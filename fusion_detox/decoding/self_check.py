@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from statistics import fmean
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -177,7 +177,7 @@ def _in_chat(tokenizer: PreTrainedTokenizerBase, answer: str) -> Ids | None:
     """
     text = None
     for wrap in (str, _parts):
-        turns = [
+        turns: list[Any] = [
             {"role": "user", "content": wrap(_REQUEST)},
             {"role": "assistant", "content": wrap(answer)},
         ]
