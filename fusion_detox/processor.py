@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -572,8 +572,7 @@ def _plain(strength: Strengths) -> float | list[float]:
     if hasattr(strength, "tolist"):
         values = strength.tolist()
     if isinstance(values, str) or not isinstance(values, Sequence):
-        single: float = values  # FusionConfig checks it
-        return single
+        return cast("float", values)  # FusionConfig checks it
     for value in values:
         if not isinstance(value, (int, float)):
             raise ConfigError(f"strengths must be numbers, but one is {value!r}")
