@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from fusion_detox.calibrator.calibrator import Calibrator
     from fusion_detox.config import FusionConfig
     from fusion_detox.evaluation import EvaluationConfig, evaluate
-    from fusion_detox.processor import FusionLogitsProcessor
+    from fusion_detox.processor import FusionLogitsProcessor, RowwiseProcessor
     from fusion_detox.training import TrainingConfig, train_calibrator
 
 __version__ = "0.2.0"
@@ -43,6 +43,7 @@ __all__ = [
     "EvaluationConfig",
     "FusionConfig",
     "FusionLogitsProcessor",
+    "RowwiseProcessor",
     "TrainingConfig",
     "__version__",
     "align",
@@ -62,7 +63,7 @@ if not TYPE_CHECKING:
             "calibrator.calibrator": ["Calibrator"],
             "config": ["FusionConfig"],
             "evaluation": ["EvaluationConfig", "evaluate"],
-            "processor": ["FusionLogitsProcessor"],
+            "processor": ["FusionLogitsProcessor", "RowwiseProcessor"],
             "training": ["TrainingConfig", "train_calibrator"],
         },
     )

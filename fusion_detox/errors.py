@@ -31,6 +31,10 @@ class VocabularyError(FusionDetoxError, ValueError):
     """Two vocabularies cannot be mapped, or a tokenizer does not belong to a model."""
 
 
+class InertError(FusionDetoxError, ValueError):
+    """A processor would not change the target's text as its calibrator should."""
+
+
 class AlignmentError(FusionDetoxError, ValueError):
     """A calibrator's hidden states cannot be projected to a target, or an alignment is damaged."""
 

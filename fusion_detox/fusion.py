@@ -37,7 +37,7 @@ class Fusion:
         shift: Given a strength and the columns wanted, how far log-probs move, in nats, up to a
             constant per row.
         config: The rule and its settings.
-        strength_scale: ``(batch,)`` factors of the strength, 0 to 1; ``None`` for 1.
+        strength_scale: ``(batch,)`` factors of the strength; ``None`` for 1.
     """
 
     scores: Tensor
@@ -122,7 +122,7 @@ def fuse(
         reference: The same for the reference model; only the contrast rules read it.
         mapped: ``(vocab,)`` bool, the tokens that the vocabulary map reaches.
         config: The rule and its settings; ``context_kl`` is ignored here.
-        strength_scale: ``(batch,)`` factors of the strength, 0 to 1; 1 by default.
+        strength_scale: ``(batch,)`` factors of the strength; 1 by default.
 
     Returns:
         ``(batch, vocab)`` normalised log-probs in the dtype of ``scores``, or ``scores`` itself at

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -14,12 +15,13 @@ from transformers import LogitsProcessor
 from fusion_detox.alignment.aligned_rule import AlignedTarget
 from fusion_detox.calibrator.calibrator import Calibrator
 from fusion_detox.calibrator.folder import check_rule
-from fusion_detox.config import FusionConfig
+from fusion_detox.config import FusionConfig, check_choice
 from fusion_detox.decoding.build_decoder import check_calibrator
+from fusion_detox.decoding.self_check import find_fault
 from fusion_detox.decoding.session import CalibratorSession, Reading, plain_mode
 from fusion_detox.decoding.target_columns import TargetColumns
 from fusion_detox.decoding.text_context import Covers, TextContext
-from fusion_detox.errors import ConfigError, DataError
+from fusion_detox.errors import ConfigError, DataError, InertError
 from fusion_detox.fusion import Fusion, fit, prepare
 from fusion_detox.vocabulary.map import VocabularyMap
 from fusion_detox.vocabulary.token_table import TokenTable, encode
@@ -30,6 +32,12 @@ if TYPE_CHECKING:
     from fusion_detox.alignment.alignment import Alignment
 
 logger = logging.getLogger(__name__)
+
+Verify = Literal["raise", "warn", "off"]
+Strengths = float | Sequence[float] | Tensor
+
+# The settings that can switch fusion off.
+_DECISIVE = ("rule", "plausibility", "outside", "clip", "threshold", "floor")
 
 
 class FusionLogitsProcessor(LogitsProcessor):
@@ -59,12 +67,20 @@ class FusionLogitsProcessor(LogitsProcessor):
             once on a few tokens.
         alignment: How the aligned rules project the calibrator's vectors into the target's space;
             by default the alignment that ``fusion-detox align`` saved for the two.
+        verify: What to do if a new processor fails the check of itself: ``"raise"`` an error,
+            ``"warn"`` in the log, or ``"off"``, no check. The check runs the same step as
+            ``generate`` on the calibrator's probes, in plain text and in the tokenizer's chat
+            template: the words to avoid must lose probability against harmless words. If the
+            calibrator has no probes, only some token must move. There is no check at strength 0 and
+            for the aligned rules. :meth:`with_settings` repeats it for settings that can switch
+            fusion off.
 
     Raises:
         AlignmentError: An aligned rule has no alignment, or one for other models.
         CalibratorError: The calibrator cannot be used.
         ConfigError: A contrast rule or ``context_kl`` needs a reference and the calibrator has
             none, or an aligned rule is used without a target.
+        InertError: The check of ``verify`` failed.
         ModelError: A model of the calibrator cannot run with a cache that can be rolled back, or
             the target's hidden states cannot be fused.
         VocabularyError: The two vocabularies cannot be mapped onto each other.
@@ -83,7 +99,9 @@ class FusionLogitsProcessor(LogitsProcessor):
         assistant_tokenizer: PreTrainedTokenizerBase | None = None,
         target: PreTrainedModel | None = None,
         alignment: Alignment | None = None,
+        verify: Verify = "raise",
     ) -> None:
+        check_choice("verify", verify, get_args(Verify))
         if isinstance(calibrator, str):
             calibrator = Calibrator.from_pretrained(calibrator)
         if not isinstance(calibrator, Calibrator):
@@ -106,6 +124,7 @@ class FusionLogitsProcessor(LogitsProcessor):
             self.vocabulary = VocabularyMap.build(calibrator, tokens, tokenizer)
         identity = self.vocabulary.kind == "identity"
         self._context = TextContext(calibrator, tokens, identity, pad_token_id)
+        self._read_bytes = tokens.token_bytes if identity else calibrator.tokens.token_bytes
         self._device = None if device is None else torch.device(device)
         self._sessions: dict[tuple[torch.device, bool], CalibratorSession] = {}
         assistant = 0 if assistant_tokenizer is None else len(assistant_tokenizer)
@@ -113,7 +132,12 @@ class FusionLogitsProcessor(LogitsProcessor):
         self._width: int | None = None  # of the last scores that matched
         self._starts = tokens.reset_ids | {pad_token_id}
         self._before: list[tuple[int, ...]] = []
+        self._strengths: list[float] | None = None  # one for each prompt
         self._warned: set[str] = set()  # shared by copies
+        self._verify: Verify = verify
+        self._verified = False
+        self._check_acts()
+        self._context.reset()
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Fuses one step.
@@ -133,23 +157,34 @@ class FusionLogitsProcessor(LogitsProcessor):
         """
         return self.fuse_rows(self._rows(input_ids), scores)
 
-    def fuse_rows(self, rows: Sequence[Sequence[int]], scores: Tensor) -> Tensor:
+    def fuse_rows(
+        self,
+        rows: Sequence[Sequence[int]],
+        scores: Tensor,
+        strength: Strengths | None = None,
+    ) -> Tensor:
         """Fuses one step for rows of any lengths, for engines other than ``generate``.
 
         Args:
             rows: For each row, all ids of its text so far; padding is not needed.
             scores: See ``__call__``.
+            strength: The strength, or one for each row; by default, that of the settings. The
+                calibrator does not run for rows of strength 0, and their scores stay as they are.
 
         Returns:
             See ``__call__``.
 
         Raises:
+            ConfigError: A strength is out of range, or their number is not that of the rows.
             DataError: The numbers of rows differ.
             VocabularyError: See ``__call__``.
         """
-        if not self._acts_on(scores, len(rows)):
+        strengths = self._strengths_of(len(rows), strength)
+        active = self._active(scores, strengths)
+        if not active:
             return scores
-        return self._step(rows, scores).fused()
+        fused = self._step(rows, scores, strengths, active).fused()
+        return fused if len(active) == len(rows) else _put(scores, active, fused)
 
     def with_strength(self, input_ids: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Fuses one step and also returns how strongly each row was fused.
@@ -159,18 +194,23 @@ class FusionLogitsProcessor(LogitsProcessor):
             scores: See ``__call__``.
 
         Returns:
-            What ``__call__`` returns, and ``(batch,)`` float32 strengths: the configured strength,
-            or less if ``context_kl`` or ``kl_budget`` lowers it.
+            What ``__call__`` returns, and ``(batch,)`` float32 strengths: the row's configured
+            strength, or less if ``context_kl`` or ``kl_budget`` lowers it.
 
         Raises:
             DataError: See ``__call__``.
             VocabularyError: See ``__call__``.
         """
         rows = self._rows(input_ids)
-        if not self._acts_on(scores, len(rows)):
-            return scores, torch.zeros(len(scores), device=scores.device)
-        step = self._step(rows, scores)
-        return step.fused(), step.strength()
+        strengths = self._strengths_of(len(rows))
+        active = self._active(scores, strengths)
+        none = torch.zeros(len(scores), device=scores.device)
+        if not active:
+            return scores, none
+        step = self._step(rows, scores, strengths, active)
+        if len(active) == len(rows):
+            return step.fused(), step.strength()
+        return _put(scores, active, step.fused()), _put(none, active, step.strength())
 
     def following(self, text: str | Sequence[str]) -> FusionLogitsProcessor:
         """A processor for rows that continue text that ``generate`` does not pass to it.
@@ -204,19 +244,51 @@ class FusionLogitsProcessor(LogitsProcessor):
         """How many texts :meth:`following` was given; 0 if it was not used."""
         return len(self._before)
 
+    @property
+    def strengths(self) -> tuple[float, ...] | None:
+        """The strength of each prompt, if :meth:`with_settings` was given a list of them."""
+        return None if self._strengths is None else tuple(self._strengths)
+
     def with_settings(self, **changes: Any) -> FusionLogitsProcessor:
         """A processor with other settings that shares this one's models and caches.
 
+        With a list of strengths, one batch serves several users. A row is fused as if it were alone
+        with its strength. The calibrator does not run for rows of strength 0, and their scores stay
+        as they are::
+
+            processor.with_settings(strength=[0, 3.5, 1.0])  # for a batch of three prompts
+
         Args:
-            changes: Settings of :class:`FusionConfig`, such as ``strength=0.5``.
+            changes: Settings of :class:`FusionConfig`, such as ``strength=0.5``. ``strength`` may
+                also be a sequence or tensor with one value for each prompt of the batch; the rows
+                of one prompt (beams, ``num_return_sequences``) are adjacent. ``config.strength`` is
+                then the largest.
 
         Raises:
             ConfigError: A setting is unknown or out of range, or needs a reference model or a
-                target that this processor lacks.
+                target that this processor lacks. Or (when called) the number of rows is not a
+                multiple of the number of strengths.
+            InertError: With these settings, the check of ``verify`` fails.
         """
         result = copy.copy(self)
+        if "strength" in changes:
+            listed = _plain(changes["strength"])
+            result._strengths = listed if isinstance(listed, list) else None
+            if isinstance(listed, list):
+                if not listed:
+                    raise ConfigError(
+                        "the list of strengths is empty: pass one strength, or one for each prompt "
+                        "of the batch"
+                    )
+                for each in set(listed):
+                    self.config.replace(**{**changes, "strength": each})
+                listed = max(listed)
+            changes["strength"] = listed
         result.config = self.config.replace(**changes)
         result._check_rule()
+        if any(getattr(result.config, name) != getattr(self.config, name) for name in _DECISIVE):
+            result._verified = False
+        result._check_acts()
         return result
 
     def reset(self) -> None:
@@ -225,9 +297,30 @@ class FusionLogitsProcessor(LogitsProcessor):
         for session in list(self._sessions.values()):
             session.reset()
 
-    def _step(self, rows: Sequence[Sequence[int]], scores: Tensor) -> Fusion:
-        """Prepares one step: reads the rows, runs the calibrator and projects its output."""
-        positions = [self._context.read(ids) for ids in self._texts(rows)]
+    def _step(
+        self,
+        rows: Sequence[Sequence[int]],
+        scores: Tensor,
+        strengths: Sequence[float],
+        active: Sequence[int],
+    ) -> Fusion:
+        """Prepares one step: reads the rows, runs the calibrator and projects its output.
+
+        Args:
+            rows: See :meth:`fuse_rows`.
+            scores: Those of all rows.
+            strengths: That of each row.
+            active: The rows to fuse; the result holds only these.
+        """
+        config, scale = self.config, None
+        wanted = [strengths[row] for row in active]
+        if any(strength != config.strength for strength in wanted):
+            config = config.replace(strength=1.0)
+            scale = torch.tensor(wanted, dtype=torch.float32, device=scores.device)
+        texts = self._texts(rows)
+        if len(active) < len(rows):
+            texts, scores = [texts[row] for row in active], scores[list(active)]
+        positions = [self._context.read(ids) for ids in texts]
         paths = [position.path for position in positions]
         divergence_of = paths if self.config.context_kl is not None else []
         session = self._session(self._device or scores.device)
@@ -235,8 +328,8 @@ class FusionLogitsProcessor(LogitsProcessor):
             # No healing here: a partial word keeps its current tokens.
             reading = session.read(paths, divergence_of=divergence_of, hidden=True)
             hidden = reading.values if self.config.contrasts else reading.values[:1]
-            strength_scale = self._strength_scale(reading, scores)
-            return self._aligned.prepare(scores, hidden, self.config, strength_scale)
+            scale = self._strength_scale(reading, scores, scale)
+            return self._aligned.prepare(scores, hidden, config, scale)
         covers = Covers.of(positions)
         reading = session.read(covers.prefixes, divergence_of=divergence_of)
         with plain_mode(reading.values.device):
@@ -254,8 +347,8 @@ class FusionLogitsProcessor(LogitsProcessor):
             clean,
             reference[0] if reference else None,
             mapped,
-            self.config,
-            self._strength_scale(reading, scores),
+            config,
+            self._strength_scale(reading, scores, scale),
         )
 
     def _session(self, device: torch.device) -> CalibratorSession:
@@ -267,24 +360,52 @@ class FusionLogitsProcessor(LogitsProcessor):
             session = self._sessions.setdefault((device, reference), session)
         return session
 
-    def _strength_scale(self, reading: Reading, scores: Tensor) -> Tensor | None:
-        """``(batch,)`` factors of the strength from ``context_kl``, or ``None`` without it."""
+    def _strength_scale(
+        self, reading: Reading, scores: Tensor, scale: Tensor | None
+    ) -> Tensor | None:
+        """``(batch,)`` factors of the strength: ``scale``, times those from ``context_kl``."""
         full = self.config.context_kl
         if full is None:
-            return None
-        scales = [min(1.0, nats / full) for nats in reading.divergence]
-        return torch.tensor(scales, dtype=torch.float32, device=scores.device)
+            return scale
+        factors = [min(1.0, nats / full) for nats in reading.divergence]
+        found = torch.tensor(factors, dtype=torch.float32, device=scores.device)
+        return found if scale is None else scale * found
 
-    def _acts_on(self, scores: Tensor, rows: int) -> bool:
-        """Whether there is anything to fuse; rejects scores that do not belong to the rows."""
-        if self.config.strength == 0:
-            return False
-        if scores.dim() != 2 or len(scores) != rows:
-            raise DataError(
-                f"{rows} rows of ids came with scores of shape {tuple(scores.shape)}: pass scores "
-                "of shape (batch, vocab) with one row for each row of ids"
+    def _strengths_of(self, rows: int, given: Strengths | None = None) -> list[float]:
+        """The strength of each row."""
+        if given is not None:
+            listed = _plain(given)
+            if not isinstance(listed, list):
+                return [self.config.replace(strength=listed).strength] * rows
+            if len(listed) != rows:
+                raise ConfigError(
+                    f"{len(listed)} strengths were given for {rows} rows: pass one strength, or "
+                    "one for each row"
+                )
+            for each in set(listed):
+                self.config.replace(strength=each)
+            return listed
+        if self._strengths is None:
+            return [self.config.strength] * rows
+        rows_per_prompt, rest = divmod(rows, len(self._strengths))
+        if rest:
+            raise ConfigError(
+                f"the settings have {len(self._strengths)} strengths, but there are {rows} rows: "
+                "pass one strength, or one for each prompt of the batch"
             )
-        return rows > 0 and self._matches(scores.shape[-1])
+        return [strength for strength in self._strengths for _ in range(rows_per_prompt)]
+
+    def _active(self, scores: Tensor, strengths: Sequence[float]) -> list[int]:
+        """The rows to fuse; rejects scores that do not belong to the rows."""
+        active = [row for row, strength in enumerate(strengths) if strength > 0]
+        if not active and strengths:
+            return active
+        if scores.dim() != 2 or len(scores) != len(strengths):
+            raise DataError(
+                f"{len(strengths)} rows of ids came with scores of shape {tuple(scores.shape)}: "
+                "pass scores of shape (batch, vocab) with one row for each row of ids"
+            )
+        return active if active and self._matches(scores.shape[-1]) else []
 
     def _matches(self, width: int) -> bool:
         if width == self._width:
@@ -327,6 +448,52 @@ class FusionLogitsProcessor(LogitsProcessor):
             texts[index] = self._before[index // rows_per_text] + ids[start:]
         return texts
 
+    def _check_acts(self) -> None:
+        """The check of ``verify``, if it has not been made with such settings yet."""
+        config = self.config
+        if self._verify == "off" or self._verified or config.strength == 0 or config.aligned:
+            return
+        alone = copy.copy(self)
+        alone._before, alone._strengths, alone._sessions = [], None, {}
+        device = self._device or self.calibrator.device
+        # Other rules are judged on a target like the reference, to which the clean one is compared.
+        paired = self.calibrator.reference is not None
+        with plain_mode(device):
+            fault = find_fault(
+                alone.fuse_rows,
+                alone._read,
+                self._tokenizer,
+                self.calibrator.probes if paired else (),
+                width=len(self.vocabulary.mapped),
+                strength=config.strength,
+                device=device,
+                target=alone._as_reference if paired and not config.contrasts else None,
+            )
+        self._verified = True
+        if fault is None:
+            return
+        message = (
+            f"with the calibrator {self.calibrator.name or 'unnamed'}, this processor fails "
+            f"its check: {fault}. Correct this, or pass verify='warn' or verify='off' if the check "
+            "does not fit your calibrator or tokenizer"
+        )
+        if self._verify == "raise":
+            raise InertError(message)
+        logger.warning("%s", message)
+
+    def _as_reference(self, rows: Sequence[Sequence[int]], scores: Tensor) -> Tensor:
+        """The reference's log-probs of the tokens that equal scores allow."""
+        of_clean, ratio = copy.copy(self), copy.copy(self)
+        of_clean.config = FusionConfig(rule="product", strength=1.0, plausibility=0.0)
+        ratio.config = FusionConfig("contrast", 1.0, plausibility=0.0, clip=math.inf)
+        difference = of_clean.fuse_rows(rows, scores) - ratio.fuse_rows(rows, scores)
+        return torch.where(scores.isneginf(), scores, difference)
+
+    def _read(self, ids: Sequence[int]) -> bytes:
+        """The text that the calibrator reads in a row."""
+        position = self._context.read(tuple(ids))
+        return b"".join(self._read_bytes[id] or b"" for id in position.path) + position.pending
+
     def _check_rule(self) -> None:
         check_rule(self.config, self.calibrator.reference is not None)
         if not self.config.aligned:
@@ -338,3 +505,81 @@ class FusionLogitsProcessor(LogitsProcessor):
                 f"{self.config.rule!r}), target=model)"
             )
         self._aligned.check_rule(self.config)
+
+
+class RowwiseProcessor(LogitsProcessor):
+    """Applies a processor of its own to each prompt of a batch.
+
+    For example with calibrators for two languages, and none for the third prompt::
+
+        rowwise = RowwiseProcessor([english, german, None])
+        model.generate(**inputs, logits_processor=[rowwise])
+
+    The rows of one processor are passed to it in one call. For other strengths of one calibrator,
+    :meth:`FusionLogitsProcessor.with_settings` alone is faster.
+
+    Args:
+        processors: For each prompt, a processor, or ``None`` for none. The rows of one prompt
+            (beams, ``num_return_sequences``) are adjacent.
+
+    Raises:
+        ConfigError: The list is empty, or (when called) the number of rows is not a multiple of the
+            number of processors.
+    """
+
+    supports_continuous_batching = False
+
+    def __init__(self, processors: Sequence[LogitsProcessor | None]) -> None:
+        self.processors = tuple(processors)
+        if not self.processors:
+            raise ConfigError("the list of processors is empty: pass one for each prompt")
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Processes one step.
+
+        Args:
+            input_ids: ``(batch, length)`` token ids of the target.
+            scores: ``(batch, vocab)`` logits or log-probs; not modified.
+
+        Returns:
+            ``(batch, vocab)`` scores. Rows without a processor keep theirs.
+        """
+        rows_per_prompt, rest = divmod(len(scores), len(self.processors))
+        if rest or len(input_ids) != len(scores):
+            raise ConfigError(
+                f"{len(self.processors)} processors were given, but there are {len(input_ids)} "
+                f"rows of ids and {len(scores)} of scores: pass one processor for each prompt"
+            )
+        if len(scores) == 0:
+            return scores
+        result = scores
+        for own in dict.fromkeys(self.processors):
+            if own is not None:
+                served = enumerate(self.processors)
+                rows = [
+                    row
+                    for number, processor in served
+                    if processor is own
+                    for row in range(number * rows_per_prompt, (number + 1) * rows_per_prompt)
+                ]
+                result = _put(result, rows, own(input_ids[rows], scores[rows]))
+        return result
+
+
+def _plain(strength: Strengths) -> float | list[float]:
+    """A strength, or a list of strengths, without tensors."""
+    values: Any = strength
+    if hasattr(strength, "tolist"):
+        values = strength.tolist()
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        return cast("float", values)  # FusionConfig checks it
+    for value in values:
+        if not isinstance(value, (int, float)):
+            raise ConfigError(f"strengths must be numbers, but one is {value!r}")
+    return list(values)
+
+
+def _put(scores: Tensor, rows: Sequence[int], fused: Tensor) -> Tensor:
+    """A copy of ``scores`` with some rows replaced."""
+    index = torch.tensor(rows, device=scores.device, dtype=torch.long)
+    return scores.index_copy(0, index, fused.to(scores.dtype))

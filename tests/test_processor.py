@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TextIteratorStreamer
 
 import fusion_detox
-from fusion_detox import Calibrator, FusionConfig, FusionLogitsProcessor
+from fusion_detox import Calibrator, FusionConfig, FusionLogitsProcessor, RowwiseProcessor
 from fusion_detox.errors import ConfigError, DataError, VocabularyError
 
 Maker = Callable[..., PreTrainedModel]
@@ -436,3 +436,174 @@ def test_mismatched_ids_and_scores_are_refused(
     processor = fresh(calibrator, byte_tokenizer)
     with pytest.raises(DataError, match=message):
         processor(torch.ones(ids, dtype=torch.long), torch.randn(scores))
+
+
+RULES = [
+    FusionConfig(plausibility=0.0, strength=2.0),
+    FusionConfig(rule="product", plausibility=0.0, strength=0.9),
+    FusionConfig(rule="mixture", plausibility=0.0, strength=0.9),
+    FusionConfig(strength=2.0, kl_budget=0.05),
+    FusionConfig(strength=2.0, context_kl=5.0),
+    FusionConfig(rule="product", strength=0.9, kl_budget=0.05, context_kl=5.0),
+    FusionConfig(strength=2.0, outside="remove", plausibility=0.01),
+]
+MIXED = [0.0, 0.9, 0.3, 0.0, 0.9]
+
+
+def batch(tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, torch.Tensor]:
+    inputs = encode(tokenizer, [*TEXTS, "It is a", "Nobody came to the old"])["input_ids"]
+    scores = torch.randn(len(MIXED), len(tokenizer), generator=torch.Generator().manual_seed(0))
+    return inputs, scores * 3
+
+
+@pytest.mark.parametrize("config", RULES, ids=lambda c: f"{c.rule}-{c.kl_budget}-{c.context_kl}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_row_of_a_mixed_batch_equals_the_row_alone(
+    calibrator: Calibrator,
+    other_tokenizer: PreTrainedTokenizerFast,
+    config: FusionConfig,
+    dtype: torch.dtype,
+) -> None:
+    processor = fresh(calibrator, other_tokenizer, config)
+    inputs, scores = batch(other_tokenizer)
+    scores = scores.to(dtype)
+    mixed = processor.with_settings(strength=MIXED)
+    fused, used = mixed.with_strength(inputs, scores)
+    assert torch.equal(fused, mixed(inputs, scores))
+    assert fused.dtype == dtype
+    # With the same companions, the numbers are the same to the last bit. (Except for the mixture,
+    # in which 1 - strength is rounded once more.)
+    active = [row for row, strength in enumerate(MIXED) if strength]
+    for strength in set(MIXED):
+        own = processor.with_settings(strength=strength)
+        together = own(inputs[active], scores[active])
+        for place, row in enumerate(active):
+            if MIXED[row] == strength:
+                if config.rule != "mixture":
+                    assert torch.equal(fused[row], together[place])
+                alone, alone_used = own.with_strength(inputs[[row]], scores[[row]])
+                torch.testing.assert_close(fused[row], alone[0], atol=2e-5, rtol=1e-5)
+                torch.testing.assert_close(used[row], alone_used[0], atol=1e-5, rtol=1e-5)
+                assert not torch.allclose(alone[0].float(), scores[row].float().log_softmax(-1))
+    for row in (0, 3):
+        assert torch.equal(fused[row], scores[row])
+        assert used[row] == 0
+
+
+def test_strengths_by_row_for_engines(
+    calibrator: Calibrator, other_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    processor = fresh(calibrator, other_tokenizer)
+    inputs, scores = batch(other_tokenizer)
+    rows = inputs.tolist()
+    wanted = processor.with_settings(strength=MIXED)(inputs, scores)
+    for form in (MIXED, tuple(MIXED), torch.tensor(MIXED, dtype=torch.float64)):
+        assert torch.equal(processor.fuse_rows(rows, scores, form), wanted)
+    assert processor.fuse_rows(rows, scores, [0] * 5) is scores
+    assert processor.fuse_rows(rows, scores, 0) is scores
+    assert processor.with_settings(strength=[0.0, 0.0])(inputs[:4], scores[:4]).equal(scores[:4])
+    assert processor.fuse_rows([], scores[:0], []).shape == (0, len(other_tokenizer))
+    one = processor.fuse_rows(rows, scores, torch.tensor(0.5))
+    assert torch.equal(one, processor.with_settings(strength=0.5)(inputs, scores))
+    # A list of settings lasts until another strength is set.
+    assert processor.with_settings(strength=MIXED).with_settings(clip=1.0).strengths == (*MIXED,)
+    assert processor.with_settings(strength=MIXED).with_settings(strength=1.0).strengths is None
+
+
+def test_the_calibrator_does_not_run_for_rows_of_strength_zero(
+    calibrator: Calibrator, other_tokenizer: PreTrainedTokenizerFast, monkeypatch: Any
+) -> None:
+    processor = fresh(calibrator, other_tokenizer)
+    inputs, scores = batch(other_tokenizer)
+    seen: list[Any] = []
+    read = processor._context.read
+    monkeypatch.setattr(processor._context, "read", lambda ids: seen.append(ids) or read(ids))
+    processor.fuse_rows(inputs.tolist(), scores, MIXED)
+    assert seen == [tuple(inputs[row].tolist()) for row in (1, 2, 4)]
+
+
+@pytest.mark.parametrize(
+    "how", [{"num_return_sequences": 3, "do_sample": True}, {"num_beams": 3}], ids=str
+)
+def test_strengths_of_prompts_in_generate(
+    calibrator: Calibrator,
+    other_tokenizer: PreTrainedTokenizerFast,
+    make_llama: Maker,
+    how: dict[str, Any],
+) -> None:
+    """Each prompt's rows get its strength, in every mode in which a prompt has several rows."""
+    model = make_llama(len(other_tokenizer), seed=6)
+    inputs = encode(other_tokenizer, TEXTS)
+    processor = fresh(calibrator, other_tokenizer).with_settings(strength=[0.0, 2.0, 0.5])
+    rowwise = RowwiseProcessor(
+        [None, processor.with_settings(strength=2.0), processor.with_settings(strength=0.5)]
+    )
+    found = generate(model, inputs, processor, **how)
+    assert torch.equal(found, generate(model, inputs, rowwise, **how))
+    plain = generate(model, inputs, processor.with_settings(strength=0), **how)
+    if "num_beams" in how:  # no random numbers shared among the prompts
+        assert torch.equal(found[0], plain[0])
+    assert not torch.equal(found, plain)
+
+
+@pytest.mark.parametrize(
+    ("strength", "message"),
+    [
+        ([1.0, float("nan")], "strength must be a number of at least 0, but is nan"),
+        ([1.0, -0.5], "strength must be a number of at least 0, but is -0.5"),
+        ([], "the list of strengths is empty"),
+        ([1.0, None], "strengths must be numbers, but one is None"),
+        (torch.ones(2, 2), "strengths must be numbers, but one is"),
+        ("strong", "strength must be a number"),
+        ([1.0, 1.0], "2 strengths, but there are 3 rows"),
+        ([1.0] * 4, "4 strengths, but there are 3 rows"),
+    ],
+    ids=str,
+)
+def test_wrong_strengths_of_prompts(
+    calibrator: Calibrator,
+    byte_tokenizer: PreTrainedTokenizerFast,
+    strength: Any,
+    message: str,
+) -> None:
+    processor = fresh(calibrator, byte_tokenizer)
+    ids, scores = torch.ones(3, 4, dtype=torch.long), torch.randn(3, len(byte_tokenizer))
+    with pytest.raises(ConfigError, match=message):
+        processor.with_settings(strength=strength)(ids, scores)
+
+
+def test_wrong_strengths_of_rows(
+    calibrator: Calibrator, byte_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    processor = fresh(calibrator, byte_tokenizer)
+    rows, scores = [[20], [21]], torch.randn(2, len(byte_tokenizer))
+    with pytest.raises(ConfigError, match="3 strengths were given for 2 rows"):
+        processor.fuse_rows(rows, scores, [1.0, 1.0, 1.0])
+    with pytest.raises(ConfigError, match="at least 0, but is nan"):
+        processor.fuse_rows(rows, scores, [1.0, float("nan")])
+    for rule in ("product", "mixture"):
+        bounded = fresh(calibrator, byte_tokenizer, FusionConfig(rule=rule, strength=0.5))
+        for wrong in ([0.5, 1.5], 1.5):
+            with pytest.raises(ConfigError, match=f"at most 1, but is 1.5 .rule '{rule}'"):
+                bounded.fuse_rows(rows, scores, wrong)
+            with pytest.raises(ConfigError, match=f"at most 1, but is 1.5 .rule '{rule}'"):
+                bounded.with_settings(strength=wrong)
+
+
+def test_a_processor_of_its_own_for_each_prompt(
+    calibrator: Calibrator, other_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    one = fresh(calibrator, other_tokenizer)
+    swapped = Calibrator(calibrator.reference, calibrator.clean, calibrator.tokenizer)
+    two = fresh(swapped, other_tokenizer)
+    inputs, scores = batch(other_tokenizer)
+    inputs, scores = inputs.repeat_interleave(2, 0), scores.repeat_interleave(2, 0)
+    fused = RowwiseProcessor([one, None, two, one, None])(inputs, scores)
+    for processor, rows in ((one, [0, 1, 6, 7]), (two, [4, 5])):
+        assert torch.equal(fused[rows], processor(inputs[rows], scores[rows]))
+    assert torch.equal(fused[[2, 3, 8, 9]], scores[[2, 3, 8, 9]])
+    assert RowwiseProcessor([None])(inputs, scores) is scores
+    with pytest.raises(ConfigError, match="3 processors were given, but there are 10 rows"):
+        RowwiseProcessor([one, None, two])(inputs, scores)
+    with pytest.raises(ConfigError, match="the list of processors is empty"):
+        RowwiseProcessor([])

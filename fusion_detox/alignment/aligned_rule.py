@@ -108,7 +108,7 @@ class AlignedTarget:
             hidden: ``(models, batch, calibrator width)``: the clean model's last hidden states
                 and, for ``aligned_contrast``, the reference's.
             config: The settings.
-            strength_scale: ``(batch,)``, factor of each row's strength, in 0..1; 1 by default.
+            strength_scale: ``(batch,)``, factor of each row's strength; 1 by default.
         """
         width, device = scores.shape[-1], scores.device
         with plain_mode(hidden.device):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from fusion_detox.calibrator.folder import (
     write_folder,
 )
 from fusion_detox.calibrator.lookup import find_calibrator
+from fusion_detox.calibrator.probes import Probe, read_probes
 from fusion_detox.config import FusionConfig
 from fusion_detox.errors import CalibratorError, ConfigError, ModelError, VocabularyError
 from fusion_detox.files.loading_errors import first_line
@@ -51,6 +53,9 @@ class Calibrator:
         record: How the calibrator was trained, as JSON values; stored in ``training.json`` and
             shown on the card.
         name: The calibrator's name in messages and on its card.
+        probes: Texts on which its effect is known, each with ``context``, ``avoided`` and ``kept``
+            (see :class:`~fusion_detox.calibrator.probes.Probe`). Each new processor checks itself
+            on them.
 
     Attributes:
         tokens: The bytes of every token of ``tokenizer``.
@@ -60,7 +65,7 @@ class Calibrator:
         folder: The folder that ``from_pretrained`` loaded; ``None`` if built in memory.
 
     Raises:
-        CalibratorError: Models and tokenizer do not match.
+        CalibratorError: Models and tokenizer do not match, or a probe is not one.
         ModelError: A model is not a causal language model.
         VocabularyError: The bytes of the tokenizer's tokens cannot be determined.
         ConfigError: The rule of ``config`` needs a reference and there is none.
@@ -76,6 +81,7 @@ class Calibrator:
         context_length: int | None = None,
         record: dict[str, Any] | None = None,
         name: str | None = None,
+        probes: Iterable[Probe | Mapping[str, Any]] = (),
     ) -> None:
         if config is None:
             contrast, product = FusionConfig(), FusionConfig(rule="product", strength=0.5)
@@ -87,6 +93,7 @@ class Calibrator:
         self.config = config
         self.record = {} if record is None else record
         self.name = name
+        self.probes = read_probes(probes)
         self.folder: Path | None = None
         for part, model in self.models.items():
             check_causal(model.config, f"The {part} model")
@@ -163,6 +170,7 @@ class Calibrator:
                 context_length=settings.context_length,
                 record=record,
                 name=str(name_or_path),
+                probes=settings.probes,
             )
         except (CalibratorError, ConfigError, ModelError, VocabularyError) as error:
             raise CalibratorError(f"{folder}: {error}") from error
@@ -271,6 +279,7 @@ class Calibrator:
             vocabulary_fingerprint=self.tokens.fingerprint(),
             vocabulary_size=self.vocabulary_size,
             distributions=tuple(models),
+            probes=self.probes,
         )
         write_folder(folder, models, self.tokenizer, settings, self.record, name=name)
 

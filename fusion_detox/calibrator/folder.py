@@ -2,7 +2,8 @@
 
 ::
 
-    calibrator.json         format, context length, vocabulary, recommended fusion settings
+    calibrator.json         format, context length, vocabulary, recommended fusion settings, and
+                            the probes, if any, on which processors check themselves
     clean/, reference/      one AutoModelForCausalLM folder each: config.json, *.safetensors
     tokenizer.json, tokenizer_config.json
     training.json           how it was trained
@@ -30,6 +31,7 @@ from transformers import (
 )
 
 from fusion_detox.calibrator.card import render_card
+from fusion_detox.calibrator.probes import Probe, read_probes
 from fusion_detox.config import FusionConfig
 from fusion_detox.errors import CalibratorError, ConfigError, DataFileError, ModelError
 from fusion_detox.files.atomic import replacing_folder, write_whole
@@ -72,11 +74,17 @@ class Settings(NamedTuple):
     vocabulary_fingerprint: str
     vocabulary_size: int
     distributions: tuple[str, ...]
+    probes: tuple[Probe, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The settings as they are written, with the format's version."""
         values = {**self._asdict(), "fusion": self.fusion.to_dict()}
-        return {"format_version": FORMAT_VERSION, **values}
+        probes = [probe.to_json() for probe in values.pop("probes")]
+        return {
+            "format_version": FORMAT_VERSION,
+            **values,
+            **({"probes": probes} if probes else {}),
+        }
 
 
 def check_rule(config: FusionConfig, has_reference: bool) -> None:
@@ -125,15 +133,16 @@ def read_settings(folder: Path) -> Settings:
         )
     if found != FORMAT_VERSION:
         raise CalibratorError(f"{path}: format_version must be 1, but is {found!r}. {_REMEDY}")
+    probes = values.pop("probes", [])
     if values.keys() != _FIELDS.keys():
         missing = ", ".join(sorted(_FIELDS.keys() - values)) or "nothing"
         unknown = ", ".join(sorted(values.keys() - _FIELDS)) or "nothing"
         raise CalibratorError(f"{path}: missing {missing}, unknown {unknown}. {_REMEDY}")
-    for name, kind in _FIELDS.items():
-        if type(values[name]) is not kind:
+    for name, kind in (*_FIELDS.items(), ("probes", list)):
+        value = probes if name == "probes" else values[name]
+        if type(value) is not kind:
             raise CalibratorError(
-                f"{path}: {name} must be a JSON {_JSON_TYPES[kind]}, but is {values[name]!r}. "
-                f"{_REMEDY}"
+                f"{path}: {name} must be a JSON {_JSON_TYPES[kind]}, but is {value!r}. {_REMEDY}"
             )
     values["distributions"] = tuple(values["distributions"])
     if values["distributions"] not in (("clean",), DISTRIBUTIONS):
@@ -145,7 +154,10 @@ def read_settings(folder: Path) -> Settings:
         values["fusion"] = FusionConfig.from_dict(values["fusion"])
     except ConfigError as error:
         raise CalibratorError(f"{path}: in fusion, {error}. Correct it in this file.") from error
-    return Settings(**values)
+    try:
+        return Settings(**values, probes=read_probes(probes))
+    except CalibratorError as error:
+        raise CalibratorError(f"{path}: {error}.") from error
 
 
 def read_record(folder: Path) -> dict[str, Any]:

@@ -136,6 +136,14 @@ def train_calibrator(
             help="JSON file with the fusion settings to recommend on the calibrator's card"
         ),
     ] = None,
+    probes: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON file with a list 'probes' of texts on which each processor checks the "
+            "calibrator's effect, such as another calibrator's calibrator.json (default: those of "
+            "--calibrator)"
+        ),
+    ] = None,
     notes: Annotated[
         Path | None,
         typer.Option(help="JSON file with facts for the card: language, license, data (a list)"),
@@ -173,11 +181,21 @@ def train_calibrator(
             config=TrainingConfig(**settings),
             contrast=ContrastiveConfig(**contrast),
             fusion=None if fusion is None else FusionConfig.from_dict(_read_json(fusion)),
+            probes=None if probes is None else _read_probes(probes),
             notes=None if notes is None else _read_json(notes),
             overwrite=overwrite,
             command=shlex.join(["fusion-detox", *sys.argv[1:]]),
         )
     typer.echo(str(output))
+
+
+def _read_probes(path: Path) -> list[Any]:
+    found = _read_json(path).get("probes")
+    if not isinstance(found, list):
+        raise DataError(
+            f"{path} must contain a list 'probes', each with 'context', 'avoided' and 'kept'"
+        )
+    return found
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -138,6 +138,12 @@ def attach(manager: Any, processor: FusionLogitsProcessor) -> None:
             "has no fixed order of requests: give one text for all, or prepend each text to the "
             "ids of its request"
         )
+    if processor.strengths is not None:
+        raise ConfigError(
+            f"the processor has a strength for each of {len(processor.strengths)} prompts, but "
+            "continuous batching has no fixed order of requests: give each request its own, "
+            "manager.add_request(ids, strength=0.5)"
+        )
     from transformers import LogitsProcessorList
     from transformers.generation.continuous_batching.cb_logits_processors import (
         ContinuousBatchingLogitsProcessorList,
@@ -193,10 +199,8 @@ def _adapt(processor: FusionLogitsProcessor) -> Any:
 
         def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
             result = scores.clone()  # rows beyond the requests are padding
-            for strength in set(self._strengths):
-                rows = [i for i, own in enumerate(self._strengths) if own == strength]
-                fused = processor.with_settings(strength=strength)
-                result[rows] = fused.fuse_rows([self._texts[i] for i in rows], scores[rows])
+            count = len(self._texts)
+            result[:count] = processor.fuse_rows(self._texts, scores[:count], self._strengths)
             return result
 
     return FusionForContinuousBatching()

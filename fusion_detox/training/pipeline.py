@@ -6,13 +6,14 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fusion_detox.calibrator.calibrator import Calibrator
+from fusion_detox.calibrator.probes import Probe, read_probes
 from fusion_detox.config import FusionConfig
 from fusion_detox.errors import MissingExtraError, TrainingError
 from fusion_detox.files.versions import installed_versions
@@ -59,6 +60,7 @@ def train_calibrator(
     config: TrainingConfig | None = None,
     contrast: ContrastiveConfig | None = None,
     fusion: FusionConfig | None = None,
+    probes: Iterable[Probe | Mapping[str, Any]] | None = None,
     name: str | None = None,
     notes: dict[str, Any] | None = None,
     overwrite: bool = False,
@@ -102,6 +104,8 @@ def train_calibrator(
         contrast: Settings of the contrastive objective.
         fusion: Fusion settings that the calibrator recommends; by default, those of
             ``calibrator``, if given.
+        probes: Texts on which each processor checks the calibrator's effect, see
+            :class:`~fusion_detox.Calibrator`; by default, those of ``calibrator``, if given.
         name: Name on the card; by default, the folder's name.
         notes: Facts for the record and the card, such as ``{"language": "en", "data": [...]}``.
         overwrite: Whether to replace an existing calibrator and discard unfinished work with other
@@ -113,6 +117,7 @@ def train_calibrator(
         The calibrator.
 
     Raises:
+        CalibratorError: A probe is not one, or ``calibrator`` is damaged.
         DataError: The text is empty, malformed or too short.
         TrainingError: The settings contradict each other or unfinished work at ``output``.
         MissingExtraError: ``accelerate`` is not installed.
@@ -128,6 +133,7 @@ def train_calibrator(
 
     config, columns = config or TrainingConfig(), columns or Columns()
     contrast = contrast or ContrastiveConfig()
+    given = None if probes is None else read_probes(probes)
     output = Path(output).expanduser()
     work = output.with_name(output.name + ".training")
     base, keep_layers = base_and_layers(base, init_from, keep_layers)
@@ -264,6 +270,7 @@ def train_calibrator(
         context_length=config.context_length if old is None else old.context_length,
         record=record,
         name=name or output.name,
+        probes=old.probes if given is None and old is not None else given or (),
     )
     if state.is_main_process:
         made.save_pretrained(output, dtype=getattr(torch, config.save_dtype))
