@@ -37,8 +37,7 @@ class Definition:
         ends = {i for i, t in tokenizer.added_tokens_decoder.items() if t.content in ENDS_OF_TEXT}
         self.turns = set()
         if tokenizer.chat_template:
-            named = (r"<|im_start|>", "<|im_end|>")
-            self.turns = {tokenizer.convert_tokens_to_ids(token) for token in named}
+            self.turns = set(tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"]))
         self.resets = (roles | ends) & self.specials - self.turns
         self.line_break = next((i for i, p in self.token_bytes.items() if p == b"\n"), None)
         self.laws = {}
@@ -67,19 +66,7 @@ class Definition:
                 elif path:
                     path.append(self.line_break)
             return tuple(path), [], b""
-        data, begun = b"", False
-        for i in ids:
-            if i in self.turns:
-                data += b"\xff"
-                continue
-            if i in self.specials or i not in self.token_bytes:
-                data += b"\n" if begun else b""
-                continue
-            piece = self.token_bytes[i]
-            if not begun and self.sentencepiece:
-                piece = piece.removeprefix(b" ")
-            data, begun = data + piece, True
-        data = self.without_markup(data)
+        data = self.without_markup(self.spell(ids))
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         text = decoder.decode(data)
         own = self.calibrator.tokenizer
@@ -94,12 +81,26 @@ class Definition:
             left -= len(piece)
         return path, word, decoder.getstate()[0]
 
+    def spell(self, ids):
+        """Return the bytes of a text, with FF for each token of the chat template."""
+        data, begun = b"", False
+        for i in ids:
+            if i in self.turns:
+                data += b"\xff"
+                continue
+            if i in self.specials or i not in self.token_bytes:
+                data += b"\n" if begun else b""
+                continue
+            piece = self.token_bytes[i]
+            if not begun and self.sentencepiece:
+                piece = piece.removeprefix(b" ")
+            data, begun = data + piece, True
+        return data
+
     def without_markup(self, data):
         """Return the last request and the answer, with a line break between them."""
-        *_, request = MARKUP.sub(lambda m: b"\xfe" if m[1] == b"user" else b"\xff", data).split(
-            b"\xfe"
-        )
-        request = request.lstrip(b"\xff")
+        marked = MARKUP.sub(lambda m: b"\xfe" if m[1] == b"user" else b"\xff", data)
+        request = marked.split(b"\xfe")[-1].lstrip(b"\xff")
         if self.sentencepiece and data != request:
             request = request.removeprefix(b" ")
         return re.sub(rb"\xff+", b"\n", request)
