@@ -247,7 +247,7 @@ def test_suppressed_tokens_are_marked():
 
 
 def test_suppressed_spans_follow_characters(make_llama, byte_tokenizer):
-    from fusion_detox.generation.sampling import Completion
+    from fusion_detox.generation.sampling import Completion, Job
 
     model, text = make_llama(len(byte_tokenizer)), " naïve 🙂 end"
     ids = tuple(byte_tokenizer(text)["input_ids"])
@@ -259,7 +259,7 @@ def test_suppressed_spans_follow_characters(make_llama, byte_tokenizer):
         return scores
 
     spans = demo.held_back_spans(
-        model, byte_tokenizer, processor, "You", Completion(text, ids, False)
+        model, byte_tokenizer, processor, Job(0, 0, "You"), Completion(text, ids, False)
     )
     assert "".join(text[slice(*span)] for span in spans).strip() == "🙂"
 
