@@ -248,7 +248,7 @@ def test_demo_of_the_packaged_chat_model(packaged, chat_folder, calibrator_folde
     assert main(["demo", "--calibrator", str(calibrator_folder), *DEMO]) == 0
     found = capsys.readouterr()
     assert asked == [("smollm2", True)], "tests are offline"
-    for text in (*demo.CONTINUED, "SmolLM2-135M-Instruct", "Requests are in"):
+    for text in (demo.CONTINUED[0], "SmolLM2-135M-Instruct", "Requests are in"):
         assert text in plain(found.out)
     assert found.out.count("Request: ") == len(demo.REQUESTS)
     for step in ("downloading", "loading models", "writing without fusion", "writing with fusion"):

@@ -144,10 +144,12 @@ def test_the_name_of_a_chat_model(chat, other_tokenizer, name, expected):
     ],
 )
 def test_the_files_of_a_chat_model(chat, tmp_path, file, content, expected):
+    folder = tmp_path / "tiny"  # the folder of the test has "chat" in its name
+    folder.mkdir()
     tokenizer = copy.deepcopy(chat[1])
-    tokenizer.name_or_path = str(tmp_path)
-    (tmp_path / file).write_text(content)
-    assert is_chat_model(tmp_path, tokenizer) == expected
+    tokenizer.name_or_path = str(folder)
+    (folder / file).write_text(content)
+    assert is_chat_model(folder, tokenizer) == expected
     assert is_chat_model("packaged:tiny", tokenizer) == expected
 
 
