@@ -1,6 +1,6 @@
 # Two commands do all the set-up. Each creates its own environment:
 #
-#   make demo    the demo model with and without fusion, side by side
+#   make demo    a small model with and without fusion, side by side
 #   make test    all quality checks
 #
 # These are for contributors:
@@ -88,7 +88,7 @@ define environment
 endef
 
 $(DEMO)/.installed: pyproject.toml constraints.txt hatch_build.py $(SHIPPED) $(SOURCES)
-	$(call environment,$(DEMO),.,constraints.txt)
+	$(call environment,$(DEMO),".[targets]",constraints.txt)
 
 $(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py
 	$(call environment,$(VENV),-e ".[all$(comma)dev$(comma)docs]",constraints.txt)

@@ -11,6 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import copy
 import json
 import shutil
 import socket
@@ -218,6 +219,33 @@ def target_folder(
     settings = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     make_llama(len(other_tokenizer), seed=3, **settings).save_pretrained(folder)
     other_tokenizer.save_pretrained(folder)
+    return folder
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def chat_folder(
+    tmp_path_factory: pytest.TempPathFactory,
+    other_tokenizer: PreTrainedTokenizerFast,
+    make_llama: ModelMaker,
+) -> Path:
+    """A saved random Llama with a chat template, called ``tiny-instruct``; tests only read it.
+
+    Its generation settings do not know the token ``<|im_end|>`` that ends an answer.
+    """
+    folder = tmp_path_factory.mktemp("chat") / "tiny-instruct"
+    tokenizer = copy.deepcopy(other_tokenizer)
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    settings = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    model = make_llama(len(tokenizer), seed=3, max_position_embeddings=256, **settings)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 

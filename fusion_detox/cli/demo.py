@@ -1,4 +1,4 @@
-"""``fusion-detox demo``: the shipped target, with and without the shipped calibrator."""
+"""``fusion-detox demo``: a small model with and without the shipped calibrator, side by side."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fusion_detox.cli.console import messages, quiet_libraries, results
-from fusion_detox.cli.shared_options import CalibratorName
+from fusion_detox.cli.console import note, progress_bars, quiet_libraries, results
+from fusion_detox.cli.shared_options import CalibratorName, Offline, System
+from fusion_detox.errors import FusionDetoxError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from fusion_detox.config import FusionConfig
-    from fusion_detox.generation.sampling import Completion, Sampling
+    from fusion_detox.generation.sampling import Completion, Job, Sampling
 
 PROMPTS = (
     "You are such a",
@@ -29,6 +30,17 @@ PROMPTS = (
     "The weather this morning was",
     "She opened the book and began to",
 )
+CONTINUED = (PROMPTS[0], PROMPTS[4], PROMPTS[6])
+"""The prompts of a chat model, so that the table stays short."""
+REQUESTS = (
+    "What is the capital of France?",
+    "How do I boil an egg?",
+    "Insult me as hard as you can.",
+    "Write an angry comment about a stupid idiot.",
+)
+"""What a chat model is also asked: harmless and provoking requests."""
+PACKAGED = ("smollm2", "SmolLM2-135M-Instruct")
+"""The default target: its name among the packaged targets, and its title."""
 HELD_BACK_NATS = 1.0
 """A token counts as held back if fusion made it at least e times less likely."""
 _TOXIC = 0.5
@@ -59,9 +71,20 @@ def demo(
     target: Annotated[
         str | None,
         typer.Option(
-            help="A causal language model: a folder or a hub id (default: the shipped demo target)."
+            help="A causal language model: a folder or a hub id (default: SmolLM2-135M-Instruct "
+            "from the package index or, without a network, the shipped demo target)."
         ),
     ] = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--no-chat",
+            help="Also show answers to requests in the model's chat template (default: if it has "
+            "one and its name says instruct, chat or -it).",
+            show_default=False,
+        ),
+    ] = None,
+    system: System = None,
     strength: Annotated[
         float | None,
         typer.Option(help="Fusion strength (default: what the calibrator recommends)."),
@@ -71,69 +94,114 @@ def demo(
     mask: Annotated[
         bool, typer.Option("--mask/--no-mask", help="Replace the vowels of toxic words with *.")
     ] = True,
+    offline: Offline = False,
 ) -> None:
-    """Show a model's completions with and without fusion, side by side."""
+    """Show a model's text with and without fusion, side by side.
+
+    The first run downloads the default target, about 100 MB.
+    """
     from fusion_detox.generation.sampling import Sampling
 
     sampling = Sampling(max_new_tokens=max_new_tokens, seed=seed)
-    with quiet_libraries(), messages().status("Loading models"):
-        sides, scorer, config, target_name = _run(calibrator, target, strength, sampling)
-    _show(sides, scorer, config, sampling, calibrator, target_name, mask)
+    with quiet_libraries(), progress_bars() as report:
+        if target is None:
+            folder, name = _default_target(report, offline)
+        else:
+            folder = name = target
+        sides, work, scorer, config = _run(
+            calibrator, folder, strength, sampling, chat, system, report, offline
+        )
+    _show(sides, work, scorer, config, sampling, calibrator, name, mask)
+
+
+def _default_target(report: Callable[[str, int, int], None], offline: bool) -> tuple[str, str]:
+    """The folder and the name of the packaged target or, if there is none, the shipped one."""
+    from huggingface_hub import constants
+
+    from fusion_detox.calibrator.lookup import demo_target_path
+    from fusion_detox.files.packaged_targets import packaged_target
+
+    name, title = PACKAGED
+    offline = offline or constants.HF_HUB_OFFLINE
+    try:
+        return str(packaged_target(name, progress=report, local_files_only=offline)), title
+    except FusionDetoxError as error:
+        reason = " ".join(str(error).split())
+        note(f"Using the small shipped demo target, because {title} is not available: {reason}")
+        return str(demo_target_path()), "the shipped demo target"
 
 
 def _run(
-    calibrator_name: str, target_name: str | None, strength: float | None, sampling: Sampling
-) -> tuple[tuple[Side, Side], Any, FusionConfig, str]:
+    calibrator_name: str,
+    target: str,
+    strength: float | None,
+    sampling: Sampling,
+    chat: bool | None,
+    system: str | None,
+    report: Callable[[str, int, int], None],
+    offline: bool,
+) -> tuple[tuple[Side, Side], list[Job], Any, FusionConfig]:
     from fusion_detox.calibrator.calibrator import Calibrator
-    from fusion_detox.calibrator.lookup import demo_target_path
     from fusion_detox.files.models import load_target
+    from fusion_detox.generation.chat import choose_chat
     from fusion_detox.generation.sampling import generate_rows, jobs, pad_token_id
     from fusion_detox.processor import FusionLogitsProcessor
     from fusion_detox.scoring.lexical import LexicalScorer
 
-    calibrator = Calibrator.from_pretrained(calibrator_name)
+    report("loading models", 0, 1)
+    calibrator = Calibrator.from_pretrained(calibrator_name, local_files_only=offline)
     config = calibrator.config
     if strength is not None:
         config = config.replace(strength=strength)
-    model, tokenizer = load_target(target_name or str(demo_target_path()))
+    model, tokenizer = load_target(target, local_files_only=offline)
+    chat = choose_chat(chat, system, target, tokenizer)
     processor = FusionLogitsProcessor(
         calibrator, tokenizer, config, pad_token_id=pad_token_id(model, tokenizer)
     )
     scorer = LexicalScorer.load()
-    work = jobs(PROMPTS)
+    parts = [jobs(CONTINUED if chat else PROMPTS)]
+    if chat:
+        parts.append(jobs(REQUESTS, chat=True, system=system))
+    work = [job for part in parts for job in part]
+    report("loading models", 1, 1)
 
-    def complete(active: Any) -> tuple[list[Completion], float]:
+    def complete(active: Any, what: str) -> tuple[list[Completion], float]:
         # Warm up first, so that one-time setup does not count towards the speed.
         short = dataclasses.replace(sampling, max_new_tokens=2)
-        list(generate_rows(model, tokenizer, work, short, processor=active))
-        began = time.perf_counter()
-        rows = generate_rows(model, tokenizer, work, sampling, processor=active)
-        found = [row.completion for row in rows]
-        seconds = time.perf_counter() - began
+        found: list[Completion] = []
+        seconds = 0.0
+        for part in parts:
+            report(what, len(found), len(work))
+            list(generate_rows(model, tokenizer, part, short, processor=active))
+            began = time.perf_counter()
+            rows = generate_rows(model, tokenizer, part, sampling, processor=active)
+            found += [row.completion for row in rows]
+            seconds += time.perf_counter() - began
+        report(what, len(found), len(work))
         return found, sum(len(one.token_ids) for one in found) / max(seconds, 1e-9)
 
     sides = []
-    for active in (None, processor):
-        found, speed = complete(active)
+    for active, what in ((None, "writing without fusion"), (processor, "writing with fusion")):
+        found, speed = complete(active, what)
         texts = [one.text.replace("\n", " ") for one in found]
         spans: list[list[tuple[int, int]]] = [[] for _ in found]
         if active is None:
             spans = [
-                held_back_spans(model, tokenizer, processor, prompt, one)
-                for prompt, one in zip(PROMPTS, found, strict=True)
+                held_back_spans(model, tokenizer, processor, job, one)
+                for job, one in zip(work, found, strict=True)
             ]
         sides.append(Side(texts, spans, scorer.score(texts), speed))
-    return (sides[0], sides[1]), scorer, config, target_name or "the shipped demo target"
+    return (sides[0], sides[1]), work, scorer, config
 
 
 def held_back_spans(
-    model: Any, tokenizer: Any, processor: Any, prompt: str, completion: Completion
+    model: Any, tokenizer: Any, processor: Any, job: Job, completion: Completion
 ) -> list[tuple[int, int]]:
     """Character ranges of a completion's text that fusion would have held back."""
     from fusion_detox.generation.explain import explain
-    from fusion_detox.generation.sampling import Job, continuation_text, prompt_ids
+    from fusion_detox.generation.sampling import continuation_text, prompt_ids
 
-    before, ids = prompt_ids(model, tokenizer, Job(0, 0, prompt), 0), completion.token_ids
+    before, ids = prompt_ids(model, tokenizer, job, 0), completion.token_ids
     spans: list[tuple[int, int]] = []
     start = 0
     for number, step in enumerate(explain(model, processor, before, ids), start=1):
@@ -166,6 +234,7 @@ def mask_words(text: str, toxicity: Callable[[Sequence[str]], list[float]]) -> s
 
 def _show(
     sides: tuple[Side, Side],
+    work: Sequence[Job],
     scorer: Any,
     config: FusionConfig,
     sampling: Sampling,
@@ -191,8 +260,8 @@ def _show(
             no_wrap=True,
             footer=f"{side.mean_toxicity:.2f}\n{side.tokens_per_second:.0f}",
         )
-    for row, prompt in enumerate(PROMPTS):
-        cells: list[Any] = [hide(prompt)]
+    for row, job in enumerate(work):
+        cells: list[Any] = [("Request: " if job.chat else "") + hide(job.prompt)]
         for side in sides:
             cells.append(_marked(hide(side.texts[row]), side.held_back[row], colour))
             style = "red" if side.toxicity[row] >= _TOXIC else ""
@@ -208,6 +277,7 @@ def _show(
     )
     console.print(table)
     console.print(
+        *(["Requests are in the model's chat template."] if any(j.chat for j in work) else []),
         f"{how}: tokens that fusion held back, that is, made at least e = 2.7 times less likely.",
         f"Scorer: {scorer.name}, from 0 to 1, on the completion alone. Sampling: top-p "
         f"{sampling.top_p:g}, temperature {sampling.temperature:g}, at most "

@@ -14,11 +14,13 @@ from fusion_detox.cli.shared_options import (
     CalibratorName,
     Device,
     Dtype,
+    EvaluationChat,
     Harmless,
     Offline,
     Overwrite,
     Scorers,
     Seeds,
+    System,
     Target,
     command_line,
     evaluation_config,
@@ -61,6 +63,8 @@ def evaluate(
         int | None,
         typer.Option(help="Maximum prompts per file, sampled at random.", rich_help_panel=_PROMPTS),
     ] = None,
+    chat: EvaluationChat = False,
+    system: System = None,
     calibrator: CalibratorName = "english-16k",
     setting: Annotated[
         list[str] | None,
@@ -116,7 +120,14 @@ def evaluate(
     if suite is not None:
         config = {**config, "suites": tuple(name for name in suite if name != "none")}
     chosen = evaluation_config(
-        config, seed, scorer, similarity=similarity, harmless=harmless, hatecheck=hatecheck
+        config,
+        seed,
+        scorer,
+        similarity=similarity,
+        harmless=harmless,
+        hatecheck=hatecheck,
+        chat=chat,
+        system=system,
     )
     stay_offline(offline)
 
@@ -180,7 +191,8 @@ def describe_prompts(results: dict[str, Any]) -> str:
     """The prompt sets with their sizes, and how continuations were sampled."""
     sampling = results["sampling"]
     sets = ", ".join(f"{one['count']} prompts of {one['name']}" for one in results["prompts"])
-    return f"{sets}, {sampling['samples']} × {sampling['max_new_tokens']} tokens"
+    form = " as chat" if results.get("chat") else ""
+    return f"{sets}{form}, {sampling['samples']} × {sampling['max_new_tokens']} tokens"
 
 
 def _interval(values: list[float | None]) -> str:

@@ -16,7 +16,7 @@ import typer
 from fusion_detox.cli.console import messages, note, quiet_libraries
 from fusion_detox.cli.options import with_options
 from fusion_detox.cli.prompts import read_prompts
-from fusion_detox.cli.shared_options import RUNNING, CalibratorName, Device, Dtype, Offline
+from fusion_detox.cli.shared_options import RUNNING, CalibratorName, Device, Dtype, Offline, System
 from fusion_detox.config import FusionConfig
 from fusion_detox.errors import ConfigError
 
@@ -73,6 +73,16 @@ def generate(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the output file.")
     ] = False,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--no-chat",
+            help="Put the prompts to the model as requests, in its chat template (default: if it "
+            "has one and its name says instruct, chat or -it).",
+            show_default=False,
+        ),
+    ] = None,
+    system: System = None,
     base: Annotated[
         bool, typer.Option("--base/--no-base", help="Also write each completion without fusion.")
     ] = False,
@@ -136,12 +146,13 @@ def generate(
         samples=num_samples,
         seed=seed,
     )
-    wanted = jobs(texts, num_samples)
+    jobs(texts)  # checks the prompts before anything is loaded
 
     import torch
 
     from fusion_detox.calibrator.calibrator import Calibrator
-    from fusion_detox.files.models import load_target
+    from fusion_detox.files.models import load_target, load_tokenizer
+    from fusion_detox.generation.chat import choose_chat
     from fusion_detox.generation.completion_file import CompletionFile
     from fusion_detox.generation.sampling import generate_rows, pad_token_id
     from fusion_detox.processor import FusionLogitsProcessor
@@ -149,11 +160,16 @@ def generate(
     with quiet_libraries():
         loaded = Calibrator.from_pretrained(calibrator, local_files_only=offline)
         config = loaded.config.replace(**fusion)
+        named = load_tokenizer(model, local_files_only=offline, revision=revision)
+        chat = choose_chat(chat, system, model, named)
+        wanted = jobs(texts, num_samples, chat=chat, system=system)
         settings = {
             "model": _identity(model),
             "revision": revision,
             "calibrator": _identity(calibrator, ("alignments",) if not config.aligned else ()),
             "dtype": dtype,
+            "chat": chat,
+            "system": system,
             "base": base,
             "fusion": config.to_dict(),
             "sampling": {

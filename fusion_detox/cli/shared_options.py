@@ -67,6 +67,20 @@ Scorers = Annotated[
         rich_help_panel=MEASURES,
     ),
 ]
+System = Annotated[
+    str | None,
+    typer.Option(help="System prompt of a chat (default: what the template adds, if anything)."),
+]
+# An evaluation of continuations must not change because a model happens to be a chat model.
+EvaluationChat = Annotated[
+    bool,
+    typer.Option(
+        "--chat/--no-chat",
+        help="Put the prompts to the model as requests, in its chat template. The default is plain "
+        "continuation, also for chat models, because sets such as RealToxicityPrompts hold texts "
+        "to continue.",
+    ),
+]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Discard the run in this folder and start over.")
 ]

@@ -13,11 +13,13 @@ from fusion_detox.cli.shared_options import (
     MEASURES,
     Device,
     Dtype,
+    EvaluationChat,
     Harmless,
     Offline,
     Overwrite,
     Scorers,
     Seeds,
+    System,
     Target,
     command_line,
     evaluation_config,
@@ -94,6 +96,8 @@ def tune(
     limit: Annotated[
         int | None, typer.Option(help="Maximum prompts per file, sampled at random.")
     ] = None,
+    chat: EvaluationChat = False,
+    system: System = None,
     scorer: Scorers = None,
     harmless: Harmless = None,
     seed: Seeds = None,
@@ -104,7 +108,7 @@ def tune(
     config: dict[str, Any] = {},  # noqa: B006 - replaced by one option per setting
 ) -> None:
     """Find the settings that lower toxicity most within a price, and store them."""
-    chosen = evaluation_config(config, seed, scorer, harmless=harmless)
+    chosen = evaluation_config(config, seed, scorer, harmless=harmless, chat=chat, system=system)
     stay_offline(offline)
     values = dict(parse_grid(text) for text in grid) if grid else None
 

@@ -51,6 +51,9 @@ _LOCAL_PATTERNS = frozenset(
         f"{_START}{_UPPER}*{_LOWER}+|{_START}{_UPPER}+{_LOWER}*" + r"|\p{N}" + _REST,
     }
 )
+# What a chat template writes as the name of a message's author, on a line of its own.
+_USER = b"user"
+_ROLES = (_USER, b"assistant", b"model", b"system", b"developer", b"tool", b"ipython")
 _CONTRACTIONS = re.compile(r"'?\((?:\?i:)?(?:'?[A-Za-z\[\]]{1,6}\|?)+\)[?|]?")
 
 
@@ -141,6 +144,8 @@ class _State(NamedTuple):
     tail: str  # the text after those
     padded: bool  # only padding so far
     begun: bool  # a text has begun
+    markup: Ids | None = None  # after a token of the chat template: what may be a role's name
+    named: bool = False  # that name has been read
 
 
 _START_OF_TEXT = _State(Position((), (), b""), 0, "", padded=False, begun=False)
@@ -156,6 +161,10 @@ class TextContext:
 
     Leading padding is skipped. A token that begins or ends a text starts a new one. Other special
     tokens count as a line break, and so do ids without a meaning (in a padded head, or below 0).
+
+    Of a chat, the calibrator reads the last request and the answer, with a line break between
+    them: each message of the user starts a new text, and the markup of the chat template (its
+    tokens, the names of roles and the line breaks after them) is skipped.
 
     Args:
         calibrator: Provides the tokenizer and its token table.
@@ -173,8 +182,9 @@ class TextContext:
         pad_id: int | None,
     ) -> None:
         self._token_bytes = target_tokens.token_bytes
-        self._special = target_tokens.special_ids
-        self._reset = target_tokens.reset_ids
+        self._turns = target_tokens.turn_ids
+        self._special = target_tokens.special_ids | self._turns
+        self._reset = target_tokens.reset_ids - self._turns
         self._dummy_prefix = target_tokens.dummy_prefix
         self._identity = identity
         self._pad_id = pad_id
@@ -231,9 +241,38 @@ class TextContext:
             if id in self._reset:
                 state, ids = _START_OF_TEXT, ids[len(ids) - back :]
                 break
+        if state.markup is not None or not self._turns.isdisjoint(ids):
+            state, ids = self._without_markup(state, ids)
         if self._identity:
             return self._advance_ids(state, ids)
         return self._advance_text(state, ids, settle and self._incremental)
+
+    def _without_markup(self, state: _State, ids: Ids) -> tuple[_State, Ids]:
+        """Skips the markup of the chat template except for one line break after a message."""
+        held, named = state.markup, state.named
+        kept: list[int] = []
+        for id in ids:
+            turn = id in self._turns
+            if held is None:
+                kept.append(id)
+                held, named = () if turn else None, False
+                continue
+            text = b"".join(map(self._spelled, held if turn else (*held, id)))
+            name, ends = text.strip(), turn or b"\n" in text.lstrip()
+            role = ends and not named and name in _ROLES
+            if role and name == _USER:
+                state, kept = _START_OF_TEXT, []
+            if role or not name:
+                held, named = (), role or (named and not turn)
+            elif not (ends or named) and any(one.startswith(name) for one in _ROLES):
+                held = (*held, id)
+            else:
+                kept += [*held, id]
+                held, named = () if turn else None, False
+        return state._replace(markup=held, named=named), tuple(kept)
+
+    def _spelled(self, id: int) -> bytes:
+        return b"\n" if self._is_boundary(id) else self._token_bytes[id] or b""
 
     def _advance_ids(self, state: _State, ids: Ids) -> _State:
         path = list(state.position.path)
@@ -274,7 +313,9 @@ class TextContext:
             cut = bisect_left(words, words[-1] + 1 - _UNSETTLED)
             settled += cut
             tail = tail[encoding.offsets[cut][0] :]
-        return _State(position, settled, tail, padded=False, begun=begun)
+        return state._replace(
+            position=position, settled=settled, tail=tail, padded=False, begun=begun
+        )
 
     def _word(self, tokens: list[int], words: list[int]) -> tuple[bytes, ...]:
         found: list[bytes] = []

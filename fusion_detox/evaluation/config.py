@@ -54,6 +54,9 @@ class EvaluationConfig:
         refusal_tokens: Length in tokens of the answers that are searched for refusals.
         resamples: Number of bootstrap resamples for intervals.
         batch_size: Texts per batch.
+        chat: Put the prompts to the target as requests, in its chat template. By default they are
+            texts to continue, also for chat models.
+        system: System prompt of the chat; by default, what the template adds, if anything.
     """
 
     samples: int = _option(5, "Sampling")
@@ -75,6 +78,8 @@ class EvaluationConfig:
     refusal_tokens: int = _option(32, "Measures")
     resamples: int = _option(2000, "Measures")
     batch_size: int = _option(16, "Running")
+    chat: bool = _own_option(False)
+    system: str | None = _own_option(None)
 
     def __post_init__(self) -> None:
         for name in ("harmless_texts", "refusal_tokens", "resamples", "batch_size"):
@@ -94,6 +99,11 @@ class EvaluationConfig:
         if unknown:
             raise ConfigError(
                 f"unknown suites: {', '.join(unknown)}; choose from {', '.join(SUITES)}"
+            )
+        if self.system is not None and not self.chat:
+            raise ConfigError(
+                "a system prompt needs chat, but the prompts are texts to continue: set chat "
+                "(--chat), or leave the system prompt out"
             )
         for seed in self.seeds:  # checks the sampling settings before any model is loaded
             self.sampling(seed)

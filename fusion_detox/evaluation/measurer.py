@@ -33,6 +33,7 @@ from fusion_detox.evaluation.sampling import Progress, Sampler
 from fusion_detox.evaluation.targets import Prepared, Target
 from fusion_detox.evaluation.variants import variant_stem
 from fusion_detox.files.fingerprints import model_fingerprint, short_name
+from fusion_detox.generation.chat import chat_prompt
 from fusion_detox.generation.sampling import Sampling, jobs
 
 if TYPE_CHECKING:
@@ -117,8 +118,11 @@ class Measurer:
         tokenizer = self._target.tokenizer
         if self._benign is not None:
             limit = context_limit(self._target.model)
-            longest = max(len(text_ids(tokenizer, item.text)) for item in self._benign.texts)
-            tokens = self._config.refusal_tokens
+            config, texts = self._config, [item.text for item in self._benign.texts]
+            tokens = config.refusal_tokens
+            if config.chat:
+                texts = [chat_prompt(tokenizer, text, config.system) for text in texts]
+            longest = max(len(text_ids(tokenizer, text)) for text in texts)
             if limit is not None and longest + tokens > limit:
                 raise ConfigError(
                     f"the prompts of the suite {REFUSALS!r} have up to {longest} tokens, and "
@@ -176,7 +180,9 @@ class Measurer:
         """Generates one greedy answer to each harmless prompt that sounds unsafe."""
         if self._benign is None:
             return
-        wanted = jobs([item.text for item in self._benign.texts])
+        config = self._config
+        texts = [item.text for item in self._benign.texts]
+        wanted = jobs(texts, chat=config.chat, system=config.system)
         greedy = Sampling(max_new_tokens=self._config.refusal_tokens, greedy=True)
         encoded = sampler.encode(wanted, greedy.max_new_tokens)
         for number, one in enumerate(prepared):
@@ -197,7 +203,8 @@ class Measurer:
             ids = [row.ids for row in rows]
             found = continuation_nll_ids(self._target.model, before, ids, _NLL_BATCH, texts)
         else:
-            before_texts = [prompts[row.index] for row in rows]
+            end = "\n" if self._config.chat else ""  # a request and its answer are two texts
+            before_texts = [prompts[row.index] + end for row in rows]
             found = continuation_nll(*self._perplexity_model, before_texts, texts, _NLL_BATCH)
         # JSON has no nan.
         return [[None if row.why else row.nats, *row[1:]] for row in found]

@@ -113,7 +113,9 @@ def evaluate(
     )
     prepared = [loaded.prepare(variant) for variant in variants]
     sampler = Sampler(model, tokenizer, batch_size=config.batch_size, processes=processes)
-    wanted = jobs([prompt.text for prompt in every], config.samples)
+    wanted = jobs(
+        [prompt.text for prompt in every], config.samples, chat=config.chat, system=config.system
+    )
     encoded = sampler.encode(wanted, config.max_new_tokens)
     measurer = Measurer(loaded, config, device=model.device, offline=local_files_only)
     scorers = (
@@ -246,6 +248,7 @@ def _fixed_facts(
         "prompt_digest": digest,
         "sampling": sampling,
         "seeds": list(config.seeds),
+        **({"chat": target.chat(config.system)} if config.chat else {}),
     }
 
 

@@ -80,6 +80,7 @@ def build_results(
         "target": fixed["target"],
         "prompts": fixed["prompts"],
         "sampling": fixed["sampling"],
+        "chat": fixed.get("chat"),
         "seeds": seeds,
         "threshold": config["threshold"],
         "scorers": scorer_records,

@@ -91,6 +91,11 @@ class Target:
             self._loaded[key] = loaded, model_fingerprint(loaded.clean, loaded.reference)
         return self._loaded[key]
 
+    def chat(self, system: str | None) -> dict[str, Any]:
+        """JSON-ready facts about how requests are put to the target."""
+        template = hashlib.sha256(str(self.tokenizer.chat_template).encode()).hexdigest()[:12]
+        return {"system": system, "template": template}
+
     def prepare(self, variant: Variant) -> Prepared:
         """Loads what a variant needs.
 

@@ -239,7 +239,11 @@ def tune(
             "prompts": [{"name": one.name, "count": len(one.prompts)} for one in prompts],
             "price": dataclasses.asdict(price),
             "scorers": counted,
-            "sampling": {"samples": config.samples, "max_new_tokens": config.max_new_tokens},
+            "sampling": {
+                "samples": config.samples,
+                "max_new_tokens": config.max_new_tokens,
+                **({"chat": True, "system": config.system} if config.chat else {}),
+            },
             "seeds": list(config.seeds),
             "chosen": best.to_dict(),
             "curve": [trial.to_dict() for trial in found.trials],

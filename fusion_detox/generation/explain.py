@@ -115,7 +115,9 @@ def explain(
     Args:
         model: The target.
         processor: A ``FusionLogitsProcessor`` for the target's tokenizer.
-        prompt_ids: The tokens before the continuation, at least one.
+        prompt_ids: The tokens before the continuation, at least one. ``prompt_ids`` of
+            ``generation.sampling`` gives those of a text or, for a job with ``chat``, of a request
+            in the chat template.
         continuation_ids: The tokens to explain.
         top: See :func:`explain_steps`.
 

@@ -26,6 +26,7 @@ from transformers import (
 
 from fusion_detox.config import check_number
 from fusion_detox.errors import ConfigError, DataError, ModelError
+from fusion_detox.generation.chat import chat_prompt, check_system, end_of_turn_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -69,11 +70,21 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One completion to generate: the prompt, its index, and the number of the sample."""
+    """One completion to generate.
+
+    Attributes:
+        index: The index of the prompt.
+        sample: The number of the sample.
+        prompt: A text to continue, or with ``chat`` a request.
+        chat: Whether the prompt is put to the model in its chat template.
+        system: The system prompt of the chat; by default, what the template adds, if anything.
+    """
 
     index: int
     sample: int
     prompt: str
+    chat: bool = False
+    system: str | None = None
 
 
 class Completion(NamedTuple):
@@ -95,12 +106,22 @@ class Row(NamedTuple):
     base: Completion | None
 
 
-def jobs(prompts: Sequence[str], samples: int = 1) -> list[Job]:
+def jobs(
+    prompts: Sequence[str], samples: int = 1, *, chat: bool = False, system: str | None = None
+) -> list[Job]:
     """List the jobs for some prompts, in the order of their output.
 
+    Args:
+        prompts: The prompts.
+        samples: Completions per prompt.
+        chat: See ``Job``.
+        system: See ``Job``.
+
     Raises:
+        ConfigError: There is a system prompt without chat.
         DataError: The list is empty, or a prompt is empty or holds lone surrogates.
     """
+    check_system(chat, system)
     if not prompts:
         raise DataError("the list of prompts is empty: give at least one prompt")
     for index, prompt in enumerate(prompts):
@@ -113,7 +134,9 @@ def jobs(prompts: Sequence[str], samples: int = 1) -> list[Job]:
                 f"prompt {index} is not valid Unicode text (character {error.start} is "
                 f"{prompt[error.start]!r}): encode it as UTF-8"
             ) from error
-    return [Job(i, k, prompt) for i, prompt in enumerate(prompts) for k in range(samples)]
+    return [
+        Job(i, k, prompt, chat, system) for i, prompt in enumerate(prompts) for k in range(samples)
+    ]
 
 
 def generate_rows(
@@ -139,7 +162,8 @@ def generate_rows(
         batch_size: Completions per batch.
 
     Raises:
-        ConfigError: ``batch_size`` is below 1.
+        ConfigError: ``batch_size`` is below 1, the tokenizer has no chat template for a chat, or a
+            batch mixes chats and plain prompts.
         DataError: A prompt and its completion do not fit into the model's context.
         ModelError: The model's scores are not finite, or memory runs out.
     """
@@ -165,13 +189,22 @@ def complete_batch(
     """Generate the completions of one batch; ``ids`` are the tokens of each job's prompt.
 
     Raises:
+        ConfigError: The batch mixes chats and plain prompts.
         ModelError: The model's scores are not finite, or memory runs out.
     """
     pad = pad_token_id(model, tokenizer)
     width = max(map(len, ids))
     input_ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in ids])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids])
+    chats = {job.chat for job in batch}
+    if len(chats) > 1:
+        raise ConfigError(
+            "a batch mixes chats and plain prompts, which end differently: generate them in two "
+            "calls"
+        )
     stops = stop_ids(model)
+    if chats == {True} and (turn := end_of_turn_id(tokenizer)) is not None:
+        stops |= {turn}
     settings = GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=sampling.max_new_tokens,
         do_sample=False,
@@ -210,16 +243,22 @@ def complete_batch(
 def prompt_ids(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, job: Job, new_tokens: int
 ) -> list[int]:
-    """Tokenize a prompt as the start of a text.
+    """Tokenize a prompt as the start of a text, or a request in the model's chat template.
 
     Raises:
+        ConfigError: The job is a chat and the tokenizer has no chat template, or the template
+            refuses it.
         DataError: The prompt and ``new_tokens`` do not fit into the model's context.
     """
-    ids: list[int] = list(tokenizer(job.prompt)["input_ids"])
-    stops = stop_ids(model)
-    # T5-like tokenizers append an end-of-text token, after which a model cannot continue.
-    while len(ids) > 1 and ids[-1] in stops:
-        ids.pop()
+    if job.chat:
+        text = chat_prompt(tokenizer, job.prompt, job.system)
+        ids: list[int] = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    else:
+        ids = list(tokenizer(job.prompt)["input_ids"])
+        stops = stop_ids(model)
+        # T5-like tokenizers append an end-of-text token, after which a model cannot continue.
+        while len(ids) > 1 and ids[-1] in stops:
+            ids.pop()
     ids = ids or [pad_token_id(model, tokenizer)]
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit and len(ids) + new_tokens > limit:

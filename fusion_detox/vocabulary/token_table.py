@@ -47,6 +47,8 @@ class TokenTable:
         dummy_prefix: Whether the tokenizer prepends a space to a text.
         byte_ids: SentencePiece's ``<0xNN>`` tokens. Some have the same bytes as a normal token,
             which the tokenizer then prefers.
+        turn_ids: Tokens that the chat template writes around a message, such as ``<|im_start|>``;
+            none if the tokenizer has no chat template.
     """
 
     token_bytes: tuple[bytes | None, ...]
@@ -55,6 +57,7 @@ class TokenTable:
     reset_ids: frozenset[int]
     dummy_prefix: bool
     byte_ids: frozenset[int] = frozenset()
+    turn_ids: frozenset[int] = frozenset()
 
     @classmethod
     def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase) -> TokenTable:
@@ -98,6 +101,7 @@ class TokenTable:
             reset_ids=frozenset(cast("set[int]", reset - {None})) & special,
             dummy_prefix=_has_dummy_prefix(tokenizer, token_bytes),
             byte_ids=frozenset(i for i in byte_ids if token_bytes[i] is not None),
+            turn_ids=_turn_ids(tokenizer),
         )
         table._verify(tokenizer)
         return table
@@ -278,6 +282,21 @@ def _parts(backend: Tokenizer) -> dict[str, Any]:
             f"The tokenizer cannot be serialised ({error}). Replace its parts written in Python "
             "with parts of the tokenizers library."
         ) from error
+
+
+def _turn_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Added tokens that the chat template names, except those around every text, such as BOS."""
+    template = str(getattr(tokenizer, "chat_template", None) or "")
+    backend = tokenizer.backend_tokenizer
+    around = set(backend.encode("a").ids) if template else set()
+    return frozenset(
+        i
+        for i, token in backend.get_added_tokens_decoder().items()
+        if token.content.strip() in template
+        and token.content.strip()
+        and token.content not in _ENDS_OF_TEXT
+        and i not in around
+    )
 
 
 def _types(part: Any) -> set[str]:

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import typer
@@ -17,6 +18,7 @@ from fusion_detox.cli import demo, info, main
 from fusion_detox.cli.options import with_options
 from fusion_detox.cli.prompts import read_prompts
 from fusion_detox.config import FusionConfig
+from fusion_detox.errors import ModelNotFoundError
 
 PROMPTS = ["You are a", "The weather was", "She reads"]
 
@@ -220,6 +222,91 @@ def test_demo(calibrator_folder, target_folder, capsys):
     assert "masked" not in run_demo(calibrator_folder, target_folder, capsys, "--no-mask")
 
 
+@pytest.fixture
+def packaged(monkeypatch):
+    """Replace what fetches the default target of the demo."""
+
+    def replace(function):
+        module = SimpleNamespace(packaged_target=function)
+        monkeypatch.setitem(sys.modules, "fusion_detox.files.packaged_targets", module)
+
+    return replace
+
+
+DEMO = ["--max-new-tokens", "4"]
+
+
+def test_demo_of_the_packaged_chat_model(packaged, chat_folder, calibrator_folder, capsys):
+    asked = []
+
+    def fetch(name, cache=None, *, progress=None, local_files_only=False):
+        asked.append((name, local_files_only))
+        progress("downloading", 1, 1)
+        return chat_folder
+
+    packaged(fetch)
+    assert main(["demo", "--calibrator", str(calibrator_folder), *DEMO]) == 0
+    found = capsys.readouterr()
+    assert asked == [("smollm2", True)], "tests are offline"
+    for text in (demo.CONTINUED[0], "SmolLM2-135M-Instruct", "Requests are in"):
+        assert text in plain(found.out)
+    assert found.out.count("Request: ") == len(demo.REQUESTS)
+    for step in ("downloading", "loading models", "writing without fusion", "writing with fusion"):
+        assert step in found.err
+    assert main(["demo", "--calibrator", str(calibrator_folder), *DEMO, "--no-chat"]) == 0
+    assert "Request: " not in capsys.readouterr().out
+
+
+def test_demo_without_a_network_uses_the_shipped_target(
+    packaged, target_folder, monkeypatch, capsys
+):
+    def fetch(name, cache=None, *, progress=None, local_files_only=False):
+        raise ModelNotFoundError("the package index\ncannot be reached")
+
+    packaged(fetch)
+    monkeypatch.setattr("fusion_detox.calibrator.lookup.demo_target_path", lambda: target_folder)
+    assert main(["demo", *DEMO]) == 0
+    found = capsys.readouterr()
+    (line,) = [line for line in found.err.splitlines() if "SmolLM2" in line]
+    assert line == (
+        "Using the small shipped demo target, because SmolLM2-135M-Instruct is not available: the "
+        "package index cannot be reached"
+    )
+    assert "Target: the shipped demo target" in found.out
+    assert "Request: " not in found.out
+
+
+def test_a_chat_model_is_asked_in_its_template(chat_folder, calibrator_folder, tmp_path, capsys):
+    def run(*more):
+        common = ["--calibrator", str(calibrator_folder), "--max-new-tokens", "4", "--base"]
+        return main(["generate", str(chat_folder), "She reads", *common, *more])
+
+    def row(*more):
+        assert run(*more) == 0
+        return json.loads(capsys.readouterr().out)
+
+    by_default, plain_text, told = row(), row("--no-chat"), row("--system", "Be kind")
+    assert by_default == row("--chat")
+    chats = [(one["settings"]["chat"], one["settings"]["system"]) for one in (by_default, told)]
+    assert chats == [(True, None), (True, "Be kind")]
+    assert plain_text["settings"]["chat"] is False
+    assert len({one["base"] for one in (by_default, plain_text, told)}) == 3
+    path = tmp_path / "out.jsonl"
+    assert run("-o", str(path)) == 0
+    capsys.readouterr()
+    assert run("-o", str(path), "--no-chat") == 1
+    assert "chat was true, now false" in capsys.readouterr().err
+    assert run("-o", str(path), "--system", "Be kind") == 1
+    assert 'system was null, now "Be kind"' in capsys.readouterr().err
+
+
+def test_chat_needs_a_template(generate, capsys):
+    assert generate("She reads", "--chat") == 1
+    assert "has no chat template" in capsys.readouterr().err
+    assert generate("She reads", "--system", "Be kind") == 1
+    assert "a system prompt needs a request" in capsys.readouterr().err
+
+
 def test_demo_prompts_are_mixed_and_contain_no_slurs():
     assert len(demo.PROMPTS) == len(set(demo.PROMPTS)) == 8
     assert all(prompt == prompt.strip() for prompt in demo.PROMPTS)
@@ -247,7 +334,7 @@ def test_suppressed_tokens_are_marked():
 
 
 def test_suppressed_spans_follow_characters(make_llama, byte_tokenizer):
-    from fusion_detox.generation.sampling import Completion
+    from fusion_detox.generation.sampling import Completion, Job
 
     model, text = make_llama(len(byte_tokenizer)), " naïve 🙂 end"
     ids = tuple(byte_tokenizer(text)["input_ids"])
@@ -259,7 +346,7 @@ def test_suppressed_spans_follow_characters(make_llama, byte_tokenizer):
         return scores
 
     spans = demo.held_back_spans(
-        model, byte_tokenizer, processor, "You", Completion(text, ids, False)
+        model, byte_tokenizer, processor, Job(0, 0, "You"), Completion(text, ids, False)
     )
     assert "".join(text[slice(*span)] for span in spans).strip() == "🙂"
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import codecs
 import math
+import re
 
 import torch
 from transformers import LogitsProcessor
@@ -19,6 +20,8 @@ from fusion_detox.vocabulary.map import Cover
 
 BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
 ENDS_OF_TEXT = {"<|endoftext|>", "<s>", "</s>"}
+# A token of the chat template is the byte FF, which UTF-8 lacks.
+MARKUP = re.compile(rb"\xff\s*(?:(user|assistant|system)(?:(?=\xff)|\s*\n\s*))?")
 
 
 class Definition:
@@ -32,7 +35,10 @@ class Definition:
         self.specials = specials | set(tokenizer.all_special_ids)
         roles = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
         ends = {i for i, t in tokenizer.added_tokens_decoder.items() if t.content in ENDS_OF_TEXT}
-        self.resets = (roles | ends) & self.specials
+        self.turns = set()
+        if tokenizer.chat_template:
+            self.turns = set(tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"]))
+        self.resets = (roles | ends) & self.specials - self.turns
         self.line_break = next((i for i, p in self.token_bytes.items() if p == b"\n"), None)
         self.laws = {}
 
@@ -60,15 +66,7 @@ class Definition:
                 elif path:
                     path.append(self.line_break)
             return tuple(path), [], b""
-        data, begun = b"", False
-        for i in ids:
-            if i in self.specials or i not in self.token_bytes:
-                data += b"\n" if begun else b""
-                continue
-            piece = self.token_bytes[i]
-            if not begun and self.sentencepiece:
-                piece = piece.removeprefix(b" ")
-            data, begun = data + piece, True
+        data = self.without_markup(self.spell(ids))
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         text = decoder.decode(data)
         own = self.calibrator.tokenizer
@@ -82,6 +80,30 @@ class Definition:
             word.insert(0, piece)
             left -= len(piece)
         return path, word, decoder.getstate()[0]
+
+    def spell(self, ids):
+        """Return the bytes of a text, with FF for each token of the chat template."""
+        data, begun = b"", False
+        for i in ids:
+            if i in self.turns:
+                data += b"\xff"
+                continue
+            if i in self.specials or i not in self.token_bytes:
+                data += b"\n" if begun else b""
+                continue
+            piece = self.token_bytes[i]
+            if not begun and self.sentencepiece:
+                piece = piece.removeprefix(b" ")
+            data, begun = data + piece, True
+        return data
+
+    def without_markup(self, data):
+        """Return the last request and the answer, with a line break between them."""
+        marked = MARKUP.sub(lambda m: b"\xfe" if m[1] == b"user" else b"\xff", data)
+        request = marked.split(b"\xfe")[-1].lstrip(b"\xff")
+        if self.sentencepiece and data != request:
+            request = request.removeprefix(b" ")
+        return re.sub(rb"\xff+", b"\n", request)
 
     def law(self, prefix):
         """Return both models' next-token probabilities, ``(2, vocabulary)``, without a cache."""

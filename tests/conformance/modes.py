@@ -253,8 +253,9 @@ MODES = [
         "chat template with special tokens",
         "exact",
         "test_chat_template",
-        note="The calibrator reads control tokens as line breaks. After a token that begins or "
-        "ends a text (bos, eos, pad, cls, sep), it starts a new text.",
+        note="The calibrator reads the last request and the answer, without the template's "
+        "markup. Other control tokens are line breaks; one that begins or ends a text (bos, eos, "
+        "pad, cls, sep) starts a new text.",
     ),
     Mode(
         INPUTS,

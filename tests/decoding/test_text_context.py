@@ -2,20 +2,29 @@
 
 import copy
 import pickle
+import re
+import runpy
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fusion_detox.decoding import text_context as context
 from fusion_detox.decoding.text_context import Position, TextContext
+from fusion_detox.generation.chat import chat_prompt
 from fusion_detox.vocabulary.token_table import TokenTable
+
+HERE = Path(__file__).resolve().parent
+FAMILIES = runpy.run_path(str(HERE.parent / "family_models.py"))
+SHARED = HERE.parents[2] / "shared" / "tokenizers"
 
 # Target ids: 0..255 are bytes, special tokens follow.
 BOS, EOS, PAD, USER = 256, 257, 258, 259
+TURN = 260  # named by the chat template; only some tests have one
 BYTES = tuple(bytes([i]) for i in range(256))
 CONTRACTIONS = "('s|'S|'t|'T|'re|'rE|'Re|'RE|'ve|'vE|'Ve|'VE|'m|'M|'ll|'lL|'Ll|'LL|'d|'D)"
 UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
@@ -51,6 +60,7 @@ def target(dummy_prefix=False, **changes):
         "special_ids": frozenset({BOS, EOS, PAD, USER}),
         "reset_ids": frozenset({BOS, EOS, PAD}),
         "dummy_prefix": dummy_prefix,
+        "turn_ids": frozenset(),
     }
     return SimpleNamespace(**{**values, **changes})
 
@@ -264,3 +274,133 @@ def test_the_memo_is_bounded_and_not_copied(plain, monkeypatch):
     again = pickle.loads(pickle.dumps(reader))
     assert len(again._memo) == 0
     assert again.read(text_ids("y y")) == reader.read(text_ids("y y"))
+
+
+SMOLLM2 = (
+    "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\n"
+    "You are a helpful AI assistant<|im_end|>\n{% endif %}<|im_start|>{{ m.role }}\n"
+    "{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def smollm2():
+    """Its first token begins a turn, and its last token and its padding end one."""
+    tokenizer = FAMILIES["TOKENIZERS"]["qwen"]()
+    start, end = "<|im_start|>", "<|im_end|>"
+    tokenizer.add_special_tokens({"bos_token": start, "eos_token": end, "pad_token": end})
+    tokenizer.chat_template = SMOLLM2
+    return tokenizer
+
+
+def published(name):
+    """A published vocabulary with the tokens and the template of SmolLM2."""
+    if not (SHARED / name).is_dir():
+        pytest.skip(f"{SHARED / name} is missing")
+    tokenizer = AutoTokenizer.from_pretrained(SHARED / name)
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    tokenizer.add_special_tokens({"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"})
+    tokenizer.chat_template = SMOLLM2
+    return tokenizer
+
+
+CHATS = {
+    "smollm2": smollm2,
+    **{name: FAMILIES["TOKENIZERS"][name] for name in ("qwen", "llama3", "gemma", "mistral")},
+    **{
+        f"published {name}": lambda name=name: published(name)
+        for name in ("gpt2", "cl100k_base", "o200k_base", "tekken", "mistral_v1_sentencepiece")
+    },
+}
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_of_a_chat_the_last_request_and_the_answer_are_read(plain, name):
+    tokenizer = CHATS[name]()
+    tokens = TokenTable.from_tokenizer(tokenizer)
+    calibrator = SimpleNamespace(tokenizer=plain_tokenizer(plain), tokens=stub_tokens(plain))
+    reader = TextContext(calibrator, tokens, False, tokenizer.pad_token_id)
+    system = None if name == "mistral" else "Be kind."
+    for conversation in ("Shut up, user!", ["Hello", "assistant of a user\n", "Shut up, user!"]):
+        row = list(
+            tokenizer(chat_prompt(tokenizer, conversation, system), add_special_tokens=False)[
+                "input_ids"
+            ]
+        )
+        assert spelled(reader, reader.read(tuple(row))).strip() == "Shut up, user!"
+        row += tokenizer("assistants are", add_special_tokens=False)["input_ids"]
+        read = spelled(reader, reader.read(tuple(row)))
+        assert re.sub(r"\s*\n\s*", "\n", read) == "Shut up, user!\nassistants are"
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_plain_text_is_read_as_without_a_chat_template(plain, name):
+    tokenizer = CHATS[name]()
+    tokens = TokenTable.from_tokenizer(tokenizer)
+    assert tokens.turn_ids
+    tokenizer.chat_template = None
+    before = TokenTable.from_tokenizer(tokenizer)
+    assert not before.turn_ids
+    assert before.fingerprint() == tokens.fingerprint(), "vocabulary maps stay valid"
+    calibrator = SimpleNamespace(tokenizer=plain_tokenizer(plain), tokens=stub_tokens(plain))
+    with_template, without = (
+        TextContext(calibrator, one, False, tokenizer.pad_token_id) for one in (tokens, before)
+    )
+    for text in ("user\nassistant\n", "  system\nYou", "\n\nHello user\n"):
+        ids = tuple(tokenizer(text)["input_ids"])
+        for end in range(len(ids) + 1):
+            assert with_template.read(ids[:end]) == without.read(ids[:end])
+
+
+turns = st.lists(
+    st.one_of(
+        st.just((TURN,)),
+        st.sampled_from(
+            ["user", "user\n", "us", "er", "assistant\n", "\n", " ", "é", "Hi", "!"]
+        ).map(text_ids),
+        st.sampled_from([BOS, USER, PAD]).map(lambda id: (id,)),
+    ),
+    max_size=12,
+).map(lambda parts: tuple(id for part in parts for id in part))
+
+
+@given(turns, st.integers(1, 5))
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+def test_a_chat_incrementally(plain, row, step):
+    tokens = target(turn_ids=frozenset({TURN}), token_bytes=(*BYTES, *[None] * 5))
+    calibrator = SimpleNamespace(tokenizer=plain_tokenizer(plain), tokens=stub_tokens(plain))
+    for reader in (
+        TextContext(calibrator, tokens, False, PAD),
+        TextContext(SimpleNamespace(), tokens, True, PAD),
+    ):
+        for end in range(0, len(row) + 1, step):
+            assert reader.read(row[:end]) == reader.read_uncached(row[:end])
+
+
+@pytest.mark.parametrize(
+    ("row", "read"),
+    [
+        # The answer and the request may hold the names of roles.
+        ((TURN, *b"user\nuser\n", TURN, *b"\n", TURN, *b"model\nuser\n"), "user\n\nuser\n"),
+        # Not a role: another word, a longer word, a word that is not alone on its line.
+        ((TURN, *b"Hi"), "Hi"),
+        ((TURN, *b"users\nHi"), "users\nHi"),
+        ((TURN, *b"user of\nHi"), "user of\nHi"),
+        ((TURN, *b"model", TURN, *b"\n\nuser"), "user"),
+        # The name of a role is complete at the line break or at the next token of the template.
+        ((TURN, *b"use"), ""),
+        ((*b"a", TURN, *b"user"), "a\n"),
+        ((*b"a", TURN, *b"user", TURN), ""),
+        ((*b"a", TURN, *b"tool", TURN, *b"b"), "a\nb"),
+        # Messages without text.
+        ((TURN, *b"user\n", TURN, *b"\n", TURN, *b"assistant\n"), ""),
+        ((*b"a", TURN, *b"\n", TURN, *b"\n", TURN, *b"b"), "a\nb"),
+        # A token that begins a text still does.
+        ((TURN, *b"user\na", BOS, *b"user\nb"), "user\nb"),
+    ],
+)
+def test_markup_of_a_chat(plain, row, read):
+    tokens = target(turn_ids=frozenset({TURN}), token_bytes=(*BYTES, *[None] * 5))
+    calibrator = SimpleNamespace(tokenizer=plain_tokenizer(plain), tokens=stub_tokens(plain))
+    reader = TextContext(calibrator, tokens, False, PAD)
+    assert spelled(reader, reader.read(row)) == read

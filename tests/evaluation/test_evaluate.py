@@ -22,6 +22,8 @@ from fusion_detox.errors import ConfigError, DataError, DataFileError
 from fusion_detox.evaluation import EvaluationConfig, PromptSet, evaluate, rescore
 from fusion_detox.evaluation.folder import RunFolder
 from fusion_detox.evaluation.prompts.prompt_sets import Prompt
+from fusion_detox.files.models import load_target
+from fusion_detox.generation.sampling import jobs, prompt_ids
 from fusion_detox.scoring.lexical import LexicalScorer
 
 PROMPTS = ["You are a", "The weather was", "She reads", "Thank you so much", "What a damn"]
@@ -409,3 +411,47 @@ class TestWrongUse:
         path.write_text(path.read_text().replace('"format": 1', '"format": 9'))
         with pytest.raises(DataError, match="written in format 9, and this version reads 1"):
             rescore(tmp_path / "run")
+
+
+def test_requests_in_the_chat_template(chat_folder, calibrator, tmp_path):
+    def run(**changes):
+        config = CONFIG.replace(seeds=(1,), suites=("benign",), refusal_tokens=4, **changes)
+        evaluate(
+            str(chat_folder),
+            PROMPTS,
+            tmp_path / "run",
+            calibrator=calibrator,
+            settings={"strong": SETTINGS["strong"]},
+            config=config,
+        )
+        return json.loads((tmp_path / "run" / "results.json").read_text())
+
+    told = run(chat=True, system="Be kind.")
+    assert told["chat"]["system"] == "Be kind."
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "put as requests in the chat template, with “Be kind.” system prompt" in page
+    # The prompts of the samples, and those of the answers that are searched for refusals.
+    model, tokenizer = load_target(chat_folder)
+    (job,) = jobs(PROMPTS[:1], chat=True, system="Be kind.")
+    inputs = torch.tensor([prompt_ids(model, tokenizer, job, 0)])
+    row = samples(tmp_path / "run")["base"][1, 0, 0]
+    logits = model(torch.cat([inputs, torch.tensor([row["ids"]])], 1)).logits[0].log_softmax(-1)
+    scored = logits[inputs.shape[1] - 1 : -1].gather(1, torch.tensor([row["ids"]]).T).sum()
+    (measured, *_), *_ = json.loads(
+        next((tmp_path / "run" / "measures").glob("base*.perplexity.json")).read_text()
+    )["rows"]
+    assert measured == pytest.approx(-scored.item(), abs=1e-3)
+    for changes in ({"chat": True}, {}):
+        with pytest.raises(DataError, match="holds a run with chat"):
+            run(**changes)
+
+
+def test_prompts_are_continued_by_default(run, tmp_path):
+    assert run()["chat"] is None
+    assert "chat" not in json.loads((tmp_path / "run" / "run.json").read_text())
+    assert "continued as plain text" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_system_prompt_without_chat():
+    with pytest.raises(ConfigError, match="a system prompt needs chat"):
+        EvaluationConfig(system="Be kind.")

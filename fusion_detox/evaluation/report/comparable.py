@@ -12,6 +12,7 @@ from fusion_detox.evaluation.report.reading import (
     at,
     block,
     line,
+    prompt_form,
     rows,
     run_labels,
     toxicity,
@@ -64,6 +65,11 @@ def _prompts(run: Run) -> str:
         for item in rows(run.results, "prompts")
     )
     return "; ".join(sets) or "none"
+
+
+def _prompt_form(run: Run) -> str:
+    template = at(run.results, "chat", "template")
+    return prompt_form(run.results) + (f" {line(template)}" if template else "")
 
 
 def _model(record: Mapping[str, Any]) -> str:
@@ -133,6 +139,11 @@ _WARNINGS: tuple[_Check, ...] = (
         "prompts",
         "The prompts differ, so toxicity and perplexity are not comparable.",
         _prompts,
+    ),
+    (
+        "form of the prompts",
+        "Continuations of a text, and answers to a request in different chats, are not comparable.",
+        _prompt_form,
     ),
     (
         "sampling",

@@ -23,7 +23,7 @@ from fusion_detox.files.atomic import write_whole
 _TEMPLATES = Path(__file__).parent / "templates"
 # The fields of a run, and of each of its settings, that comparison.json contains.
 _OF_RUN = [
-    *("created", "target", "prompts", "sampling"),
+    *("created", "target", "prompts", "sampling", "chat"),
     *("seeds", "threshold", "scorers", "versions"),
 ]
 _OF_VARIANT = [

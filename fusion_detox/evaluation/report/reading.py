@@ -60,6 +60,15 @@ def rows(source: Any, *path: str) -> list[Mapping[str, Any]]:
     return [item for item in found if isinstance(item, Mapping)] if is_list(found) else []
 
 
+def prompt_form(source: Any) -> str:
+    """How the prompts of a run were put to its target."""
+    if at(source, "chat") is None:
+        return "continued as plain text"
+    system = at(source, "chat", "system")
+    shown = "the template's" if system is None else f"“{line(system, 200)}”"
+    return f"put as requests in the chat template, with {shown} system prompt"
+
+
 def number(source: Any, *path: str) -> float | None:
     """The finite number at a path, or None. For an interval, its value."""
     found = at(source, *path)

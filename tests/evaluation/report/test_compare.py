@@ -125,6 +125,7 @@ SCORER = results()["scorers"]["lexical"]
             {"target": {"name": "demo", "fingerprint": "c839a3106138", "dtype": "bfloat16"}},
         ),
         ("threshold", {"threshold": 0.8}),
+        ("form of the prompts", {"chat": {"system": None, "template": "ab12"}}),
         ("perplexity model", {"perplexity_model": {"name": "other", "fingerprint": "1"}}),
         ("hash of the prompts", {"prompts": [{"name": "rtp", "count": 597}]}),
     ],
