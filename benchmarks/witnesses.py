@@ -311,7 +311,18 @@ PACKAGES = {
         "5adef3094820df66882b35bc2be6a74e6cd00a6b8e226d9658ee79f67c51e1a3",
         cuss_inspect,
         LinearWitness,
-        f"{_JIGSAW_2018}, and more reviews",
+        "about 180,000 labelled comments; its authors name no source",
+    ),
+}
+
+
+# A score that each package's description prints. The two linear ones print those of older models.
+PUBLISHED = {
+    "toxic-comment-classifier": ("You are so dumb and stupid!", 0.9889402985572815),
+    # tox-block rescales linearly to (0.002116, 0.999858); 0.05347811 was printed.
+    "tox-block": (
+        "Good morning my friend, I hope you're having a fantastic day!",
+        0.002116 + 0.05347811430692673 * (0.999858 - 0.002116),
     ),
 }
 
@@ -381,6 +392,12 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     witnesses = load_witnesses(args.cache)
+    for witness in witnesses:
+        if witness.name in PUBLISHED:
+            text, published = PUBLISHED[witness.name]
+            (own,) = witness.score([text])
+            if abs(own - published) > 1e-5:
+                raise SystemExit(f"{witness.name} gives {own} for {text!r}, not {published}")
     record = {
         **scorer_auc.measure(witnesses, args.data),
         "scorers": {witness.name: witness.record() for witness in witnesses},
