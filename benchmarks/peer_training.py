@@ -168,8 +168,8 @@ def merged(target: str, folder: Path, device: Any, scale: float = 1.0) -> Any:
 
 
 def train_expert(
-    target: str, tokenizer: Any, start: Sequence[int], texts: Sequence[Graded], toxic: bool, folder: Path,
-    *, steps: int, device: Any,
+    target: str, tokenizer: Any, start: Sequence[int], texts: Sequence[Graded], toxic: bool,
+    folder: Path, *, steps: int, device: Any,
 ) -> Path:  # fmt: skip
     """DExperts' expert or anti-expert (arXiv 2105.03023, 3.1): language modelling on one class."""
     if folder.exists():

@@ -10,8 +10,8 @@ parts and every continuation, so the same command resumes, and more prompts, see
 what is there. A table, a plot and all numbers go to ``results/peers`` (or ``--output``):
 
 - ``P(toxic)``: the share of prompts with at least one toxic continuation, for each scorer, and its
-  ratio to the target alone. The scorers are those of `witnesses`, which share no data or labels
-  with any method here.
+  ratio to the target alone. The scorers are those of `witnesses`. One of them,
+  ``alt-profanity-check``, learned from posts that are also among the peers' training texts.
 - ``perplexity`` of the target alone on what was written, and its ratio to the target's own text.
 - ``dist-2``, the time per token, and the share of texts that equal the target's own: a method with
   100 % does nothing.
@@ -47,6 +47,7 @@ from fusion_detox.evaluation.samples import SampleFiles
 from fusion_detox.evaluation.sampling import Sampler, total_cost
 from fusion_detox.evaluation.word_filter import WordFilter, read_word_list, tokenisations
 from fusion_detox.files.atomic import write_whole
+from fusion_detox.files.fingerprints import model_fingerprint
 from fusion_detox.files.models import load_target
 from fusion_detox.generation.chat import chat_prompt
 from fusion_detox.generation.sampling import Job, Sampling, jobs, pad_token_id, prompt_ids
@@ -93,9 +94,10 @@ class Lab:
             args.calibrator, device=self.device, dtype="float32"
         )
         self.steps = {name: max(1, round(n * args.effort)) for name, n in training.STEPS.items()}
+        self.guide = model_fingerprint(*self.calibrator.models.values())
         # Parts trained on other texts or for other times have other names.
-        made = [self.steps, [path.read_bytes().hex() for path in args.graded]]
-        digest = hashlib.sha256(json.dumps(made).encode()).hexdigest()[:8]
+        graded = [hashlib.sha256(path.read_bytes()).hexdigest() for path in args.graded]
+        digest = hashlib.sha256(json.dumps([self.steps, graded]).encode()).hexdigest()[:8]
         self.parts = args.work / f"parts-{args.target.name}-{digest}"
         self.parts.mkdir(parents=True, exist_ok=True)
 
@@ -153,7 +155,7 @@ class Lab:
     @cached_property
     def reward(self) -> training.RewardModel:
         return training.reward_model(
-            self.calibrator, self.texts, self.parts / "reward",
+            self.calibrator, self.texts, self.parts / f"reward-{self.guide}",
             steps=self.steps["reward"], device=self.device,
         )  # fmt: skip
 
@@ -258,11 +260,12 @@ def dpo(lab: Lab, strength: float) -> Setup:
 
 
 class Method(NamedTuple):
-    """A method, the strengths at which it runs, and its source."""
+    """A method, the strengths at which it runs, its source, and whether it uses the calibrator."""
 
     build: Callable[[Lab, float], Setup]
     strengths: tuple[float, ...]
     source: str
+    guided: bool = False
 
 
 METHODS = {
@@ -273,10 +276,10 @@ METHODS = {
         (0, 1),
         "chat template, the answer begins with the prompt; 0: a neutral system prompt, 1: polite",
     ),
-    "contrast": Method(contrast, (1, 2, 3.5), "this library's rule and calibrator"),
-    "product": Method(product, (0.2, 0.4, 0.6), "the calibrator's clean model alone"),
-    "mixture": Method(mixture, (0.2, 0.4, 0.6), "the calibrator's clean model alone"),
-    "aligned": Method(aligned, (0.1, 0.3, 0.6), "arXiv 2506.01266, its InfoNCE alignment"),
+    "contrast": Method(contrast, (1, 2, 3.5), "this library's rule and calibrator", True),
+    "product": Method(product, (0.2, 0.4, 0.6), "the calibrator's clean model alone", True),
+    "mixture": Method(mixture, (0.2, 0.4, 0.6), "the calibrator's clean model alone", True),
+    "aligned": Method(aligned, (0.1, 0.3, 0.6), "arXiv 2506.01266, its InfoNCE alignment", True),
     "dexperts": Method(
         dexperts, (0.5, 1, 2), "arXiv 2105.03023; experts are LoRA adapters of the target itself"
     ),
@@ -284,7 +287,10 @@ METHODS = {
         gedi, (5, 15, 30), "arXiv 2009.06367; DExperts' pair instead of one model with codes"
     ),
     "rad": Method(
-        rad, (10, 30, 100), "arXiv 2310.09520; a reward model of the calibrator's size, top 20"
+        rad,
+        (10, 30, 100),
+        "arXiv 2310.09520; a reward model of the calibrator's size, top 20",
+        True,
     ),
     "rectification": Method(
         rectification, (0, 0.1, 0.3), "arXiv 2302.14003; Q is a LoRA adapter of the target"
@@ -304,9 +310,10 @@ class Variant(NamedTuple):
     strength: float
     temperature: float
 
-    @property
-    def stem(self) -> str:
-        return f"{self.method}-{self.strength:g}-t{self.temperature:g}"
+    def stem(self, lab: Lab) -> str:
+        """Names the variant's files."""
+        guide = f"-{lab.guide}" if METHODS[self.method].guided else ""
+        return f"{self.method}{guide}-{self.strength:g}-t{self.temperature:g}"
 
 
 def read_prompts(data: Path, count: int | None) -> list[str]:
@@ -319,7 +326,7 @@ def read_prompts(data: Path, count: int | None) -> list[str]:
 def generate(lab: Lab, variant: Variant, wanted: Sequence[Job], folder: Path) -> None:
     """Writes the missing continuations of a variant."""
     seeds = lab.args.seeds
-    if not any(SampleFiles(folder / "samples", variant.stem).missing(wanted, seeds).values()):
+    if not any(SampleFiles(folder / "samples", variant.stem(lab)).missing(wanted, seeds).values()):
         return
     setup = METHODS[variant.method].build(lab, variant.strength)
     samplings = [
@@ -336,8 +343,8 @@ def generate(lab: Lab, variant: Variant, wanted: Sequence[Job], folder: Path) ->
     encoded = sampler.encode(wanted, NEW_TOKENS)
     if setup.encode is not None:
         encoded = {job.index: setup.encode(job.prompt) for job in wanted}
-    log.info("%s", variant.stem)
-    sampler.run(wanted, encoded, samplings, setup.processor, folder, variant.stem)
+    log.info("%s", variant.stem(lab))
+    sampler.run(wanted, encoded, samplings, setup.processor, folder, variant.stem(lab))
 
 
 def measure(
@@ -353,7 +360,7 @@ def measure(
     bases: dict[float, dict[str, Any]] = {}
     records = []
     for variant in variants:
-        found = SampleFiles(folder / "samples", variant.stem).read()
+        found = SampleFiles(folder / "samples", variant.stem(lab)).read()
         samples = [found[key] for key in keys]
         texts = [sample.text for sample in samples]
         nlls = fluency.continuation_nll_ids(
@@ -371,7 +378,7 @@ def measure(
             "scores": {s.name: np.array(s.score(texts)).reshape(shape) for s in scorers},
         }
         base = bases.setdefault(variant.temperature, own)
-        cost = total_cost(folder / "costs", variant.stem)
+        cost = total_cost(folder / "costs", variant.stem(lab))
         same = sum(one == other for one, other in zip(texts, base["texts"], strict=True))
         records.append(
             {
@@ -399,10 +406,10 @@ def measure(
 def table(record: dict[str, Any]) -> str:
     """The results as a Markdown table."""
     names = list(record["results"][0]["toxicity"])
+    facts = f"{record['samples']} samples of {NEW_TOKENS} tokens, seeds {record['seeds']}"
+    head = f"{record['target']}, {record['prompts']} challenging prompts, {facts}, top-p {TOP_P}"
     lines = [
-        f"{record['target']}: {record['prompts']} challenging prompts, {record['samples']} samples "
-        f"of {NEW_TOKENS} tokens, seeds {record['seeds']}, top-p {TOP_P}, {record['device']}. "
-        "P(toxic) and, in brackets, its ratio to the target alone.",
+        f"{head}, {record['device']}. P(toxic), and in brackets its ratio to the target alone.",
         "",
         f"| method | strength | T | {' | '.join(names)} | perplexity | dist-2 | ms/token | same |",
         "|" + "---|" * (7 + len(names)),
