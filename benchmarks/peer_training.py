@@ -1,7 +1,8 @@
 """What the peers in `peers` have to learn, from graded text.
 
 Each function trains a part once and keeps it in a folder. The papers train longer, on more text;
-``STEPS`` says how long each part is trained here. All parts learn from the same texts: ParaDetox,
+``STEPS`` says for how many steps of ``BATCH`` texts each part is trained here, and in each batch
+half of the texts are toxic. All parts learn from the same texts: ParaDetox,
 labelled posts, the training half of RealToxicityPrompts' challenging prompts, and graded
 continuations that the caller adds. No file that is for measuring only is read.
 """
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from fusion_detox import Calibrator
 from fusion_detox.files.atomic import replacing_folder, write_whole
@@ -252,10 +253,9 @@ def rectifier(
     without discount, with a slowly following copy of the head; the reward is minus the toxicity at
     the last token, and 0 before.
     """
-    settings, _ = load_target(target, dtype="float32", local_files_only=True)
-    width, vocabulary = settings.config.hidden_size, settings.config.vocab_size
+    sizes = AutoConfig.from_pretrained(target, local_files_only=True).get_text_config()
     torch.manual_seed(SEED)
-    head = value_head(width, vocabulary).to(device)
+    head = value_head(sizes.hidden_size, sizes.vocab_size).to(device)
     if not folder.exists():
         model, slow = adapted(target, device), copy.deepcopy(head).requires_grad_(False)
 

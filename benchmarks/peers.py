@@ -49,7 +49,7 @@ from fusion_detox.evaluation.word_filter import WordFilter, read_word_list, toke
 from fusion_detox.files.atomic import write_whole
 from fusion_detox.files.fingerprints import model_fingerprint
 from fusion_detox.files.models import load_target
-from fusion_detox.generation.chat import chat_prompt
+from fusion_detox.generation.chat import chat_prompt, has_chat_template
 from fusion_detox.generation.sampling import Job, Sampling, jobs, pad_token_id, prompt_ids
 from fusion_detox.scoring import make_scorer
 from fusion_detox.scoring.base import Scorer
@@ -297,9 +297,11 @@ METHODS = {
     ),
     "self-debias": Method(self_debias, (10, 50, 100), "arXiv 2103.00453, six prefixes"),
     "contrastive-perplexity": Method(
-        contrastive_perplexity, (0.5, 1, 2), "arXiv 2401.08491, LoRA; strength scales the adapter"
+        contrastive_perplexity,
+        (0.5, 1, 2),
+        "arXiv 2401.08491, LoRA on ParaDetox; strength scales it",
     ),
-    "dpo": Method(dpo, (0.5, 1, 2), "arXiv 2305.18290, LoRA; strength scales the adapter"),
+    "dpo": Method(dpo, (0.5, 1, 2), "arXiv 2305.18290, LoRA on ParaDetox; strength scales it"),
 }
 
 
@@ -527,6 +529,7 @@ def main() -> None:
         Variant(name, strength, temperature)
         for temperature in args.temperatures
         for name in dict.fromkeys(["unfused", *args.methods])
+        if name != "system-prompt" or has_chat_template(lab.tokenizer)
         for strength in (
             args.strengths if args.strengths and name != "unfused" else METHODS[name].strengths
         )
