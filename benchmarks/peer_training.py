@@ -1,10 +1,11 @@
 """What the peers in `peers` have to learn, from graded text.
 
 Each function trains a part once and keeps it in a folder. The papers train longer, on more text;
-``STEPS`` says for how many steps of ``BATCH`` texts each part is trained here, and in each batch
-half of the texts are toxic. All parts learn from the same texts: ParaDetox,
-labelled posts, the training half of RealToxicityPrompts' challenging prompts, and graded
-continuations that the caller adds. No file that is for measuring only is read.
+``STEPS`` says for how many steps of ``BATCH`` texts each part is trained here; except for the two
+experts, half of each batch is toxic. All parts learn from the same texts: ParaDetox, labelled
+posts, the training half of RealToxicityPrompts' challenging prompts, and graded continuations that
+the caller adds; the two fine-tuned models learn from ParaDetox alone. No file that is for measuring
+only is read.
 """
 
 from __future__ import annotations

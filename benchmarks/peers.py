@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from benchmarks import peer_methods as rules
 from benchmarks import peer_training as training
@@ -519,6 +520,7 @@ def main() -> None:
     args = parse()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     log.setLevel(logging.INFO)
+    disable_progress_bar()
     lab = Lab(args)
     prompts = read_prompts(args.data, args.prompts)
     folder = lab.parts / "runs"
