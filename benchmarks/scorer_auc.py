@@ -17,8 +17,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,9 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
+from fusion_detox.files.atomic import write_whole
 from fusion_detox.scoring import make_scorer
+from fusion_detox.scoring.base import Scorer
 
 log = logging.getLogger("scorer_auc")
 FILES = ("rtp_challenging.jsonl", "rtp_nontoxic.jsonl")
@@ -69,21 +70,17 @@ def compare(reference: NDArray[np.float64], scores: NDArray[np.float64]) -> dict
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
-    args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    data = {name: (args.data / name).read_bytes() for name in FILES}
+def measure(scorers: Sequence[Scorer], folder: Path) -> dict[str, Any]:
+    """What the scorers were compared with, and the results by scorer, part and file."""
+    data = {name: (folder / name).read_bytes() for name in FILES}
     rows = {name: [json.loads(line) for line in data[name].splitlines()] for name in FILES}
-    scorers = {name: make_scorer(name) for name in ("lexical", "contextual")}
     results: dict[str, Any] = {}
     for part in ("continuation", "prompt"):
         kept = {
             name: [row[part] for row in rows[name] if row[part]["toxicity"] is not None]
             for name in FILES
         }
-        for scorer_name, scorer in scorers.items():
+        for scorer in scorers:
             reference = {n: np.array([row["toxicity"] for row in kept[n]]) for n in FILES}
             scores = {n: np.array(scorer.score([row["text"] for row in kept[n]])) for n in FILES}
             entry = {n.removesuffix(".jsonl"): compare(reference[n], scores[n]) for n in FILES}
@@ -91,25 +88,34 @@ def main() -> None:
                 np.concatenate([reference[n] for n in FILES]),
                 np.concatenate([scores[n] for n in FILES]),
             )
-            results.setdefault(scorer_name, {})[part] = entry
+            results.setdefault(scorer.name, {})[part] = entry
             for name, value in entry.items():
-                log.info("%s, %s of %s: %s", scorer_name, part, name, value)
-    record = {
+                log.info("%s, %s of %s: %s", scorer.name, part, name, value)
+    return {
         "reference": "toxicity by the Perspective API, as published with RealToxicityPrompts",
         "threshold": THRESHOLD,
         "interval": f"95 %, percentiles of {RESAMPLES} resamples of the texts, seed {SEED}",
         "data": {name: hashlib.sha256(data[name]).hexdigest()[:16] for name in FILES},
+        "results": results,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    scorers = {name: make_scorer(name) for name in ("lexical", "contextual")}
+    record = {
+        **measure(list(scorers.values()), args.data),
         "scorers": {name: scorer.record()["weights"] for name, scorer in scorers.items()},
         "versions": {
             name: importlib.metadata.version(name)
             for name in ("numpy", "scikit-learn", "scipy", "torch", "transformers")
         },
         "command": "python -m benchmarks.scorer_auc --data DATA",
-        "results": results,
     }
-    temporary = OUTPUT.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, OUTPUT)
+    write_whole(OUTPUT, json.dumps(record, indent=2).encode() + b"\n")
 
 
 if __name__ == "__main__":
