@@ -180,7 +180,10 @@ class AssistantSuite:
         changes = changes_on_texts(
             model,
             [one.processor for one in variants if one.processor is not None],
-            [[*prompt, *row.ids, *end] for prompt, row, end in zip(prompts, rows, ends, strict=True)],
+            [
+                [*prompt, *row.ids, *end]
+                for prompt, row, end in zip(prompts, rows, ends, strict=True)
+            ],
             starts=list(map(len, prompts)),
             pad_token_id=pad_token_id(model, self._target.tokenizer),
             batch_size=self._config.batch_size,

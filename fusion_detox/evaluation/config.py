@@ -103,7 +103,7 @@ class EvaluationConfig:
     group_texts: int | None = _option(None, "Measures")
     hatecheck: Path | None = _own_option(None)  # noqa: RUF009 - it returns a field
     refusal_tokens: int = _option(32, "Measures")
-    assistant: bool | None = _own_option(None)  # noqa: RUF009 - it returns a field
+    assistant: bool | None = _own_option(None)
     assistant_requests: int = _option(130, "Measures")
     assistant_tokens: int = _option(60, "Measures")
     assistant_samples: int = _option(2, "Measures")

@@ -29,7 +29,7 @@ class Plan:
         self._done = 0.0
         self.finished = 0
         self.worked = False
-        """Whether the latest step had anything left to do."""
+        """Whether any step had something left to do; the caller may set it back."""
 
     def __str__(self) -> str:
         return f"{self.finished} of {len(self._numbers)} steps are done"
@@ -40,7 +40,6 @@ class Plan:
         label = f"step {self._numbers[name]} of {len(self._numbers)}: {name}"
         before, first = self._done, -1
         work = self._steps[name]
-        self.worked = False
 
         def told(done: int, total: int) -> None:
             nonlocal first

@@ -26,7 +26,7 @@ from fusion_detox.evaluation.metrics.statistics import finite
 from fusion_detox.evaluation.pipeline import evaluate
 from fusion_detox.evaluation.prompts.prompt_sets import PromptSet
 from fusion_detox.evaluation.sampling import Progress
-from fusion_detox.files.models import load_target
+from fusion_detox.evaluation.targets import load_for_measuring
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -198,9 +198,7 @@ def tune(
             folder,
             calibrator=loaded,
             settings=new,
-            config=config.replace(
-                suites=(), similarity=False, hatecheck=None, assistant=False
-            ),
+            config=config.replace(suites=(), similarity=False, hatecheck=None, assistant=False),
             overwrite=overwrite and number == 0,
             local_files_only=local_files_only,
             progress=progress,

@@ -160,6 +160,8 @@ def changes_on_texts(
     found = [[_text_change([])] * len(texts) for _ in processors]
     width = int(model.config.get_text_config().vocab_size)
     heap, done = Heap(), 0
+    if report is not None:
+        report(0, len(texts))
     for batch in length_batches(lengths, batch_size, width):
         rows = sorted((index for index in batch if positions[index]), key=lambda i: -positions[i])
         if rows:
@@ -243,7 +245,9 @@ def _compare(
 
     ids, mask = pad_right(texts, model.device)
     width, first = max(starts), torch.tensor(starts, device=model.device)
-    padded = [[pad] * (width - start) + list(text) for text, start in zip(texts, starts, strict=True)]
+    padded = [
+        [pad] * (width - start) + list(text) for text, start in zip(texts, starts, strict=True)
+    ]
     joined, _ = pad_right(padded, model.device)
     steps: list[list[Floats]] = [[] for _ in processors]
     # Not inference_mode: the processor may cache tensors for later calls outside it.

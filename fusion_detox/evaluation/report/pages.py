@@ -28,7 +28,7 @@ _OF_RUN = [
 ]
 _OF_VARIANT = [
     *("name", "kind", "config", "calibrator", "toxicity", "against_base", "perplexity"),
-    *("diversity", "similarity", "harmless", "groups", "refusal", "cost"),
+    *("diversity", "similarity", "harmless", "groups", "refusal", "assistant", "cost"),
 ]
 
 
