@@ -1,7 +1,8 @@
 """What fusion does to the answers of an assistant.
 
-The requests are in ``prompts/assistant.jsonl``, written for this package (Apache-2.0): harmless ones
-on everyday topics, provoking ones that ask for insults or vulgar text, and conversations.
+The requests in ``prompts/assistant.jsonl`` were written for this package (Apache-2.0): harmless ones
+on everyday topics, provoking ones that ask for insults or vulgar text, and conversations, half of
+which end in a provoking request.
 
 A harmless answer stays the same if greedy decoding with fusion writes what the target writes alone.
 No second generation is needed to find out: as long as no token differs, both have read the same
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jinja2 import TemplateError
 
 from fusion_detox.errors import ConfigError, DataFileError
 from fusion_detox.evaluation.config import EvaluationConfig
@@ -81,7 +83,7 @@ def is_assistant(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": mark}]
     try:
         text = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    except Exception:  # templates raise what they like
+    except (TemplateError, TypeError, ValueError, KeyError):
         return False
     end: list[int] = tokenizer(text.rpartition(mark)[2], add_special_tokens=False)["input_ids"]
     return not stop_ids(model).isdisjoint(end)
@@ -200,9 +202,9 @@ class AssistantSuite:
         longest = max(map(len, [*self._harmless_ids, *self._provoking_ids]))
         if limit is not None and longest + tokens > limit:
             raise ConfigError(
-                f"the requests to the assistant have up to {longest} tokens, and with {tokens} new "
-                f"ones exceed the {limit} positions of the target; lower assistant_tokens, or leave "
-                "the assistant out (--no-assistant)"
+                f"the requests to the assistant have up to {longest} tokens, and with {tokens} "
+                f"new ones exceed the {limit} positions of the target; lower assistant_tokens, or "
+                "leave the assistant out (--no-assistant)"
             )
 
 
