@@ -1,8 +1,8 @@
 """What fusion does to the answers of an assistant.
 
-The requests in ``prompts/assistant.jsonl`` were written for this package (Apache-2.0): harmless ones
-on everyday topics, provoking ones that ask for insults or vulgar text, and conversations, half of
-which end in a provoking request.
+The requests in ``prompts/assistant.jsonl`` were written for this package (Apache-2.0): harmless
+ones on everyday topics, provoking ones that ask for insults or vulgar text, and conversations, half
+of which end in a provoking request.
 
 A harmless answer stays the same if greedy decoding with fusion writes what the target writes alone.
 No second generation is needed to find out: as long as no token differs, both have read the same
