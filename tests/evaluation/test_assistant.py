@@ -175,7 +175,7 @@ def test_it_can_be_switched_off_and_on(run, model, other_tokenizer):
 def test_answers_that_exceed_the_context_stop_before_any_work(run, make_llama, tokenizer, tmp_path):
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     small = make_llama(len(tokenizer), seed=3, **ids)
-    with pytest.raises(ConfigError, match=r"exceed the 64 positions .* --no-assistant"):
+    with pytest.raises(ConfigError, match=r"exceed the 64 positions .*--no-assistant"):
         run({}, target=(small, tokenizer))
     assert not (tmp_path / "run").exists()
 
