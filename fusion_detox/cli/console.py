@@ -52,34 +52,40 @@ def quiet_libraries() -> Iterator[None]:
 
 @contextlib.contextmanager
 def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
-    """Shows a progress bar per kind of work, or plain lines if stderr is not a terminal."""
+    """Shows a progress bar per kind of work, or plain lines if stderr is not a terminal.
+
+    Of an evaluation, it also shows how much of the whole run is done, and estimates the time left.
+    """
     from rich.progress import (
         BarColumn,
-        MofNCompleteColumn,
         Progress,
         TextColumn,
         TimeRemainingColumn,
     )
+
+    from fusion_detox.evaluation.plan import WHOLE
 
     console = messages()
     bars: dict[str, Any] = {}
     shown = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        TextColumn("{task.fields[amount]}"),
         TimeRemainingColumn(),
         console=console,
         disable=not console.is_terminal,
         redirect_stdout=False,
+        speed_estimate_period=3600,  # steps may be minutes long
     )
 
     def report(what: str, done: int, total: int) -> None:
         if what not in bars:
             shown.start()  # not earlier: a command may ask for confirmation first
-            bars[what] = shown.add_task(what, total=total)
-            if not console.is_terminal:
-                note(what)
-        shown.update(bars[what], completed=done, total=total)
+            bars[what] = shown.add_task(what, total=total, amount="")
+            if not console.is_terminal and what != WHOLE:
+                note(what + _time_left(shown, bars.get(WHOLE)))
+        amount = f"{done}/{total}" if what != WHOLE else f"{done / max(total, 1):.0%}"
+        shown.update(bars[what], completed=done, total=total, amount=amount)
 
     try:
         yield report
@@ -88,6 +94,11 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
         raise
     finally:
         shown.stop()
+
+
+def _time_left(shown: Any, bar: Any) -> str:
+    left = None if bar is None else next(t for t in shown.tasks if t.id == bar).time_remaining
+    return "" if left is None else f" (about {max(1, round(left / 60))} min left)"
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

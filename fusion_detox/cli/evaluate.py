@@ -27,7 +27,7 @@ from fusion_detox.cli.shared_options import (
     read_prompt_sets,
     stay_offline,
 )
-from fusion_detox.evaluation.config import SUITES, EvaluationConfig
+from fusion_detox.evaluation.config import QUICK, SUITES, EvaluationConfig
 
 _PROMPTS = "Prompts"
 
@@ -78,14 +78,33 @@ def evaluate(
     ] = None,
     seed: Seeds = None,
     scorer: Scorers = None,
-    similarity: Annotated[
+    quick: Annotated[
         bool,
         typer.Option(
-            "--similarity/--no-similarity",
-            help="Measure semantic similarity.",
+            "--quick",
+            help="A quick look: few samples and texts, no similarity, no refusals. Other options "
+            "override its sizes. See the documentation.",
             rich_help_panel=MEASURES,
         ),
-    ] = True,
+    ] = False,
+    assistant: Annotated[
+        bool | None,
+        typer.Option(
+            "--assistant/--no-assistant",
+            help="Put requests to the target as an assistant (default: if it is one).",
+            rich_help_panel=MEASURES,
+            show_default=False,
+        ),
+    ] = None,
+    similarity: Annotated[
+        bool | None,
+        typer.Option(
+            "--similarity/--no-similarity",
+            help="Measure semantic similarity (default: yes, but not with --quick).",
+            rich_help_panel=MEASURES,
+            show_default=False,
+        ),
+    ] = None,
     harmless: Harmless = None,
     suite: Annotated[
         list[str] | None,
@@ -115,15 +134,18 @@ def evaluate(
     """Measure toxicity, fluency, diversity, side effects and cost, with and without fusion.
 
     Writes OUT/report.html, OUT/results.json and every continuation. To resume an interrupted run,
-    run the same command again. `accelerate launch` and `torchrun` distribute the work.
+    run the same command again; the report shows what is known so far. `accelerate launch` and
+    `torchrun` distribute the work.
     """
+    config = {**(QUICK if quick else {}), **config, "assistant": assistant}
+    if similarity is not None:
+        config["similarity"] = similarity
     if suite is not None:
         config = {**config, "suites": tuple(name for name in suite if name != "none")}
     chosen = evaluation_config(
         config,
         seed,
         scorer,
-        similarity=similarity,
         harmless=harmless,
         hatecheck=hatecheck,
         chat=chat,
@@ -160,13 +182,16 @@ def show(results: dict[str, Any], folder: Path) -> None:
     from rich.table import Table
 
     from fusion_detox.cli.console import results as output
+    from fusion_detox.evaluation.report.reading import at
 
     scorers = list(results["scorers"])
     table = Table(title=escape(f"{results['target']['name']}, {describe_prompts(results)}"))
     table.add_column("setting", overflow="fold", min_width=12)
     for scorer in scorers:
         table.add_column(f"P(toxic)\n{scorer}", justify="right", no_wrap=True)
-    for name in ("perplexity", "dist-2", "KL on\nharmless text", "tokens\nper second"):
+    answered = any(at(one, "assistant", "harmless") for one in results["settings"])
+    names = ["perplexity", "dist-2", "KL on\nharmless text", "tokens\nper second"]
+    for name in names + ["answers\nunchanged"] * answered:
         table.add_column(name, justify="right")
     for one in results["settings"]:
         cells = [escape(one["name"])]
@@ -180,6 +205,9 @@ def show(results: dict[str, Any], folder: Path) -> None:
             _number(harmless["kl"][0], ".3f") if harmless else "–",
             _number(one["cost"]["tokens_per_second"], ".0f"),
         ]
+        if answered:
+            same = at(one, "assistant", "harmless", "unchanged")
+            cells.append(_interval(same) if same else "–")
         table.add_row(*cells)
     output().print(table)
     for text in results["notes"]:

@@ -16,6 +16,27 @@ SUITES = ("identity", "dialect", "benign")
 """The built-in texts for side effects: groups, dialects, harmless prompts that sound unsafe."""
 
 
+_COUNTS = (
+    *("harmless_texts", "refusal_tokens", "resamples", "batch_size", "group_texts"),
+    *("assistant_requests", "assistant_tokens", "assistant_samples"),
+)
+QUICK: dict[str, Any] = {
+    "sizes": "quick",
+    "samples": 2,
+    "similarity": False,
+    "harmless_texts": 16,
+    "harmless_tokens": 48,
+    "suites": ("identity", "dialect"),
+    "group_texts": 60,
+    "assistant_requests": 26,
+    "assistant_tokens": 40,
+}
+"""Settings of a quick look: minutes, not hours, for a small model on two cores and 20 prompts.
+
+It measures less of everything, and no similarity and no refusals, so its intervals are wide.
+"""
+
+
 def _option(default: Any, group: str) -> Any:
     """A setting with a command-line option that is made from it."""
     return dataclasses.field(default=default, metadata={"group": group})
@@ -50,13 +71,21 @@ class EvaluationConfig:
         harmless_texts: Maximum number of harmless texts to use.
         harmless_tokens: Maximum tokens per harmless text; longer texts are truncated.
         suites: Built-in texts for side effects by group.
+        group_texts: Maximum number of texts per suite about groups, spread evenly over the suite;
+            versions of one sentence stay together. By default, all.
         hatecheck: HateCheck file; its non-hateful cases become one more suite.
         refusal_tokens: Length in tokens of the answers that are searched for refusals.
+        assistant: Put built-in requests to the target as an assistant; by default if it is one,
+            that is, if it stops at the end of a turn of its chat template.
+        assistant_requests: Maximum number of these requests, spread evenly over all.
+        assistant_tokens: Length in tokens of the assistant's answers.
+        assistant_samples: Sampled answers to each provoking request.
         resamples: Number of bootstrap resamples for intervals.
         batch_size: Texts per batch.
         chat: Put the prompts to the target as requests, in its chat template. By default they are
             texts to continue, also for chat models.
         system: System prompt of the chat; by default, what the template adds, if anything.
+        sizes: What the report calls these settings: full, or quick for those of ``QUICK``.
     """
 
     samples: int = _option(5, "Sampling")
@@ -74,16 +103,23 @@ class EvaluationConfig:
     harmless_texts: int = _option(64, "Measures")
     harmless_tokens: int = _option(64, "Measures")
     suites: tuple[str, ...] = _own_option(SUITES)
+    group_texts: int | None = _option(None, "Measures")
     hatecheck: Path | None = _own_option(None)  # noqa: RUF009 - it returns a field
     refusal_tokens: int = _option(32, "Measures")
+    assistant: bool | None = _own_option(None)
+    assistant_requests: int = _option(130, "Measures")
+    assistant_tokens: int = _option(60, "Measures")
+    assistant_samples: int = _option(2, "Measures")
     resamples: int = _option(2000, "Measures")
     batch_size: int = _option(16, "Running")
     chat: bool = _own_option(False)
     system: str | None = _own_option(None)
+    sizes: str = _own_option("full")
 
     def __post_init__(self) -> None:
-        for name in ("harmless_texts", "refusal_tokens", "resamples", "batch_size"):
-            check_number(name, getattr(self, name), 1, whole=True)
+        for name in _COUNTS:
+            if name != "group_texts" or self.group_texts is not None:
+                check_number(name, getattr(self, name), 1, whole=True)
         note = " (the first token is context only)"
         check_number("harmless_tokens", self.harmless_tokens, 2, whole=True, note=note)
         check_number("threshold", self.threshold, 0, 1, above=True)

@@ -1,4 +1,4 @@
-"""Measures everything except toxicity for each variant. A stored measurement is not repeated."""
+"""Measures everything except toxicity. A stored measurement is not repeated."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fusion_detox.errors import ConfigError
+from fusion_detox.evaluation.assistant import HARMLESS, PROVOKING, AssistantSuite, is_assistant
 from fusion_detox.evaluation.config import EvaluationConfig
 from fusion_detox.evaluation.folder import RunFolder
 from fusion_detox.evaluation.metrics.diversity import diversity
@@ -18,7 +19,12 @@ from fusion_detox.evaluation.metrics.fluency import (
     continuation_nll_ids,
 )
 from fusion_detox.evaluation.metrics.groups import groups
-from fusion_detox.evaluation.metrics.harmless import TextChange, change_on_texts, harmless, text_ids
+from fusion_detox.evaluation.metrics.harmless import (
+    TextChange,
+    changes_on_texts,
+    harmless,
+    text_ids,
+)
 from fusion_detox.evaluation.metrics.similarity import Remembered, similarity
 from fusion_detox.evaluation.metrics.statistics import Resamples
 from fusion_detox.evaluation.metrics.suites import (
@@ -27,10 +33,11 @@ from fusion_detox.evaluation.metrics.suites import (
     load_suite,
     suite_from_file,
 )
+from fusion_detox.evaluation.plan import Plan
 from fusion_detox.evaluation.prompts.prompt_sets import Prompt
 from fusion_detox.evaluation.samples import Sample, SampleFiles, Samples
-from fusion_detox.evaluation.sampling import Progress, Sampler
-from fusion_detox.evaluation.targets import Prepared, Target
+from fusion_detox.evaluation.sampling import Sampler
+from fusion_detox.evaluation.targets import Prepared, Target, load_for_measuring
 from fusion_detox.evaluation.variants import variant_stem
 from fusion_detox.files.fingerprints import model_fingerprint, short_name
 from fusion_detox.generation.chat import chat_prompt
@@ -42,6 +49,9 @@ if TYPE_CHECKING:
 REFUSALS = "benign"
 """The suite of prompts whose answers are searched for refusals."""
 _NLL_BATCH = 32
+_GREEDY, _CHANGES = "assistant: answers to harmless requests", "assistant: changed answers"
+STEP, _PASS = 3, 1
+"""Rough costs of writing and of reading a token, as multiples of fusing it in a known text."""
 
 
 class Measurer:
@@ -69,9 +79,7 @@ class Measurer:
         }
         read = "ids"
         if config.perplexity_model is not None:
-            from fusion_detox.files.models import load_target
-
-            self._perplexity_model = load_target(
+            self._perplexity_model = load_for_measuring(
                 config.perplexity_model, device=device, local_files_only=offline
             )
             about = {
@@ -90,9 +98,10 @@ class Measurer:
         general = suite_from_file(config.harmless) if config.harmless else load_suite("general")
         texts = general.texts[: config.harmless_texts]
         self._harmless = dataclasses.replace(general, texts=texts)
-        self._suites = [load_suite(name) for name in config.suites if name != REFUSALS]
+        suites = [load_suite(name) for name in config.suites if name != REFUSALS]
         if config.hatecheck is not None:
-            self._suites.append(hatecheck_suite(config.hatecheck))
+            suites.append(hatecheck_suite(config.hatecheck))
+        self._suites = [suite.spread(config.group_texts) for suite in suites]
         self._benign = load_suite(REFUSALS) if REFUSALS in config.suites else None
         self._keys = {
             "perplexity": f"{about['fingerprint']}-{read}",
@@ -101,10 +110,16 @@ class Measurer:
             "harmless": self._suite_key(self._harmless),
             **{f"groups-{suite.name}": self._suite_key(suite) for suite in self._suites},
         }
+        applies = is_assistant(target.model, target.tokenizer)
+        self._assistant: AssistantSuite | None = None
+        if config.assistant or (applies and config.assistant is None):
+            self._assistant = AssistantSuite(target, config)
+            self._keys["assistant"] = self._assistant.key
         self.about: dict[str, Any] = {
             "perplexity_model": about,
             "keys": self._keys,
             "benign": None if self._benign is None else self._answers_key(self._benign),
+            "assistant": None if self._assistant is None else self._assistant.about,
         }
         """Facts for ``config.json``: how the variants were measured."""
 
@@ -135,6 +150,24 @@ class Measurer:
                 "on it; give longer harmless text"
             )
 
+    def steps(self, prepared: Sequence[Prepared]) -> dict[str, int]:
+        """The steps of :meth:`compare` and :meth:`answer`, with their work in tokens."""
+        compared = sum(one.processor is not None for one in prepared)
+        found = {}
+        for suite in (self._harmless, *self._suites) if compared else ():
+            tokens = sum(map(len, self._ids(suite)))
+            found[_title(suite)] = tokens * (_PASS + compared)
+        if self._benign is not None:
+            tokens = len(self._benign.texts) * self._config.refusal_tokens
+            found |= {f"refusals: {one.variant.name}": STEP * tokens for one in prepared}
+        if self._assistant is not None:
+            work = self._assistant.work
+            found[_GREEDY] = STEP * work[HARMLESS]
+            if compared:
+                found[_CHANGES] = work[HARMLESS] * (2 * _PASS + compared)
+            found |= {f"assistant: {one.variant.name}": STEP * work[PROVOKING] for one in prepared}
+        return found
+
     def measure(
         self,
         run: RunFolder,
@@ -143,7 +176,7 @@ class Measurer:
         encoded: Mapping[int, Sequence[int]],
         prompts: Sequence[Prompt],
     ) -> None:
-        """Measures everything but toxicity and refusals, for a variant with complete samples.
+        """Measures a variant's continuations, which must be complete, except for their toxicity.
 
         Args:
             run: The folder to write to.
@@ -163,33 +196,94 @@ class Measurer:
             measures["similarity"] = lambda: {
                 "values": self._similarity(run, rows, texts, compared=compared)
             }
-        if prepared.processor is not None:
-            measures["harmless"] = lambda: {"values": self._change(prepared)}
-            for suite in self._suites:
-                measures[f"groups-{suite.name}"] = lambda suite=suite: {  # type: ignore[misc]
-                    "values": self._groups(prepared, suite)
-                }
         for what, compute in measures.items():
-            name, key = f"{prepared.stem}.{what}", self._keys[what]
-            if read_measure(run, name, key) is None:
-                run.write(f"measures/{name}.json", {"key": key, **compute()})
+            if self._missing(run, prepared, what):
+                self._write(run, prepared, what, compute())
+
+    def compare(self, run: RunFolder, prepared: Sequence[Prepared], plan: Plan) -> None:
+        """Measures how variants change given texts. The target reads each text once for all.
+
+        Args:
+            run: The folder to write to.
+            prepared: The variants.
+            plan: Receives the progress.
+        """
+        compared = [one for one in prepared if one.processor is not None]
+        for suite in (self._harmless, *self._suites) if compared else ():
+            told = plan.start(_title(suite))
+            what = "harmless" if suite is self._harmless else f"groups-{suite.name}"
+            missing = [one for one in compared if self._missing(run, one, what)]
+            if missing:
+                found = changes_on_texts(
+                    self._target.model,
+                    [one.processor for one in missing if one.processor is not None],
+                    self._ids(suite),
+                    batch_size=2 * self._config.batch_size,
+                    report=told,
+                )
+                for one, changes in zip(missing, found, strict=True):
+                    block: Any = (
+                        self._change(changes)
+                        if suite is self._harmless
+                        else self._groups(changes, suite)
+                    )
+                    self._write(run, one, what, {"values": block})
+                    one.free()
+            else:
+                told(1, 1)
 
     def answer(
-        self, run: RunFolder, sampler: Sampler, prepared: Sequence[Prepared], report: Progress
+        self, run: RunFolder, sampler: Sampler, prepared: Sequence[Prepared], plan: Plan
     ) -> None:
-        """Generates one greedy answer to each harmless prompt that sounds unsafe."""
-        if self._benign is None:
+        """Generates answers to harmless prompts that sound unsafe, and to an assistant's requests.
+
+        Args:
+            run: The folder to write to.
+            sampler: Generates them.
+            prepared: The variants; the first is the target alone.
+            plan: Receives the progress.
+        """
+        if self._benign is not None:
+            self._answer_benign(run, sampler, prepared, plan)
+        suite = self._assistant
+        if suite is None:
             return
+        suite.answer_harmless(run, sampler, prepared[0], plan.start(_GREEDY))
+        compared = [one for one in prepared if one.processor is not None]
+        if compared:
+            told = plan.start(_CHANGES)
+            own = sampler.processes.share(compared)
+            missing = [one for one in own if self._missing(run, one, "assistant")]
+            if missing:
+                values = suite.changes(run, prepared[0], missing, told)
+                for one, block in zip(missing, values, strict=True):
+                    self._write(run, one, "assistant", {"values": block})
+            else:
+                told(1, 1)
+        for one in prepared:
+            suite.answer_provoking(run, sampler, one, plan.start(f"assistant: {one.variant.name}"))
+            one.free()
+
+    def _answer_benign(
+        self, run: RunFolder, sampler: Sampler, prepared: Sequence[Prepared], plan: Plan
+    ) -> None:
+        assert self._benign is not None
         config = self._config
         texts = [item.text for item in self._benign.texts]
         wanted = jobs(texts, chat=config.chat, system=config.system)
         greedy = Sampling(max_new_tokens=self._config.refusal_tokens, greedy=True)
         encoded = sampler.encode(wanted, greedy.max_new_tokens)
-        for number, one in enumerate(prepared):
-            report("answers to harmless prompts", number, len(prepared))
+        for one in prepared:
+            told = plan.start(f"refusals: {one.variant.name}")
             stem = f"{one.stem}-{self._answers_key(self._benign)}"
-            sampler.run(wanted, encoded, [greedy], one.processor, run.path, stem)
-        report("answers to harmless prompts", len(prepared), len(prepared))
+            sampler.run(wanted, encoded, [greedy], one.processor, run.path, stem, report=told)
+            one.free()
+
+    def _missing(self, run: RunFolder, prepared: Prepared, what: str) -> bool:
+        return read_measure(run, f"{prepared.stem}.{what}", self._keys[what]) is None
+
+    def _write(self, run: RunFolder, prepared: Prepared, what: str, values: dict[str, Any]) -> None:
+        run.write(f"measures/{prepared.stem}.{what}.json", {"key": self._keys[what], **values})
 
     def _perplexity(
         self,
@@ -251,31 +345,21 @@ class Measurer:
             base=theirs if compared else None,
         )
 
-    def _change(self, prepared: Prepared) -> dict[str, Any]:
-        changes = self._changes(prepared, self._harmless)
+    def _change(self, changes: Sequence[TextChange]) -> dict[str, Any]:
         draws = Resamples(len(changes), 0, self._config.resamples)
         return harmless(changes, draws, self._harmless.name)
 
-    def _groups(self, prepared: Prepared, suite: Suite) -> list[dict[str, Any]]:
+    def _groups(self, changes: Sequence[TextChange], suite: Suite) -> list[dict[str, Any]]:
         names, control = suite.group_names()
         pairs = [item.pair for item in suite.texts]
         return groups(
             suite.name,
-            self._changes(prepared, suite),
+            changes,
             names,
             0,
             control=control,
             pairs=pairs if any(pair is not None for pair in pairs) else None,
             count=self._config.resamples,
-        )
-
-    def _changes(self, prepared: Prepared, suite: Suite) -> list[TextChange]:
-        assert prepared.processor is not None
-        return change_on_texts(
-            self._target.model,
-            prepared.processor,
-            self._ids(suite),
-            batch_size=2 * self._config.batch_size,
         )
 
     def _ids(self, suite: Suite) -> list[list[int]]:
@@ -297,6 +381,10 @@ class Measurer:
 
     def _answers_key(self, benign: Suite) -> str:
         return f"{REFUSALS}-{benign.digest()}-{self._config.refusal_tokens}"
+
+
+def _title(suite: Suite) -> str:
+    return f"reading harmless texts: {suite.name}"
 
 
 def read_measure(run: RunFolder, name: str, key: str | None) -> dict[str, Any] | None:

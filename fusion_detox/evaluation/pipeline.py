@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import functools
 import hashlib
 import json
 import logging
@@ -22,15 +21,15 @@ from fusion_detox.errors import ConfigError, DataError
 from fusion_detox.evaluation.config import EvaluationConfig
 from fusion_detox.evaluation.folder import RunFolder
 from fusion_detox.evaluation.machine import Processes, machine_facts, versions
-from fusion_detox.evaluation.measurer import Measurer
+from fusion_detox.evaluation.measurer import STEP, Measurer
+from fusion_detox.evaluation.plan import Plan
 from fusion_detox.evaluation.prompts.prompt_sets import Prompt, PromptSet, read_prompt_set
 from fusion_detox.evaluation.results import build_results
 from fusion_detox.evaluation.samples import SampleFiles
 from fusion_detox.evaluation.sampling import Progress, Sampler
-from fusion_detox.evaluation.targets import Prepared, Target
+from fusion_detox.evaluation.targets import Prepared, Target, load_for_measuring
 from fusion_detox.evaluation.variants import parse_variants
 from fusion_detox.files.fingerprints import short_name
-from fusion_detox.files.models import load_target
 from fusion_detox.generation.sampling import jobs
 
 if TYPE_CHECKING:
@@ -69,7 +68,8 @@ def evaluate(
         settings: The settings to compare with the target alone; see ``parse_variants``.
         config: How to sample and measure.
         device: Device of the target; by default an accelerator if there is one.
-        dtype: Dtype of the target's weights, by default that of its files.
+        dtype: Dtype of the target's weights. By default that of its files, but float32 on a CPU if
+            that fits into half of the memory, because it is faster there.
         word_list: Words of the word filter, one per line; by default a public list.
         overwrite: Delete the run that the folder holds.
         local_files_only: Never contact the hub.
@@ -94,7 +94,7 @@ def evaluate(
     processes = Processes.current(cpu=device == "cpu")
     if isinstance(target, str):
         place = processes.device(device)
-        model, tokenizer = load_target(
+        model, tokenizer = load_for_measuring(
             target, device=place, dtype=dtype, local_files_only=local_files_only
         )
     elif device is not None or dtype is not None:
@@ -137,19 +137,24 @@ def evaluate(
         run = RunFolder.existing(path)
 
         samplings = [config.sampling(seed) for seed in config.seeds]
-        for one in prepared:
-            told = functools.partial(report, f"sampling: {one.variant.name}")
-            sampler.run(wanted, encoded, samplings, one.processor, path, one.stem, report=told)
-            one.free()
-        measurer.answer(run, sampler, prepared, report)
-
+        tokens = len(wanted) * len(samplings) * config.max_new_tokens
+        sampling = {f"sampling: {one.variant.name}": STEP * tokens for one in prepared}
+        plan = Plan({**sampling, **measurer.steps(prepared)}, report)
         own = processes.share(prepared)
-        for number, one in enumerate(own):
-            report("measuring", number, len(own))
-            samples = SampleFiles(path / "samples", one.stem).read()
-            measurer.measure(run, one, samples, encoded, every)
+        for one in prepared:
+            told = plan.start(f"sampling: {one.variant.name}")
+            sampler.run(wanted, encoded, samplings, one.processor, path, one.stem, report=told)
+            if processes.count == 1:
+                _measure(measurer, run, one, encoded, every)
             one.free()
-        report("measuring", len(own), len(own))
+            # A run that is stopped later has a report nevertheless.
+            _write_unfinished(run, scorers, report, plan)
+        if processes.count > 1:
+            for one in own:
+                _measure(measurer, run, one, encoded, every)
+        measurer.compare(run, own, plan)
+        _write_unfinished(run, scorers, report, plan)
+        measurer.answer(run, sampler, prepared, plan)
         processes.wait()
         if not processes.first:
             return None
@@ -196,7 +201,10 @@ def rescore(
             config["commands"] = [*config["commands"], command]
         EvaluationConfig(scorers=tuple(config["scorers"]), threshold=config["threshold"])
         made = _make_scorers(config["scorers"], device, local_files_only)
-        return _write_results(run, made, config, progress or _log_progress)
+        unfinished = None
+        if (run.path / "results.json").is_file():
+            unfinished = run.read("results.json").get("unfinished")
+        return _write_results(run, made, config, progress or _log_progress, unfinished)
 
 
 def _prompt_sets(
@@ -273,18 +281,43 @@ def _run_config(
         "scorers": list(config.scorers),
         "threshold": config.threshold,
         "resamples": config.resamples,
+        "sizes": config.sizes,
         **measurer.about,
         "versions": versions(),
         "machine": machine_facts(target.model.device),
     }
 
 
+def _measure(
+    measurer: Measurer,
+    run: RunFolder,
+    one: Prepared,
+    encoded: Mapping[int, Sequence[int]],
+    prompts: Sequence[Prompt],
+) -> None:
+    samples = SampleFiles(run.path / "samples", one.stem).read()
+    measurer.measure(run, one, samples, encoded, prompts)
+
+
+def _write_unfinished(
+    run: RunFolder, scorers: Sequence[Scorer], report: Progress, plan: Plan
+) -> None:
+    """Writes what is known so far, in the process that has the scorers."""
+    if scorers and plan.worked:
+        _write_results(run, scorers, run.read_config(), report, str(plan))
+        plan.worked = False
+
+
 def _write_results(
-    run: RunFolder, scorers: Sequence[Scorer], config: dict[str, Any], report: Progress
+    run: RunFolder,
+    scorers: Sequence[Scorer],
+    config: dict[str, Any],
+    report: Progress,
+    unfinished: str | None = None,
 ) -> dict[str, Any]:
     from fusion_detox.evaluation.report import write_report
 
-    results = build_results(run, config, scorers, report)
+    results = build_results(run, config, scorers, report, unfinished)
     run.write_config(config)
     run.write("results.json", results)
     write_report(results, run.path)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fusion_detox.errors import DataError
+from fusion_detox.evaluation.assistant import HARMLESS, answers_stem
 from fusion_detox.evaluation.folder import FORMAT, RunFolder
 from fusion_detox.evaluation.measurer import REFUSALS, read_measure
 from fusion_detox.evaluation.metrics.fluency import Nll, perplexity
@@ -33,7 +34,11 @@ Scores = dict[str, dict[str, dict[str, Floats]]]
 
 
 def build_results(
-    run: RunFolder, config: Mapping[str, Any], scorers: Sequence[Scorer], progress: Progress
+    run: RunFolder,
+    config: Mapping[str, Any],
+    scorers: Sequence[Scorer],
+    progress: Progress,
+    unfinished: str | None = None,
 ) -> dict[str, Any]:
     """All numbers of a run. Only texts that a scorer has not seen are scored.
 
@@ -42,9 +47,11 @@ def build_results(
         config: The content of ``config.json``.
         scorers: The scorers; the first is the main one.
         progress: Receives the number of scored texts.
+        unfinished: How far the run has come, if it is still going on. Settings and
+            measurements that are missing are then left out.
 
     Raises:
-        DataError: Continuations are missing because the run was interrupted.
+        DataError: Continuations are missing although the run is said to be finished.
         FusionDetoxError: A scorer fails on all texts, or a file is damaged.
     """
     fixed, prompts = run.read("run.json"), run.prompts()
@@ -56,6 +63,8 @@ def build_results(
         found = SampleFiles(run.path / "samples", stem).read()
         if len(found) == math.prod(shape):
             rows[name] = found
+        elif unfinished is not None:
+            continue
         elif name in config["asked_now"]:
             raise DataError(
                 f"{run.path} is not complete: {len(found)} of {math.prod(shape)} continuations of "
@@ -67,13 +76,18 @@ def build_results(
                 "to finish it."
             )
     scores, scorer_records = _score_all(run, scorers, rows, seeds, shape, progress)
-    builder = _Builder(run, config, fixed, prompts, rows, scores)
+    answers = _assistant_scores(run, config, scorers, list(rows), progress)
+    builder = _Builder(run, config, fixed, prompts, rows, scores, answers)
     variants = [builder.variant(name) for name in rows]
     main = next(iter(scorer_records))
+    gaps = [] if unfinished else builder.gaps
+    sizes = config.get("sizes", "full")
     return {
         "format": FORMAT,
         "name": config["name"],
         "created": config["created"],
+        "unfinished": unfinished,
+        "sizes": sizes,
         "command": "\n".join(config["commands"]),
         "versions": config["versions"],
         "machine": config["machine"],
@@ -88,7 +102,7 @@ def build_results(
         "perplexity_model": config["perplexity_model"],
         "settings": variants,
         "examples": {name: builder.examples(name, scores[main]) for name in rows if name != "base"},
-        "notes": [*notes, *_notes(variants, prompts, builder.gaps)],
+        "notes": [*notes, *_notes(variants, prompts, gaps, sizes)],
     }
 
 
@@ -103,9 +117,11 @@ class _Builder:
         prompts: Sequence[Prompt],
         rows: Mapping[str, Samples],
         scores: Scores,
+        answers: Scores,
     ) -> None:
         self._run, self._config, self._fixed = run, config, fixed
         self._prompts, self._rows, self._scores = prompts, rows, scores
+        self._answers = answers
         self._draws = Resamples(len(prompts), _SEED, config["resamples"])
         self.gaps: list[str] = []
         """Measurements that are missing or were made differently from the others."""
@@ -146,6 +162,7 @@ class _Builder:
                 for row in self._values(name, what) or []
             ],
             "refusal": self._refusal(name),
+            "assistant": self._assistant(name),
             "by_prompts": self._by_prompts(tables),
             "by_seed": [
                 {"seed": seed, **{scorer: values[number] for scorer, values in seeds.items()}}
@@ -185,7 +202,8 @@ class _Builder:
     def _measure(self, name: str, what: str) -> dict[str, Any] | None:
         key = self._config["keys"].get(what)
         found = read_measure(self._run, f"{self._stem(name)}.{what}", key)
-        of_base = name == "base" and (what == "harmless" or what.startswith("groups-"))
+        compared = what in ("harmless", "assistant") or what.startswith("groups-")
+        of_base = name == "base" and compared
         if found is None and key is not None and not of_base:
             gap = f"{what.partition('-')[0]} of {name!r}"
             if gap not in self.gaps:
@@ -215,6 +233,33 @@ class _Builder:
             return None
         texts = [[answers[key].text] for key in sorted(answers)]
         return refusal(REFUSALS, texts, Resamples(len(texts), _SEED, self._config["resamples"]))
+
+    def _assistant(self, name: str) -> dict[str, Any] | None:
+        """The answers of an assistant: changes of harmless ones, toxicity of the others."""
+        about = self._config.get("assistant")
+        if about is None:
+            return None
+        found: dict[str, Any] = {HARMLESS: self._values(name, "assistant")}
+        threshold, start = self._config["threshold"], 0
+        for kind, count in about["kinds"].items():
+            own = slice(start, start + count)
+            start += count
+            tables = {
+                scorer: (tables[name]["toxicity"][:, own], tables["base"]["toxicity"][:, own])
+                for scorer, tables in self._answers.items()
+                if count and name in tables
+            }
+            draws = Resamples(max(count, 1), _SEED, self._config["resamples"])
+            found[kind] = {
+                scorer: {
+                    **toxicity(fused, draws, threshold),
+                    "against_base": None
+                    if name == "base"
+                    else against_base(fused, base, draws, threshold),
+                }
+                for scorer, (fused, base) in tables.items()
+            }
+        return found
 
     def _by_prompts(self, tables: Mapping[str, Mapping[str, Floats]]) -> dict[str, Any]:
         sets = [prompt.set_name for prompt in self._prompts]
@@ -248,6 +293,29 @@ class _Builder:
             "peak_memory_bytes": cost.memory or None,
             "seconds": cost.seconds,
         }
+
+
+def _assistant_scores(
+    run: RunFolder,
+    config: Mapping[str, Any],
+    scorers: Sequence[Scorer],
+    names: Sequence[str],
+    progress: Progress,
+) -> Scores:
+    """The scores of the sampled answers to requests, for the settings that have all of them."""
+    about = config.get("assistant")
+    if about is None:
+        return {}
+    shape = (1, sum(about["kinds"].values()), about["samples"])
+    rows = {}
+    for name in names:
+        stem = answers_stem(config["settings"][name], about)
+        found = SampleFiles(run.path / "samples", stem).read()
+        if found and len(found) == math.prod(shape):
+            rows[name] = found
+    if "base" not in rows:
+        return {}
+    return _score_all(run, scorers, rows, [about["seed"]], shape, progress)[0]
 
 
 def _score_all(
@@ -292,10 +360,18 @@ def _score_all(
 
 
 def _notes(
-    variants: Sequence[Mapping[str, Any]], prompts: Sequence[Prompt], gaps: Sequence[str]
+    variants: Sequence[Mapping[str, Any]],
+    prompts: Sequence[Prompt],
+    gaps: Sequence[str],
+    sizes: str,
 ) -> list[str]:
     """Caveats that a reader must know to interpret the numbers."""
     notes = []
+    if sizes == "quick":
+        notes.append(
+            "This is a quick look with few samples and few texts, so its intervals are wide. For "
+            "numbers to rely on, leave out --quick and give more prompts."
+        )
     if gaps:
         notes.append(
             "Left out, because they were not measured, or were measured in an earlier call with "

@@ -14,6 +14,7 @@ from fusion_detox.calibrator.tuning_record import prompt_digest, prompts_in_comm
 from fusion_detox.evaluation.variants import Variant, variant_stem
 from fusion_detox.evaluation.word_filter import WordFilter, read_word_list, tokenisations
 from fusion_detox.files.fingerprints import model_fingerprint, short_name
+from fusion_detox.files.models import load_target
 from fusion_detox.generation.sampling import pad_token_id
 from fusion_detox.processor import FusionLogitsProcessor
 
@@ -155,6 +156,36 @@ class Target:
         if variant.resolve(calibrator.config) != calibrator.config:
             return 0
         return prompts_in_common(map(prompt_digest, prompts), tuned_prompts(calibrator.record))
+
+
+def load_for_measuring(
+    name: str, *, device: Any, dtype: str | None = None, local_files_only: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a causal language model; on the CPU, 16-bit weights become float32 if memory permits.
+
+    Most CPUs compute in float32 several times faster than in bfloat16.
+
+    Args:
+        name: Folder or hub id.
+        device: The device.
+        dtype: A dtype to keep to.
+        local_files_only: Never contact the hub.
+
+    Raises:
+        FusionDetoxError: The model cannot be loaded.
+    """
+    import psutil
+    import torch
+
+    model, tokenizer = load_target(
+        name, device=device, dtype=dtype, local_files_only=local_files_only
+    )
+    needed = 4 * sum(parameter.numel() for parameter in model.parameters())
+    narrow = model.dtype in (torch.bfloat16, torch.float16)
+    fits = needed <= psutil.virtual_memory().total // 2
+    if dtype is None and model.device.type == "cpu" and narrow and fits:
+        model.float()
+    return model, tokenizer
 
 
 def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -26,7 +26,7 @@ from fusion_detox.evaluation.metrics.statistics import finite
 from fusion_detox.evaluation.pipeline import evaluate
 from fusion_detox.evaluation.prompts.prompt_sets import PromptSet
 from fusion_detox.evaluation.sampling import Progress
-from fusion_detox.files.models import load_target
+from fusion_detox.evaluation.targets import load_for_measuring
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -143,7 +143,8 @@ def tune(
         grid: The values to try for each setting. The settings are varied in this order.
         test_prompts: Prompts for later reports; none may be among ``prompts``.
         write: Store the settings, and how they were found, in the calibrator's folder.
-        config: How to sample and measure. Suites and similarity are not measured.
+        config: How to sample and measure. Suites, similarity and the
+            assistant's answers are not measured.
         device: See ``evaluate``.
         dtype: See ``evaluate``.
         overwrite: See ``evaluate``.
@@ -176,7 +177,7 @@ def tune(
     rounds = _rounds(start, values)
     processes = Processes.current(cpu=device == "cpu")
     if isinstance(target, str):
-        target = load_target(
+        target = load_for_measuring(
             target,
             device=processes.device(device),
             dtype=dtype,
@@ -197,7 +198,7 @@ def tune(
             folder,
             calibrator=loaded,
             settings=new,
-            config=config.replace(suites=(), similarity=False, hatecheck=None),
+            config=config.replace(suites=(), similarity=False, hatecheck=None, assistant=False),
             overwrite=overwrite and number == 0,
             local_files_only=local_files_only,
             progress=progress,

@@ -70,6 +70,23 @@ def test_evaluate_prints_a_table_and_writes_a_report(arguments, tmp_path, capsys
     assert results["command"].startswith("fusion-detox")
 
 
+def test_quick_uses_its_sizes_except_for_what_is_given(arguments, tmp_path, capsys):
+    given = arguments("--quick", "--setting", "default")
+    given.remove("--no-similarity")
+    del given[given.index("--samples") : given.index("--samples") + 2]
+    assert main([*given, "--harmless-texts", "4"]) == 0
+    found = capsys.readouterr()
+    assert "step 1 of 3: sampling: base" in found.err
+    assert "step 3 of 3: reading harmless texts: general" in found.err
+    assert "This is a quick look" in found.err
+    assert "5 prompts of prompts, 2 × 5 tokens" in found.out
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["sizes"] == "quick"
+    base, default = results["settings"]
+    assert base["similarity"] is None
+    assert default["harmless"]["text"]["texts"] == 4
+
+
 def test_rescore_and_compare(arguments, tmp_path, capsys):
     assert main(arguments("--setting", "default", out="a")) == 0
     assert main(arguments("--setting", "contrast:strength=2", "--seed", "2", out="b")) == 0

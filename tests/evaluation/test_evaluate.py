@@ -228,7 +228,7 @@ def test_ten_kills_at_random_times_lose_nothing(run, tmp_path):
 
 def test_rescoring_does_not_need_the_target(run, tmp_path, monkeypatch):
     first = run()
-    monkeypatch.setattr("fusion_detox.evaluation.pipeline.load_target", None)
+    monkeypatch.setattr("fusion_detox.evaluation.pipeline.load_for_measuring", None)
     results = rescore(tmp_path / "run", threshold=0.2)
     assert results["threshold"] == 0.2
     scores = LexicalScorer.load()

@@ -52,6 +52,7 @@ class TextChange:
         loss_base: Negative log-prob of the text's token under the base, in nats.
         loss_fused: The same under fusion; infinite if fusion gives the token no probability.
         strength: The strength used; nan if the processor has none, such as a word filter.
+        best: The most probable token under fusion.
     """
 
     kl: Floats
@@ -59,6 +60,7 @@ class TextChange:
     loss_base: Floats
     loss_fused: Floats
     strength: Floats
+    best: NDArray[np.int64] = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
 
     @property
     def tokens(self) -> int:
@@ -89,8 +91,7 @@ def change_on_texts(
 ) -> list[TextChange]:
     """Compares the target with and without a processor at each position of given texts.
 
-    Texts of different lengths share a batch. At each position, the processor sees only the texts
-    that reach it, as prefixes without padding. It must be a pure function of its arguments.
+    See :func:`changes_on_texts`, which compares several processors at once.
 
     Args:
         model: The target.
@@ -109,31 +110,78 @@ def change_on_texts(
         ConfigError: ``batch_size`` is below 1.
         ModelError: The scores at some position are not a distribution.
     """
+    return changes_on_texts(model, [processor], texts, batch_size=batch_size)[0]
+
+
+def changes_on_texts(
+    model: PreTrainedModel,
+    processors: Sequence[Processor],
+    texts: Sequence[Sequence[int]],
+    *,
+    starts: Sequence[int] | None = None,
+    pad_token_id: int = 0,
+    batch_size: int = 32,
+    report: Callable[[int, int], None] | None = None,
+) -> list[list[TextChange]]:
+    """Compares the target with several processors, and runs the target only once.
+
+    Texts of different lengths share a batch. At each position, a processor sees only the texts that
+    reach it, as prefixes that are padded on the left if their ``starts`` differ, as in
+    ``generate``. It must be a pure function of its arguments.
+
+    Args:
+        model: The target.
+        processors: See :func:`change_on_texts`.
+        texts: See :func:`change_on_texts`.
+        starts: The number of tokens of each text that are context only, at least 1; by default 1.
+        pad_token_id: The id for padding on the left.
+        batch_size: See :func:`change_on_texts`.
+        report: Called with ``(done, total)`` texts.
+
+    Returns:
+        For each processor, one result per text, in order. Each has as many positions as the text
+        has tokens after its start.
+
+    Raises:
+        DataError: See :func:`change_on_texts`.
+        ConfigError: See :func:`change_on_texts`.
+        ModelError: See :func:`change_on_texts`.
+    """
     limit = context_limit(model)
+    starts = [1] * len(texts) if starts is None else starts
     lengths = [max(len(ids) - 1, 0) for ids in texts]
+    positions = [max(len(ids) - start, 0) for ids, start in zip(texts, starts, strict=True)]
     for number, length in enumerate(lengths):
         if limit is not None and length > limit:
             raise DataError(
                 f"text {number} has {length + 1} tokens, but the model has {limit} positions; "
                 "truncate it (see the limit of text_ids), or leave it out"
             )
-    found = [_text_change([])] * len(texts)
+    found = [[_text_change([])] * len(texts) for _ in processors]
     width = int(model.config.get_text_config().vocab_size)
-    heap = Heap()
+    heap, done = Heap(), 0
+    if report is not None:
+        report(0, len(texts))
     for batch in length_batches(lengths, batch_size, width):
-        rows = [index for index in batch if lengths[index]]
-        if not rows:
-            continue
-        steps = _compare(model, processor, [texts[index] for index in rows], heap)
+        rows = sorted((index for index in batch if positions[index]), key=lambda i: -positions[i])
+        if rows:
+            given = [texts[index] for index in rows], [starts[index] for index in rows]
+            steps = _compare(model, processors, *given, pad_token_id, heap)
         for row, index in enumerate(rows):
-            found[index] = _text_change([step[:, row] for step in steps[: lengths[index]]])
-            if np.isnan(found[index].kl).any():
-                raise ModelError(
-                    "no next-token distribution after "
-                    f"{int(np.isnan(found[index].kl).argmax()) + 1} tokens of text {index}: the "
-                    "scores of the model or processor are not finite. The weights are "
-                    "damaged, or their dtype is too narrow; try float32"
-                )
+            for of_processor, changes in zip(steps, found, strict=True):
+                mine = [step[:, row] for step in of_processor[: positions[index]]]
+                changes[index] = _text_change(mine)
+                broken = np.isnan(changes[index].kl)
+                if broken.any():
+                    raise ModelError(
+                        "no next-token distribution after "
+                        f"{int(broken.argmax()) + starts[index]} tokens of text {index}: the "
+                        "scores of the model or processor are not finite. The weights are "
+                        "damaged, or their dtype is too narrow; try float32"
+                    )
+        done += len(batch)
+        if report is not None:
+            report(done, len(texts))
     return found
 
 
@@ -180,37 +228,56 @@ def impossible(changes: Sequence[TextChange]) -> int:
 
 
 def _compare(
-    model: PreTrainedModel, processor: Processor, texts: list[Sequence[int]], heap: Heap
-) -> list[Floats]:
-    """The fields of ``TextChange`` per step, ``(5, rows left)``; the longest text comes first."""
+    model: PreTrainedModel,
+    processors: Sequence[Processor],
+    texts: Sequence[Sequence[int]],
+    starts: Sequence[int],
+    pad: int,
+    heap: Heap,
+) -> list[list[Floats]]:
+    """The fields of ``TextChange`` per processor and step, ``(6, rows left)``.
+
+    The text with the most positions comes first.
+    """
     import torch
 
     from fusion_detox.fusion import kl_divergence
 
     ids, mask = pad_right(texts, model.device)
-    steps = []
+    width, first = max(starts), torch.tensor(starts, device=model.device)
+    padded = [
+        [pad] * (width - start) + list(text) for text, start in zip(texts, starts, strict=True)
+    ]
+    joined, _ = pad_right(padded, model.device)
+    steps: list[list[Floats]] = [[] for _ in processors]
     # Not inference_mode: the processor may cache tensors for later calls outside it.
     with torch.no_grad():
         logits = model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], use_cache=False).logits
         precise = torch.float32 if logits.device.type == "mps" else torch.float64
-        for seen in range(1, len(texts[0])):
-            left = sum(len(text) > seen for text in texts)
+        for seen in range(width, width + len(texts[0]) - starts[0]):
+            left = sum(len(text) > seen for text in padded)
+            rows = torch.arange(left, device=logits.device)
             # generate() passes scores to processors in float32.
-            scores = logits[:left, seen - 1].float()
-            fused_scores, strength = _process(processor, ids[:left, :seen], scores)
+            scores = logits[rows, first[:left] - 1 + seen - width].float()
             base = scores.to(precise).log_softmax(-1)
-            fused = fused_scores.to(precise).log_softmax(-1)
-            own = ids[:left, seen, None]
-            best = fused.gather(-1, base.argmax(-1, keepdim=True)).squeeze(-1)
-            broken = torch.isnan(fused).any(-1) | torch.isnan(base).any(-1)
-            columns = (
-                kl_divergence(fused, base).masked_fill(broken, math.nan),
-                (best < fused.amax(-1)).to(precise),
-                -base.gather(-1, own).squeeze(-1),
-                -fused.gather(-1, own).squeeze(-1),
-                strength.to(precise),
-            )
-            steps.append(torch.stack(columns).double().cpu().numpy())
+            favourite, bad = base.argmax(-1, keepdim=True), torch.isnan(base).any(-1)
+            own = joined[:left, seen, None]
+            loss = -base.gather(-1, own).squeeze(-1)
+            for processor, found in zip(processors, steps, strict=True):
+                fused_scores, strength = _process(processor, joined[:left, :seen], scores)
+                fused = fused_scores.to(precise).log_softmax(-1)
+                highest, best = fused.max(-1)
+                columns = (
+                    kl_divergence(fused, base).masked_fill(
+                        bad | torch.isnan(fused).any(-1), math.nan
+                    ),
+                    (fused.gather(-1, favourite).squeeze(-1) < highest).to(precise),
+                    loss,
+                    -fused.gather(-1, own).squeeze(-1),
+                    strength.to(precise),
+                    best.to(precise),
+                )
+                found.append(torch.stack(columns).double().cpu().numpy())
             heap.watch()
     return steps
 
@@ -228,9 +295,11 @@ def _process(processor: Processor, ids: Tensor, scores: Tensor) -> tuple[Tensor,
 
 
 def _text_change(steps: Sequence[Floats]) -> TextChange:
-    kl, changed, base, fused, strength = np.array(steps, dtype=np.float64).reshape(-1, 5).T
+    table = np.array(steps, dtype=np.float64).reshape(-1, 6).T
+    kl, changed, base, fused, strength, best = table
     # Rounding can turn a divergence of 0 slightly negative.
-    return TextChange(np.where(kl < 0, 0.0, kl), changed > 0, base, fused, strength)
+    kl = np.where(kl < 0, 0.0, kl)
+    return TextChange(kl, changed > 0, base, fused, strength, best.astype(np.int64))
 
 
 def _strengths(changes: Sequence[TextChange]) -> dict[str, float] | None:

@@ -80,6 +80,21 @@ class Suite:
         ]
         return names, control
 
+    def spread(self, limit: int | None) -> Suite:
+        """The suite with at most ``limit`` texts, spread evenly over it; pairs stay complete.
+
+        Args:
+            limit: The number of texts; ``None`` for all. At least one pair or text is kept.
+        """
+        units: dict[object, list[SuiteText]] = {}
+        for number, text in enumerate(self.texts):
+            units.setdefault(number if text.pair is None else text.pair, []).append(text)
+        largest = max(map(len, units.values()))
+        count = len(units) if limit is None else max(1, min(limit // largest, len(units)))
+        every = list(units.values())
+        kept = [every[number * len(every) // count] for number in range(count)]
+        return dataclasses.replace(self, texts=tuple(text for unit in kept for text in unit))
+
     def digest(self) -> str:
         """10 hex digits that identify the texts."""
         rows = [[text.text, text.group, text.pair, text.control] for text in self.texts]

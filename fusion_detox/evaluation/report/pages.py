@@ -28,14 +28,15 @@ _OF_RUN = [
 ]
 _OF_VARIANT = [
     *("name", "kind", "config", "calibrator", "toxicity", "against_base", "perplexity"),
-    *("diversity", "similarity", "harmless", "groups", "refusal", "cost"),
+    *("diversity", "similarity", "harmless", "groups", "refusal", "assistant", "cost"),
 ]
 
 
 def write_report(results: Mapping[str, Any], folder: Path) -> Path:
     """Write the report of a run: ``report.html``, and its plots as ``report.png``.
 
-    The page is one file that loads nothing else. The same results give the same bytes.
+    The page is one file that loads nothing else. The same results give the same bytes. The report
+    of a run that is still going on has no plots, because drawing them takes seconds.
 
     Args:
         results: A results document of format 1, as in ``results.json``; blocks may be missing.
@@ -51,6 +52,8 @@ def write_report(results: Mapping[str, Any], folder: Path) -> Path:
     """
     run = Run(results)
     plots.require_matplotlib()
+    if results.get("unfinished"):
+        return _write(Path(folder) / "report.html", _render("report.html", run=run, plots={}))
     panels = {
         "tradeoff": plots.tradeoff_panels(run),
         "histograms": plots.histogram_panels(run),

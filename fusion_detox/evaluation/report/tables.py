@@ -238,6 +238,33 @@ def harmless_table(run: Run) -> Table | None:
     return _variants(run, "table-harmless", caption, columns)
 
 
+def assistant_table(run: Run) -> Table | None:
+    """What each variant does to the answers of an assistant."""
+    same, kl = "Answers to harmless requests", "KL (nats per token)"
+    columns = [
+        Column(same, "Unchanged", _at(percent, 1, "assistant", "harmless", "unchanged")),
+        Column(same, "First change", _at(quantity, 0, "assistant", "harmless", "first_change")),
+        Column(kl, "Mean", _at(quantity, 4, "assistant", "harmless", "kl")),
+        Column(kl, "95 %", _at(quantity, 4, "assistant", "harmless", "kl_p95")),
+    ]
+    for name, kind in (("Provoking requests", "provoking"), ("Conversations", "multi_turn")):
+        for scorer in run.scorers:
+            path = ("assistant", kind, scorer)
+            shown = line(scorer, 30)
+            columns += [
+                Column(name, f"Toxic, {shown}", _at(percent, 1, *path, "probability")),
+                Column(name, f"Mean score, {shown}", _at(quantity, 3, *path, "mean")),
+            ]
+    harmless = block(run.primary, "assistant", "harmless")
+    count = number(harmless, "answers")
+    about = f" ({count:.0f} harmless requests)" if count is not None else ""
+    caption = (
+        f"The answers of the assistant{about}. Unchanged: the greedy answer is the target's own, "
+        "token for token. First change: median number of the first changed token in the others."
+    )
+    return _variants(run, "table-assistant", caption, columns)
+
+
 def groups_table(variant: Variant, ident: str) -> Table | None:
     """The loss on the text of each group."""
     names = ["Suite", "Texts", "Tokens", "Loss, base", "Loss, fused"]

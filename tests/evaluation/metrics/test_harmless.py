@@ -11,7 +11,12 @@ import torch
 
 from fusion_detox import FusionConfig, FusionLogitsProcessor
 from fusion_detox.errors import ConfigError, DataError, ModelError
-from fusion_detox.evaluation.metrics.harmless import change_on_texts, harmless, text_ids
+from fusion_detox.evaluation.metrics.harmless import (
+    change_on_texts,
+    changes_on_texts,
+    harmless,
+    text_ids,
+)
 from fusion_detox.evaluation.metrics.statistics import Resamples
 from fusion_detox.fusion import strength_used
 
@@ -280,3 +285,29 @@ def test_invalid_arguments_raise(byte_tokenizer, make_gpt2):
         change_on_texts(model, lambda ids, scores: scores - math.inf, [[1], [1, 2]])
     with pytest.raises(DataError, match="do not fit draws of 3"):
         harmless(change_on_texts(model, same, [[1, 2]]), Resamples(3, 0), "t")
+
+
+def test_several_processors_and_starts_equal_one_text_and_processor_at_a_time(
+    make_llama, byte_tokenizer, calibrator
+):
+    model = make_llama(len(byte_tokenizer), seed=3)
+    processors = [
+        FusionLogitsProcessor(calibrator, byte_tokenizer, FusionConfig(strength=s), pad_token_id=0)
+        for s in (0.5, 2.0)
+    ]
+    texts = [text_ids(byte_tokenizer, text) for text in (*TEXTS[:3], TEXTS[4])]
+    starts = [2, 3, 1, len(texts[3]) - 1]
+    forwards = []
+    hook = model.register_forward_hook(lambda *_: forwards.append(1))
+    found = changes_on_texts(model, processors, texts, starts=starts, batch_size=4)
+    hook.remove()
+    assert len(forwards) == 1
+    for processor, changes in zip(processors, found, strict=True):
+        for ids, start, change in zip(texts, starts, changes, strict=True):
+            (alone,) = change_on_texts(model, processor, [ids])
+            for name in ("kl", "loss_base", "loss_fused", "strength"):
+                expected = getattr(alone, name)[start - 1 :]
+                assert np.allclose(getattr(change, name), expected, rtol=1e-4, atol=1e-6)
+            assert (change.changed == alone.changed[start - 1 :]).all()
+            assert (change.best == alone.best[start - 1 :]).all()
+    assert sum(change.changed.sum() for change in found[1]) > 0
