@@ -159,6 +159,9 @@ class FusionConfig:
             tokens. Toxic text is then steered strongly while harmless text hardly changes. It
             needs a calibrator with a reference, whatever the rule. ``None`` keeps the strength
             constant.
+        context_threshold: The divergence ``d`` up to which the strength is 0; below ``context_kl``,
+            and ignored without it. The factor is then ``(d - context_threshold) / (context_kl -
+            context_threshold)`` within 0..1, so that harmless text stays as it is.
         aligned_norm: How the aligned rules normalise a projected hidden state: ``"layer"`` is
             layer normalisation without weights, as in the paper; ``"target"`` multiplies that by
             the root mean square of the target's own hidden states; ``"none"`` does nothing.
@@ -174,6 +177,7 @@ class FusionConfig:
     floor: float = 1e-7
     kl_budget: float | None = None
     context_kl: float | None = None
+    context_threshold: float = 0.0
     aligned_norm: AlignedNorm = "auto"
 
     def __post_init__(self) -> None:
@@ -191,6 +195,12 @@ class FusionConfig:
             check_number("kl_budget", self.kl_budget, 0.0, above=True)
         if self.context_kl is not None:
             check_number("context_kl", self.context_kl, 0.0, above=True)
+        check_number("context_threshold", self.context_threshold, 0.0)
+        if self.context_kl is not None and self.context_threshold >= self.context_kl:
+            raise ConfigError(
+                f"context_threshold is {self.context_threshold:g}, but must be below context_kl, "
+                f"which is {self.context_kl:g}: reduce the one or raise the other"
+            )
 
     @functools.cached_property
     def contrasts(self) -> bool:
@@ -220,6 +230,8 @@ class FusionConfig:
             values["clip"] = None
         if self.aligned_norm == "auto":  # keeps the files of the other rules short
             del values["aligned_norm"]
+        if not self.context_threshold:
+            del values["context_threshold"]
         return values
 
     @classmethod

@@ -364,10 +364,10 @@ class FusionLogitsProcessor(LogitsProcessor):
         self, reading: Reading, scores: Tensor, scale: Tensor | None
     ) -> Tensor | None:
         """``(batch,)`` factors of the strength: ``scale``, times those from ``context_kl``."""
-        full = self.config.context_kl
+        full, none = self.config.context_kl, self.config.context_threshold
         if full is None:
             return scale
-        factors = [min(1.0, nats / full) for nats in reading.divergence]
+        factors = [min(1.0, max(0.0, nats - none) / (full - none)) for nats in reading.divergence]
         found = torch.tensor(factors, dtype=torch.float32, device=scores.device)
         return found if scale is None else scale * found
 

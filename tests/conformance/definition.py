@@ -149,7 +149,8 @@ class Definition:
         for length in range(max(0, len(path) - 15), len(path) + 1):
             clean, reference = self.law(path[:length])
             divergences.append(float((reference * (reference / clean).log()).sum()))
-        return self.config.strength * min(1.0, sum(divergences) / len(divergences) / whole)
+        none, mean = self.config.context_threshold, sum(divergences) / len(divergences)
+        return self.config.strength * min(1.0, max(0.0, mean - none) / (whole - none))
 
     def __call__(self, ids, scores):
         """Return the fused log-probs of one row, ``(vocabulary,)``."""

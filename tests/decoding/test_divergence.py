@@ -192,6 +192,13 @@ def test_the_strength_follows_the_text(
         same = plain.with_settings(strength=wanted)(ids, scores)
         torch.testing.assert_close(fused, same, atol=1e-3, rtol=1e-3)
         torch.testing.assert_close(adapted(ids, scores), fused, atol=0, rtol=0)
+    # Below the threshold, nothing changes; from there on, the strength grows in proportion.
+    half = plain.with_settings(context_kl=1.5 * divergence, context_threshold=0.5 * divergence)
+    assert float(half.with_strength(ids, scores)[1]) == pytest.approx(0.4, rel=1e-3)
+    none = plain.with_settings(context_kl=3 * divergence, context_threshold=1.001 * divergence)
+    fused, strength = none.with_strength(ids, scores)
+    assert float(strength) == 0
+    torch.testing.assert_close(fused, scores.log_softmax(-1))
 
 
 def test_the_kl_budget_also_limits_full_strength(
@@ -218,6 +225,16 @@ def test_context_kl_needs_a_reference(
         FusionLogitsProcessor(alone, byte_tokenizer, config)
     with pytest.raises(ConfigError, match="context_kl compares"):  # nor as a recommended setting
         Calibrator(calibrator.clean, None, byte_tokenizer, config=config, context_length=32)
+
+
+def test_the_threshold_must_be_below_the_divergence_of_full_strength() -> None:
+    with pytest.raises(
+        ConfigError, match=r"context_threshold is 0\.2, but must be below context_kl"
+    ):
+        FusionConfig(context_kl=0.2, context_threshold=0.2)
+    with pytest.raises(ConfigError, match="context_threshold must be a number of at least 0"):
+        FusionConfig(context_threshold=-1)
+    assert "context_threshold" not in FusionConfig().to_dict()  # older versions can read it
 
 
 @pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf"), "much", True])

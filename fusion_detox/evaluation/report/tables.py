@@ -99,7 +99,8 @@ def describe(variant: Variant) -> str:
         return "target alone"
     if kind == "wordfilter":
         return "word filter"
-    named = [(key, number(config, key)) for key in ("strength", "kl_budget", "context_kl")]
+    keys = ("strength", "kl_budget", "context_kl", "context_threshold")
+    named = [(key, number(config, key)) for key in keys]
     parts = [line(config["rule"], 20)] if config.get("rule") else []
     parts += [f"{label(key)} {value:g}" for key, value in named if value is not None]
     return ", ".join(parts) or line(words(config), 80)
