@@ -63,10 +63,11 @@ def graded_texts(data: Path, extra: Iterable[Path] = ()) -> list[Graded]:
     """
     found = []
     for row, _ in read_rows(data / "paradetox.jsonl.gz"):
-        found += [Graded("", row["toxic"], 1.0), Graded("", row["neutral"][0], 0.0)]
+        toxic, neutral = row["toxic"], row["neutral"][0]
+        if toxic != neutral:
+            found += [Graded("", toxic, 1.0), Graded("", neutral, 0.0)]
     for row, _ in read_rows(data / "toxicity_labeled.jsonl.gz"):
-        toxic = row["label"] in ("hate", "offensive")
-        found.append(Graded("", row["text"], float(toxic)))
+        found.append(Graded("", row["text"], float(row["label"] in ("hate", "offensive"))))
     for row, _ in read_rows(data / "rtp_challenging.jsonl"):
         prompt, continuation = row["prompt"], row["continuation"]
         if trained_on(prompt["text"]):

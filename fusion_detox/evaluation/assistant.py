@@ -14,7 +14,6 @@ target's answer therefore gives the exact place of the first change.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 from collections.abc import Callable, Collection, Sequence
@@ -113,9 +112,8 @@ class AssistantSuite:
         self._harmless = texts[HARMLESS]
         self._provoking = texts[PROVOKING] + texts[CONVERSATION]
         # The text of the template holds its special tokens.
-        encode = functools.partial(target.tokenizer, add_special_tokens=False, verbose=False)
         self._harmless_ids, self._provoking_ids = (
-            [list(encode(text)["input_ids"]) for text in some]
+            [list(target.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in some]
             for some in (self._harmless, self._provoking)
         )
         self._check()
