@@ -1,22 +1,25 @@
-"""Teach the clean model, token by token, what a word leads to; then where to change nothing.
+"""Teach the clean model where to change nothing, and to hold back toxic words more sharply.
 
-    python -m recipes.english_values --data DATA --work WORK --calibrator english-16k --out OUT
+    python -m recipes.english_data --data DATA --out WORK
+    python -m recipes.english_continuations --data DATA --work WORK
+    python -m recipes.english_context --data DATA --work WORK --calibrator OLD --out OUT
 
-The text is what GPT-3.5, GPT-4 and SmolLM2 wrote after training prompts, and toxic and harmless
-text with human labels. Every third word is graded: how toxic are the ten words that begin there?
-The judges are those of ``english_judges``. If ``d`` is the log-ratio of the clean model to the
-frozen reference at the token that was written, ``sigmoid(a - d)`` should be the grade. ``a`` is a
-small network on the last hidden states, which is then discarded: it knows how toxic the context is,
-so ``d`` learns what the token itself changes (after Rectification, arXiv 2302.14003, and FUDGE, arXiv
-2104.05218). On harmless text of every kind, assistants' answers among them, a KL term keeps
-the two models together: their divergence is what switches fusion on (``context_threshold``).
+The divergence of the two models is what switches fusion on (``context_threshold``). In OLD, text by
+chat models, tweets and sentences about groups of people have a divergence like that of provoking
+text. Here, the clean model learns two things at once. After provoking beginnings, it predicts what
+it predicted before, with the log-ratio to the reference times 1.15 and toxic words lowered further.
+On harmless text of every kind, assistants' answers among them, it predicts what the reference does.
+
+The provoking text is what GPT-3.5, GPT-4 and SmolLM2 wrote after training prompts, and toxic text
+with human labels. Refusals are left out. The judges of ``english_judges`` grade every third word by
+the ten words that begin there; a token whose mean grade is high, and which both judges call toxic
+on its own, is lowered by up to 5 nats. The clean model gets an output layer of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import random
 import re
@@ -26,7 +29,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import train_scorers
@@ -45,17 +47,27 @@ REFUSAL = re.compile(
 """Refusals and role-play are no continuations; the clean model must not learn to refuse."""
 MIX = {"general": 0.14, "posts": 0.16, "human": 0.28, "naming": 0.1, "answers": 0.32}
 """Shares of the harmless text."""
-GRADED, HARMLESS, STEPS, RATE, KL_WEIGHT, SQUARE_WEIGHT = 24, 26, 260, 4e-4, 12.0, 0.3
+PROVOKING, HARMLESS, STEPS, RATE = 20, 22, 200, 5e-4
+FOLLOW_WEIGHT, KL_WEIGHT, SQUARE_WEIGHT = 10.0, 12.0, 0.2
+SHARPEN, LARGEST, WORD_SHARE = 1.15, 4.0, 0.7
+PRIOR, PRIOR_TOKENS, TOXIC_FROM = 0.3, 6, 0.55
+NOT_TOXIC = re.compile(
+    r"(?i)(jews?|whites?|blacks?|asians?|whit|deport|aids|assass|switches|fat|silly|pig|rape|pus"
+    r"|nig|clown|garbage|hell|fool|whitegenocide)"
+)
+"""Tokens that labels and judges call toxic, but which are names of groups, have harmless uses, or
+begin harmless words."""
 Row = tuple[list[int], list[float]]
 """Token ids, and the grade of each; -1 for tokens that do not count."""
 
 
 class Graded(NamedTuple):
-    """A text after a prompt, and the grade of each of its words."""
+    """A text after a prompt, the grade of each of its words, and whether it is provoking."""
 
     prompt: str
     text: str
     grades: list[float]
+    provoking: bool
 
 
 def texts(data: Path, work: Path, rng: random.Random) -> list[tuple[str, str, int | None]]:
@@ -122,7 +134,8 @@ def grade(items: Sequence[tuple[str, str, int | None]], judges: Judges) -> list[
         grades = np.interp(range(len(spans)), at, judged)
         if label is not None:
             grades = 0.5 * grades + 0.5 * label
-        graded.append(Graded(prompt, text, [round(float(value), 3) for value in grades]))
+        values = [round(float(value), 3) for value in grades]
+        graded.append(Graded(prompt, text, values, label != 0))
     return graded
 
 
@@ -162,25 +175,66 @@ def harmless(data: Path, work: Path) -> dict[str, list[str]]:
     }
 
 
-class Student:
-    """The clean model in training, the frozen reference, and the network that knows the context."""
+def word_weights(
+    calibrator: Calibrator, graded: list[Graded], clean: dict[str, list[str]], judges: Judges
+) -> Tensor:
+    """``(vocab,)`` nats by which toxic words are lowered: 0 for all but about a hundred tokens.
 
-    def __init__(self, calibrator: Calibrator) -> None:
-        assert calibrator.reference is not None
-        self.reference = calibrator.reference.float().eval().requires_grad_(False)
-        self.clean = copy.deepcopy(calibrator.clean.float()).train().requires_grad_(True)
-        width = self.clean.config.hidden_size
-        self.context = nn.Sequential(nn.Linear(2 * width, 128), nn.GELU(), nn.Linear(128, 1))
-        nn.init.constant_(self.context[-1].bias, -2.0)
+    A token's toxicity is its mean grade in the graded text, with the harmless text as examples of
+    grade 0 and some examples of grade ``PRIOR``.
+    """
+    size, tokenizer, bos = calibrator.vocabulary_size, calibrator.tokenizer, calibrator.bos_id
+    counts, sums = torch.full((size,), float(PRIOR_TOKENS)), torch.full((size,), PRIOR * 6)
+    for ids, grades in encode(tokenizer, bos, graded):
+        for token, value in zip(ids, grades, strict=True):
+            if value >= 0:
+                counts[token] += 1
+                sums[token] += value
+    for several in clean.values():
+        for ids in tokenizer([text[:240] for text in several[:2000]])["input_ids"]:
+            counts += torch.bincount(torch.tensor(ids), minlength=size)[:size]
+    toxicity = sums / counts
+    excess = torch.logit(toxicity.clamp(0.001, 0.97)) - math.log(TOXIC_FROM / (1 - TOXIC_FROM))
+    words = [tokenizer.decode([token]) for token in range(size)]
+    alone = [word.strip() or "." for word in words]
+    weights = torch.zeros(size)
+    for token in ((excess > 0.15) & (toxicity > 0.4)).nonzero().flatten().tolist():
+        word = alone[token]
+        with torch.inference_mode():
+            network = float(torch.sigmoid(judges.network(judges.embed([word]))))
+        if (network + float(judges.filter.score([word])[0])) / 2 > 0.5 and not NOT_TOXIC.fullmatch(
+            word
+        ):
+            weights[token] = -2 * float(excess[token]) - 0.5
+    return weights
 
-    def __call__(self, rows: Sequence[Row], keep: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits of the grades, grades, and mean KL(reference ‖ clean), at the tokens kept.
 
-        All tokens graded above .35 are kept; of the others, a fraction of ``keep`` or as many as
+def train(
+    calibrator: Calibrator,
+    graded: list[Graded],
+    clean: dict[str, list[str]],
+    weights: Tensor,
+    rng: random.Random,
+) -> Any:
+    """The clean model after ``STEPS`` steps."""
+    tokenizer, bos = calibrator.tokenizer, calibrator.bos_id
+    assert calibrator.reference is not None
+    reference = calibrator.reference.float().eval().requires_grad_(False)
+    teacher = calibrator.clean.float().eval().requires_grad_(False)
+    student = copy.deepcopy(teacher).train().requires_grad_(True)
+    student.config.tie_word_embeddings = False
+    student.lm_head.weight = nn.Parameter(student.lm_head.weight.detach().clone())
+    optimizer = torch.optim.AdamW(student.parameters(), weight_decay=0.01, betas=(0.9, 0.98))
+    provoking = [row for row in graded if row.provoking]
+
+    def run(rows: Sequence[Row], keep: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Log-probs of student, reference and teacher at the tokens kept, and the tokens.
+
+        All tokens graded above .35 are kept; of the others, a fraction of ``keep``, or as many as
         of the former.
         """
         width = max(len(ids) for ids, _ in rows)
-        ids = torch.zeros(len(rows), width, dtype=torch.long)
+        ids = torch.full((len(rows), width), bos)
         grades = torch.full((len(rows), width), -1.0)
         for number, (own, values) in enumerate(rows):
             ids[number, : len(own)] = torch.tensor(own)
@@ -188,58 +242,45 @@ class Student:
         counted, high = grades[:, 1:] >= 0, grades[:, 1:] > 0.35
         share = max(keep, min(1.0, float(high.sum()) / max(1.0, float((counted & ~high).sum()))))
         kept = high | (counted & (torch.rand(counted.shape) < share))
-        ours = self.clean.model(ids).last_hidden_state[:, :-1][kept]
+
+        def log_probs(model: Any) -> Tensor:
+            hidden = model.model(ids).last_hidden_state[:, :-1][kept]
+            found: Tensor = model.lm_head(hidden).log_softmax(-1)
+            return found
+
         with torch.no_grad():
-            theirs = self.reference.model(ids).last_hidden_state[:, :-1][kept]
-            base = self.reference.lm_head(theirs).log_softmax(-1)
-        log_probs = self.clean.lm_head(ours).log_softmax(-1)
-        written = ids[:, 1:][kept]
-        self.ratio = (log_probs - base).gather(1, written[:, None]).squeeze(1)
-        context = self.context(torch.cat([ours, theirs], -1)).squeeze(1)
-        kl = (base.exp() * (base - log_probs)).sum(-1).mean()
-        return context - self.ratio, grades[:, 1:][kept], kl
-
-
-def train(
-    calibrator: Calibrator, graded: list[Graded], clean: dict[str, list[str]], rng: random.Random
-) -> Any:
-    """The clean model after ``STEPS`` steps."""
-    tokenizer, bos = calibrator.tokenizer, calibrator.bos_id
-    student = Student(calibrator)
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": student.clean.parameters(), "weight_decay": 0.01, "peak": RATE},
-            {"params": student.context.parameters(), "peak": 1e-3},
-        ],
-        betas=(0.9, 0.98),
-    )
-
-    def piece(text: str) -> str:
-        if len(text) <= 300:
-            return text
-        start = text.find(" ", rng.randrange(len(text) - 250)) + 1
-        return text[start : start + 320]
+            fixed = log_probs(reference), log_probs(teacher)
+        return log_probs(student), *fixed, ids[:, 1:][kept]
 
     for step in range(STEPS):
         warm = min(1.0, (step + 1) / 40)
         decay = 0.05 + 0.475 * (1 + math.cos(math.pi * step / STEPS))
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * warm * decay
-        logits, grades, _ = student(encode(tokenizer, bos, rng.sample(graded, GRADED)), 0.25)
-        loss = F.binary_cross_entropy_with_logits(logits, grades)
+        optimizer.param_groups[0]["lr"] = RATE * warm * decay
+        ours, base, theirs, _ = run(encode(tokenizer, bos, rng.sample(provoking, PROVOKING)), 0.25)
+        ratio = SHARPEN * (theirs - base).clamp(-LARGEST, LARGEST)
+        wanted = (base + ratio + WORD_SHARE * weights).log_softmax(-1)
+        follow = ((wanted.exp() - ours.exp()) * (wanted - ours)).sum(-1).mean() / 2
         kinds = rng.choices(list(MIX), list(MIX.values()), k=HARMLESS)
-        pieces = [piece(rng.choice(clean[kind])) for kind in kinds]
-        rows = [Graded("", text, [0.0] * len(WORDS.findall(text))) for text in pieces]
-        logits, grades, kl = student(encode(tokenizer, bos, rows), 0.34)
-        loss = loss + 0.5 * F.binary_cross_entropy_with_logits(logits, grades)
-        loss = loss + KL_WEIGHT * kl + SQUARE_WEIGHT * student.ratio.pow(2).mean()
+        pieces = [_piece(rng.choice(clean[kind]), rng) for kind in kinds]
+        rows = [Graded("", text, [0.0] * len(WORDS.findall(text)), False) for text in pieces]
+        ours, base, _, written = run(encode(tokenizer, bos, rows), 0.34)
+        kl = (base.exp() * (base - ours)).sum(-1).mean()
+        square = (ours - base).gather(1, written[:, None]).pow(2).mean()
+        loss = FOLLOW_WEIGHT * follow + KL_WEIGHT * kl + SQUARE_WEIGHT * square
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(student.clean.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         if step % 20 == 0 or step == STEPS - 1:
             print(f"step {step}: loss {float(loss):.3f}, KL on harmless text {float(kl):.4f}")
-    return student.clean.eval()
+    return student.eval()
+
+
+def _piece(text: str, rng: random.Random) -> str:
+    if len(text) <= 300:
+        return text
+    start = text.find(" ", rng.randrange(len(text) - 250)) + 1
+    return text[start : start + 320]
 
 
 def main() -> None:
@@ -251,14 +292,16 @@ def main() -> None:
     args = parser.parse_args()
     rng = random.Random(1)
     torch.manual_seed(1)
+    judges = Judges(args.data, args.work)
     kept = args.work / "graded.jsonl"
-    if not kept.exists():  # the judges take half an hour on two cores
+    if not kept.exists():  # takes a quarter of an hour on two cores
         items = texts(args.data, args.work, random.Random(3))
-        found = grade(items, Judges(args.data, args.work))
-        english.write(kept, (row._asdict() for row in found))
-    graded = [Graded(**row) for row in map(json.loads, kept.open(encoding="utf-8"))]
+        english.write(kept, (row._asdict() for row in grade(items, judges)))
+    graded = [Graded(**row) for row in english.read(kept)]
     calibrator = Calibrator.from_pretrained(args.calibrator)
-    model = train(calibrator, graded, harmless(args.data, args.work), rng)
+    clean = harmless(args.data, args.work)
+    weights = word_weights(calibrator, graded, clean, judges)
+    model = train(calibrator, graded, clean, weights, rng)
     made = Calibrator(
         model,
         calibrator.reference,
