@@ -84,7 +84,7 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     answer = "Yes."
     turns = [{"role": "user", "content": "Yes?"}, {"role": "assistant", "content": answer}]
     try:
-        text = _render(tokenizer, turns)
+        text = _render(tokenizer, turns, answer_next=False)
     except ConfigError:
         return None
     after = text.rpartition(answer)[2].lstrip()
@@ -126,14 +126,18 @@ def chat_prompt(
     for number, content in enumerate(turns):
         role = "assistant" if number % 2 else "user"
         conversation.append({"role": role, "content": content})
-    return _render(tokenizer, conversation, add_generation_prompt=True)
+    return _render(tokenizer, conversation, answer_next=True)
 
 
 def _render(
-    tokenizer: PreTrainedTokenizerBase, conversation: list[dict[str, str]], **options: bool
+    tokenizer: PreTrainedTokenizerBase, conversation: list[dict[str, str]], *, answer_next: bool
 ) -> str:
     try:
-        return str(tokenizer.apply_chat_template(conversation, tokenize=False, **options))
+        return str(
+            tokenizer.apply_chat_template(
+                conversation, tokenize=False, add_generation_prompt=answer_next
+            )
+        )
     except Exception as error:  # templates raise what they like
         raise ConfigError(
             f"the chat template refuses this conversation ({error}): many templates accept no "
