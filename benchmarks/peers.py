@@ -314,9 +314,9 @@ class Variant(NamedTuple):
     temperature: float
 
     def stem(self, lab: Lab) -> str:
-        """Names the variant's files."""
+        """Names the variant's files; ends at a dot, so numbers have none."""
         guide = f"-{lab.guide}" if METHODS[self.method].guided else ""
-        return f"{self.method}{guide}-{self.strength:g}-t{self.temperature:g}"
+        return f"{self.method}{guide}-{self.strength:g}-t{self.temperature:g}".replace(".", "_")
 
 
 def read_prompts(data: Path, count: int | None) -> list[str]:
