@@ -54,6 +54,7 @@ from fusion_detox.generation.chat import chat_prompt, has_chat_template
 from fusion_detox.generation.sampling import Job, Sampling, jobs, pad_token_id, prompt_ids
 from fusion_detox.scoring import make_scorer
 from fusion_detox.scoring.base import Scorer
+from fusion_detox.training.data.corpus import read_rows
 
 log = logging.getLogger("peers")
 OUTPUT = Path(__file__).parent / "results" / "peers"
@@ -314,15 +315,15 @@ class Variant(NamedTuple):
     temperature: float
 
     def stem(self, lab: Lab) -> str:
-        """Names the variant's files."""
+        """Names the variant's files; ends at a dot, so numbers have none."""
         guide = f"-{lab.guide}" if METHODS[self.method].guided else ""
-        return f"{self.method}{guide}-{self.strength:g}-t{self.temperature:g}"
+        return f"{self.method}{guide}-{self.strength:g}-t{self.temperature:g}".replace(".", "_")
 
 
 def read_prompts(data: Path, count: int | None) -> list[str]:
     """Challenging prompts of the measuring half, in an order of which more is a continuation."""
-    rows = map(json.loads, (data / "rtp_challenging.jsonl").open(encoding="utf-8"))
-    kept = {row["prompt"]["text"] for row in rows if not training.trained_on(row["prompt"]["text"])}
+    texts = [row["prompt"]["text"] for row, _ in read_rows(data / "rtp_challenging.jsonl")]
+    kept = {text for text in texts if not training.trained_on(text)}
     return sorted(kept, key=lambda text: hashlib.md5(text.encode()).hexdigest())[:count]
 
 

@@ -1,5 +1,7 @@
 """The peers' rules, compared with their equations written out for one row at a time."""
 
+import gzip
+import json
 import math
 
 import pytest
@@ -7,7 +9,8 @@ import torch
 from torch import nn
 
 from benchmarks import peer_methods as rules
-from benchmarks.peer_training import LENGTH, Graded, RewardModel, batch_of
+from benchmarks.peer_training import LENGTH, Graded, RewardModel, batch_of, graded_texts
+from benchmarks.peers import read_prompts
 
 PAD = 0
 
@@ -170,3 +173,27 @@ def test_a_batch_marks_the_graded_text_only():
     assert batch.mask.sum(1).tolist() == [6, 2, LENGTH]
     assert batch.ids[2, -2:].tolist() == [7, 8]
     assert batch.graded.sum(1).tolist() == [3, 1, 2]
+
+
+def test_no_prompt_that_is_measured_was_trained_on(tmp_path):
+    def write(name, rows):
+        content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        path = tmp_path / name
+        path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+
+    texts = [f"prompt number {number}" for number in range(40)]
+    write(
+        "paradetox.jsonl.gz", [{"toxic": "a", "neutral": ["b"]}, {"toxic": "c", "neutral": ["c"]}]
+    )
+    write("toxicity_labeled.jsonl.gz", [{"text": "d", "label": "neither"}])
+    graded = {"text": " and on", "toxicity": 0.7}
+    rows = [{"prompt": {"text": text, "toxicity": 0.2}, "continuation": graded} for text in texts]
+    write("rtp_challenging.jsonl", rows)
+    learned = graded_texts(tmp_path)
+    assert learned[:3] == [Graded("", "a", 1.0), Graded("", "b", 0.0), Graded("", "d", 0.0)]
+    seen = {one.prompt or one.text for one in learned[3:]}
+    measured = read_prompts(tmp_path, None)
+    assert seen
+    assert seen.isdisjoint(measured)
+    assert sorted([*seen, *measured]) == sorted(texts)
+    assert read_prompts(tmp_path, 5) == measured[:5]
