@@ -492,7 +492,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=5, help="continuations per prompt and seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 0.1])
-    parser.add_argument("--strengths", type=float, nargs="+", help="instead of each method's own")
+    parser.add_argument(
+        "--strengths", type=float, nargs="+", help="of methods that use the calibrator"
+    )
     parser.add_argument(
         "--scorers",
         nargs="+",
@@ -534,7 +536,7 @@ def main() -> None:
         for name in dict.fromkeys(["unfused", *args.methods])
         if name != "system-prompt" or has_chat_template(lab.tokenizer)
         for strength in (
-            args.strengths if args.strengths and name != "unfused" else METHODS[name].strengths
+            args.strengths if args.strengths and METHODS[name].guided else METHODS[name].strengths
         )
     ]
     for variant in variants:
