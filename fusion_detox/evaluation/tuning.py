@@ -307,7 +307,7 @@ def _candidates(centre: FusionConfig, name: str, choices: Values) -> list[Fusion
         *(
             centre.replace(context_kl=value, strength=times(factor))
             for value in choices
-            if value is None or value > centre.context_threshold
+            if value is None or float(value) > centre.context_threshold
             for factor in (usual if value is None else _STRONGER)
         ),
     ]
