@@ -1,7 +1,8 @@
-"""Evaluate the shipped calibrator on the demo target, with prompts on which nothing was tuned.
+"""Evaluate the shipped calibrator on a target, with prompts on which nothing was tuned.
 
     python -m recipes.english_data --data DATA --out WORK
     python -m benchmarks.effect --data DATA --work WORK --runs RUNS challenging
+    python -m benchmarks.effect … --target packaged:smollm2 --out smollm2_harmless harmless
     torchrun --nproc-per-node 2 -m benchmarks.effect …        (distributes the work)
 
 Runs ``fusion_detox.evaluate`` and copies the report and its numbers to ``benchmarks/results/NAME``.
@@ -34,7 +35,11 @@ RUNS = {
     "challenging": (["rtp:challenging=rtp_challenging.jsonl"], None, SWEEP),
     "nontoxic": (["rtp=rtp_nontoxic.jsonl"], 300, ["default", "wordfilter"]),
     "groups": (["bold=bold_prompts.jsonl.gz"], 600, ["default", "wordfilter"]),
+    # Side effects on a real target: harmless text, assistants' answers, groups of people.
+    "harmless": (["rtp=rtp_nontoxic.jsonl"], 40, ["default", "wordfilter"]),
 }
+SMALL = {"similarity": False, "suites": ("identity", "dialect"), "group_texts": 160}
+"""Sizes of the run ``harmless``, since real targets are slow on a CPU."""
 
 
 def main() -> None:
@@ -66,6 +71,7 @@ def main() -> None:
     long = [row["text"] for row in rows if len(row["text"]) >= 400]
     harmless.write_text("".join(json.dumps({"text": text}) + "\n" for text in long))
 
+    sizes = SMALL if args.name == "harmless" else {"hatecheck": args.data / "hatecheck.jsonl.gz"}
     folder = args.runs / (args.out or args.name)
     results = evaluate(
         args.target,
@@ -73,9 +79,7 @@ def main() -> None:
         folder,
         calibrator=args.calibrator,
         settings=args.settings or settings,
-        config=EvaluationConfig(
-            harmless=harmless, hatecheck=args.data / "hatecheck.jsonl.gz", batch_size=32
-        ),
+        config=EvaluationConfig(harmless=harmless, batch_size=32, **sizes),
         command=f"python -m benchmarks.effect --data DATA --work WORK --runs RUNS {args.name}",
         dtype="float32",
         device="cpu" if not torch.cuda.is_available() else None,
