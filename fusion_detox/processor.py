@@ -256,7 +256,7 @@ class FusionLogitsProcessor(LogitsProcessor):
         with its strength. The calibrator does not run for rows of strength 0, and their scores stay
         as they are::
 
-            processor.with_settings(strength=[0, 3.5, 1.0])  # for a batch of three prompts
+            processor.with_settings(strength=[0, 2.5, 1.0])  # for a batch of three prompts
 
         Args:
             changes: Settings of :class:`FusionConfig`, such as ``strength=0.5``. ``strength`` may
