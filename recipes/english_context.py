@@ -272,7 +272,7 @@ def train(
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         if step % 20 == 0 or step == STEPS - 1:
-            print(f"step {step}: loss {float(loss):.3f}, KL on harmless text {float(kl):.4f}")
+            print(f"step {step}: loss {loss.item():.3f}, KL on harmless text {kl.item():.4f}")
     return student.eval()
 
 
