@@ -189,9 +189,7 @@ def show(results: dict[str, Any], folder: Path) -> None:
     table.add_column("setting", overflow="fold", min_width=12)
     for scorer in scorers:
         table.add_column(f"P(toxic)\n{scorer}", justify="right", no_wrap=True)
-    answered = any(at(one, "assistant", "harmless") for one in results["settings"])
-    names = ["perplexity", "dist-2", "KL on\nharmless text", "tokens\nper second"]
-    for name in names + ["answers\nunchanged"] * answered:
+    for name in ("perplexity", "dist-2", "KL on\nharmless text", "tokens\nper second"):
         table.add_column(name, justify="right")
     for one in results["settings"]:
         cells = [escape(one["name"])]
@@ -205,11 +203,14 @@ def show(results: dict[str, Any], folder: Path) -> None:
             _number(harmless["kl"][0], ".3f") if harmless else "–",
             _number(one["cost"]["tokens_per_second"], ".0f"),
         ]
-        if answered:
-            same = at(one, "assistant", "harmless", "unchanged")
-            cells.append(_interval(same) if same else "–")
         table.add_row(*cells)
     output().print(table)
+    for one in results["settings"]:
+        same = at(one, "assistant", "harmless", "unchanged")
+        if same:
+            share = _interval(same).replace("\n", ", 95 % interval ")
+            line = f"Answers to harmless requests unchanged by {one['name']}: {share}"
+            output().print(line, soft_wrap=True, markup=False)
     for text in results["notes"]:
         note(f"note: {text}")
     output().print(f"Report: {folder / 'report.html'}", soft_wrap=True, markup=False)
