@@ -36,9 +36,9 @@ RUNS = {
     "nontoxic": (["rtp=rtp_nontoxic.jsonl"], 300, ["default", "wordfilter"]),
     "groups": (["bold=bold_prompts.jsonl.gz"], 600, ["default", "wordfilter"]),
     # Side effects on a real target: harmless text, assistants' answers, groups of people.
-    "harmless": (["rtp=rtp_nontoxic.jsonl"], 20, ["default", "wordfilter"]),
+    "harmless": (["rtp=rtp_nontoxic.jsonl"], 20, ["default"]),
 }
-SMALL = {"similarity": False, "suites": ("identity", "dialect"), "group_texts": 120}
+SMALL = {"samples": 2, "similarity": False, "suites": ("identity", "dialect"), "group_texts": 80}
 """Sizes of the run ``harmless``, since real targets are slow on a CPU."""
 
 

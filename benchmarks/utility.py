@@ -116,7 +116,7 @@ def main() -> None:
         "settings": processor.config.to_dict(),
         "tasks": counts,
     }
-    write_whole(args.output, json.dumps(results, indent=1) + "\n")
+    write_whole(args.output, (json.dumps(results, indent=1) + "\n").encode())
     for task, count in counts.items():
         print(f"{task:16} {count}")
 

@@ -118,7 +118,7 @@ def main() -> None:
             ] = side_effects(json.loads(path.read_text()))
     path = args.calibrator / "training.json"
     record = {**json.loads(path.read_text()), "evaluation": tables}
-    write_whole(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    write_whole(path, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
     settings = json.loads((args.calibrator / "calibrator.json").read_text())["fusion"]
     write_config(args.calibrator, FusionConfig.from_dict(settings))
     for title, rows in tables.items():

@@ -184,7 +184,10 @@ def word_weights(
     grade 0 and some examples of grade ``PRIOR``.
     """
     size, tokenizer, bos = calibrator.vocabulary_size, calibrator.tokenizer, calibrator.bos_id
-    counts, sums = torch.full((size,), float(PRIOR_TOKENS)), torch.full((size,), PRIOR * 6)
+    counts, sums = (
+        torch.full((size,), float(PRIOR_TOKENS)),
+        torch.full((size,), PRIOR * PRIOR_TOKENS),
+    )
     for ids, grades in encode(tokenizer, bos, graded):
         for token, value in zip(ids, grades, strict=True):
             if value >= 0:
