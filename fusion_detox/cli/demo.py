@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from rich.text import Text
 
+    from fusion_detox.calibrator.calibrator import Calibrator
     from fusion_detox.config import FusionConfig
     from fusion_detox.generation.sampling import Completion, Job, Sampling
 
@@ -100,16 +101,18 @@ def demo(
 
     The first run downloads the default target, about 100 MB.
     """
+    from fusion_detox.calibrator.calibrator import Calibrator
     from fusion_detox.generation.sampling import Sampling
 
     sampling = Sampling(max_new_tokens=max_new_tokens, seed=seed)
     with quiet_libraries(), progress_bars() as report:
+        guide = Calibrator.from_pretrained(calibrator, local_files_only=offline)
         if target is None:
             folder, name = _default_target(report, offline)
         else:
             folder = name = target
         sides, work, scorer, config = _run(
-            calibrator, folder, strength, sampling, chat, system, report, offline
+            guide, folder, strength, sampling, chat, system, report, offline
         )
     _show(sides, work, scorer, config, sampling, calibrator, name, mask)
 
@@ -132,7 +135,7 @@ def _default_target(report: Callable[[str, int, int], None], offline: bool) -> t
 
 
 def _run(
-    calibrator_name: str,
+    calibrator: Calibrator,
     target: str,
     strength: float | None,
     sampling: Sampling,
@@ -141,7 +144,6 @@ def _run(
     report: Callable[[str, int, int], None],
     offline: bool,
 ) -> tuple[tuple[Side, Side], list[Job], Any, FusionConfig]:
-    from fusion_detox.calibrator.calibrator import Calibrator
     from fusion_detox.files.models import load_target
     from fusion_detox.generation.chat import choose_chat
     from fusion_detox.generation.sampling import generate_rows, jobs, pad_token_id
@@ -149,7 +151,6 @@ def _run(
     from fusion_detox.scoring.lexical import LexicalScorer
 
     report("loading models", 0, 1)
-    calibrator = Calibrator.from_pretrained(calibrator_name, local_files_only=offline)
     config = calibrator.config
     if strength is not None:
         config = config.replace(strength=strength)

@@ -217,7 +217,7 @@ class TestTune:
 
     def test_settings_without_gain_are_not_written(self, arguments, calibrator_folder, capsys):
         before = (calibrator_folder / "calibrator.json").read_bytes()
-        none = ("--grid", "strength=1e-9", "--max-perplexity", "100", "--max-kl", "100")
+        none = ("--grid", "strength=1e-4", "--max-perplexity", "100", "--max-kl", "100")
         command = arguments(*none, command="tune")
         assert main(command) == 1
         assert "no setting within the price lowers toxicity" in capsys.readouterr().err
