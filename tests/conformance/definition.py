@@ -20,8 +20,8 @@ from fusion_detox.vocabulary.map import Cover
 
 BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
 ENDS_OF_TEXT = {"<|endoftext|>", "<s>", "</s>"}
-# A token of the chat template is the byte FF, which UTF-8 lacks.
-MARKUP = re.compile(rb"\xff\s*(?:(user|assistant|system)(?:(?=\xff)|\s*\n\s*))?")
+# Texts are spelled with a character for each byte, so U+0100 can stand for the template's tokens.
+MARKUP = re.compile(r"\u0100\s*(?:(user|assistant|system)(?:(?=\u0100)|\s*\n\s*))?", re.ASCII)
 
 
 class Definition:
@@ -66,7 +66,7 @@ class Definition:
                 elif path:
                     path.append(self.line_break)
             return tuple(path), [], b""
-        data = self.without_markup(self.spell(ids))
+        data = self.without_markup(self.spell(ids)).encode("latin-1")
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         text = decoder.decode(data)
         own = self.calibrator.tokenizer
@@ -82,28 +82,28 @@ class Definition:
         return path, word, decoder.getstate()[0]
 
     def spell(self, ids):
-        """Return the bytes of a text, with FF for each token of the chat template."""
-        data, begun = b"", False
+        """Return the text's bytes as characters, and U+0100 for each token of the template."""
+        data, begun = "", False
         for i in ids:
             if i in self.turns:
-                data += b"\xff"
+                data += "\u0100"
                 continue
             if i in self.specials or i not in self.token_bytes:
-                data += b"\n" if begun else b""
+                data += "\n" if begun else ""
                 continue
-            piece = self.token_bytes[i]
+            piece = self.token_bytes[i].decode("latin-1")
             if not begun and self.sentencepiece:
-                piece = piece.removeprefix(b" ")
+                piece = piece.removeprefix(" ")
             data, begun = data + piece, True
         return data
 
     def without_markup(self, data):
         """Return the last request and the answer, with a line break between them."""
-        marked = MARKUP.sub(lambda m: b"\xfe" if m[1] == b"user" else b"\xff", data)
-        request = marked.split(b"\xfe")[-1].lstrip(b"\xff")
+        marked = MARKUP.sub(lambda m: "\u0101" if m[1] == "user" else "\u0100", data)
+        request = marked.split("\u0101")[-1].lstrip("\u0100")
         if self.sentencepiece and data != request:
-            request = request.removeprefix(b" ")
-        return re.sub(rb"\xff+", b"\n", request)
+            request = request.removeprefix(" ")
+        return re.sub("\u0100+", "\n", request)
 
     def law(self, prefix):
         """Return both models' next-token probabilities, ``(2, vocabulary)``, without a cache."""

@@ -15,13 +15,8 @@ def close(found, wanted):
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
 
 
-OPEN = {"bytes-typical sampling", "sentencepiece-temperature, top-k and top-p together"}
-
-
 @pytest.mark.parametrize("mode", modes_of("test_equals_the_definition"), ids=names)
-def test_equals_the_definition(case, mode, request):
-    if request.node.callspec.id in OPEN:
-        pytest.xfail("open: these two samples differ from the definition since it reads chats")
+def test_equals_the_definition(case, mode):
     options = {"max_new_tokens": 5, **mode.options(case)}
     inputs = case.inputs
     if options.pop("begin", False):  # the token is forced when the text has a single token
