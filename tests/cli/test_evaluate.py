@@ -291,3 +291,11 @@ def test_invalid_arguments_end_with_one_message(arguments, tmp_path, capsys, mor
     assert message in err
     assert "Traceback" not in err
     assert not (tmp_path / "run" / "results.json").exists()
+
+
+@pytest.mark.parametrize("command", ["evaluate", "tune"])
+def test_chat_is_passed_on(arguments, capsys, command):
+    assert main(arguments("--system", "Be kind.", command=command)) == 1
+    assert "a system prompt needs chat" in capsys.readouterr().err
+    assert main(arguments("--system", "Be kind.", "--chat", command=command)) == 1
+    assert "has no chat template" in capsys.readouterr().err
