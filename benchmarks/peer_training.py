@@ -11,7 +11,6 @@ only is read.
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import logging
 import random
@@ -30,6 +29,7 @@ from fusion_detox.files.models import load_target, quiet_transformers
 from fusion_detox.training.data.corpus import read_rows
 from fusion_detox.training.finetuning.config import FinetuneConfig
 from fusion_detox.training.finetuning.pipeline import finetune
+from recipes.english_continuations import part
 
 log = logging.getLogger("peers")
 STEPS = {"expert": 600, "reward": 3000, "rectifier": 1500, "finetune": 600}
@@ -51,7 +51,7 @@ class Graded(NamedTuple):
 
 def trained_on(prompt: str) -> bool:
     """Whether a challenging prompt belongs to the half that may be trained on."""
-    return int(hashlib.md5(prompt.encode()).hexdigest(), 16) % 10 < 5
+    return part(prompt) != "measuring"
 
 
 def graded_texts(data: Path, extra: Iterable[Path] = ()) -> list[Graded]:

@@ -387,12 +387,10 @@ class FusionLogitsProcessor(LogitsProcessor):
             return listed
         if self._strengths is None:
             return [self.config.strength] * rows
-        rows_per_prompt, rest = divmod(rows, len(self._strengths))
-        if rest:
-            raise ConfigError(
-                f"the settings have {len(self._strengths)} strengths, but there are {rows} rows: "
-                "pass one strength, or one for each prompt of the batch"
-            )
+        count = len(self._strengths)
+        rows_per_prompt = _rows_per_prompt(
+            rows, count, f"the settings have {count} strengths", "strength"
+        )
         return [strength for strength in self._strengths for _ in range(rows_per_prompt)]
 
     def _active(self, scores: Tensor, strengths: Sequence[float]) -> list[int]:
@@ -436,12 +434,10 @@ class FusionLogitsProcessor(LogitsProcessor):
         texts = [tuple(row) for row in rows]
         if not self._before:
             return texts
-        rows_per_text, rest = divmod(len(texts), len(self._before))
-        if rest:
-            raise ConfigError(
-                f"following() was given {len(self._before)} texts, but there are {len(texts)} "
-                "rows: pass one text, or one for each prompt of the batch"
-            )
+        count = len(self._before)
+        rows_per_text = _rows_per_prompt(
+            len(texts), count, f"following() was given {count} texts", "text"
+        )
         for index, ids in enumerate(texts):
             # A token that starts a text would hide the text before it.
             start = next((i for i, id in enumerate(ids) if id not in self._starts), len(ids))
@@ -564,6 +560,17 @@ class RowwiseProcessor(LogitsProcessor):
                 ]
                 result = _put(result, rows, own(input_ids[rows], scores[rows]))
         return result
+
+
+def _rows_per_prompt(rows: int, count: int, given: str, noun: str) -> int:
+    """How many adjacent rows each of ``count`` prompts has."""
+    rows_per_prompt, rest = divmod(rows, count)
+    if rest:
+        raise ConfigError(
+            f"{given}, but there are {rows} rows: pass one {noun}, or one for each prompt of the "
+            "batch"
+        )
+    return rows_per_prompt
 
 
 def _plain(strength: Strengths) -> float | list[float]:

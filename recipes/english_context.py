@@ -198,11 +198,9 @@ def word_weights(
             counts += torch.bincount(torch.tensor(ids), minlength=size)[:size]
     toxicity = sums / counts
     excess = torch.logit(toxicity.clamp(0.001, 0.97)) - math.log(TOXIC_FROM / (1 - TOXIC_FROM))
-    words = [tokenizer.decode([token]) for token in range(size)]
-    alone = [word.strip() or "." for word in words]
     weights = torch.zeros(size)
     for token in ((excess > 0.15) & (toxicity > 0.4)).nonzero().flatten().tolist():
-        word = alone[token]
+        word = tokenizer.decode([token]).strip() or "."
         with torch.inference_mode():
             network = float(torch.sigmoid(judges.network(judges.embed([word]))))
         if (network + float(judges.filter.score([word])[0])) / 2 > 0.5 and not NOT_TOXIC.fullmatch(

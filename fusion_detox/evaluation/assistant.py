@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jinja2 import TemplateError
 
 from fusion_detox.errors import ConfigError, DataFileError
 from fusion_detox.evaluation.config import EvaluationConfig
@@ -37,7 +36,7 @@ from fusion_detox.evaluation.metrics.statistics import (
 from fusion_detox.evaluation.samples import SampleFiles
 from fusion_detox.evaluation.sampling import Sampler
 from fusion_detox.evaluation.targets import Prepared, Target
-from fusion_detox.generation.chat import chat_prompt, has_chat_template
+from fusion_detox.generation.chat import chat_prompt, has_chat_template, ids_after_answer
 from fusion_detox.generation.sampling import Sampling, jobs, pad_token_id, stop_ids
 
 if TYPE_CHECKING:
@@ -76,16 +75,9 @@ def is_assistant(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
 
     Some base models have a chat template, but do not stop there.
     """
-    if not has_chat_template(tokenizer):
-        return False
-    mark = "mark"
-    turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": mark}]
-    try:
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    except (TemplateError, TypeError, ValueError, KeyError):
-        return False
-    end: list[int] = tokenizer(text.rpartition(mark)[2], add_special_tokens=False)["input_ids"]
-    return not stop_ids(model).isdisjoint(end)
+    return has_chat_template(tokenizer) and not stop_ids(model).isdisjoint(
+        ids_after_answer(tokenizer)
+    )
 
 
 class AssistantSuite:

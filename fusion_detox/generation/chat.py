@@ -79,16 +79,21 @@ def check_system(chat: bool, system: str | None) -> None:
         )
 
 
-def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The special token that the chat template writes after an answer, if there is one."""
+def ids_after_answer(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that the chat template writes after an answer; none if it refuses one."""
     answer = "Yes."
     turns = [{"role": "user", "content": "Yes?"}, {"role": "assistant", "content": answer}]
     try:
         text = _render(tokenizer, turns, answer_next=False)
     except ConfigError:
-        return None
+        return []
     after = text.rpartition(answer)[2].lstrip()
-    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+    return list(tokenizer(after, add_special_tokens=False)["input_ids"])
+
+
+def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token that the chat template writes after an answer, if there is one."""
+    ids = ids_after_answer(tokenizer)
     added: Any = tokenizer.added_tokens_decoder
     return int(ids[0]) if ids and ids[0] in added and added[ids[0]].special else None
 

@@ -69,7 +69,7 @@ class TextChange:
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, limit: int | None = None) -> list[int]:
-    """The token ids of a text for :func:`change_on_texts`.
+    """The token ids of a text for :func:`changes_on_texts`.
 
     Special tokens at the start are kept; those at the end, as in T5-like tokenizers, are removed.
 
@@ -80,37 +80,6 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, limit: int | None = 
     """
     encoded = tokenizer(text, return_special_tokens_mask=True, verbose=False)
     return without_closing(encoded)[0][:limit]
-
-
-def change_on_texts(
-    model: PreTrainedModel,
-    processor: Processor,
-    texts: Sequence[Sequence[int]],
-    *,
-    batch_size: int = 32,
-) -> list[TextChange]:
-    """Compares the target with and without a processor at each position of given texts.
-
-    See :func:`changes_on_texts`, which compares several processors at once.
-
-    Args:
-        model: The target.
-        processor: A logits processor. If it has a method ``with_strength(input_ids, scores)``,
-            which returns the fused scores and the strengths ``(batch,)``, that method is called.
-            Otherwise, the strength in its ``config`` is used if that has no ``kl_budget`` or
-            ``context_kl``.
-        texts: Token ids of the target; see :func:`text_ids`.
-        batch_size: Maximum texts per batch; fewer if their logits would exceed 1 GiB.
-
-    Returns:
-        One result per text, in order. Each has one position fewer than the text has tokens.
-
-    Raises:
-        DataError: A text exceeds the model's context.
-        ConfigError: ``batch_size`` is below 1.
-        ModelError: The scores at some position are not a distribution.
-    """
-    return changes_on_texts(model, [processor], texts, batch_size=batch_size)[0]
 
 
 def changes_on_texts(
@@ -131,11 +100,14 @@ def changes_on_texts(
 
     Args:
         model: The target.
-        processors: See :func:`change_on_texts`.
-        texts: See :func:`change_on_texts`.
+        processors: Logits processors. If one has a method ``with_strength(input_ids, scores)``,
+            which returns the fused scores and the strengths ``(batch,)``, that method is called.
+            Otherwise, the strength in its ``config`` is used if that has no ``kl_budget`` or
+            ``context_kl``.
+        texts: Token ids of the target; see :func:`text_ids`.
         starts: The number of tokens of each text that are context only, at least 1; by default 1.
         pad_token_id: The id for padding on the left.
-        batch_size: See :func:`change_on_texts`.
+        batch_size: Maximum texts per batch; fewer if their logits would exceed 1 GiB.
         report: Called with ``(done, total)`` texts.
 
     Returns:
@@ -143,9 +115,9 @@ def changes_on_texts(
         has tokens after its start.
 
     Raises:
-        DataError: See :func:`change_on_texts`.
-        ConfigError: See :func:`change_on_texts`.
-        ModelError: See :func:`change_on_texts`.
+        DataError: A text exceeds the model's context.
+        ConfigError: ``batch_size`` is below 1.
+        ModelError: The scores at some position are not a distribution.
     """
     limit = context_limit(model)
     starts = [1] * len(texts) if starts is None else starts

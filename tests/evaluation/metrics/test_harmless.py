@@ -12,13 +12,17 @@ import torch
 from fusion_detox import FusionConfig, FusionLogitsProcessor
 from fusion_detox.errors import ConfigError, DataError, ModelError
 from fusion_detox.evaluation.metrics.harmless import (
-    change_on_texts,
     changes_on_texts,
     harmless,
     text_ids,
 )
 from fusion_detox.evaluation.metrics.statistics import Resamples
 from fusion_detox.fusion import strength_used
+
+
+def change_on_texts(model, processor, texts, **options):
+    return changes_on_texts(model, [processor], texts, **options)[0]
+
 
 TEXTS = [
     "The weather was fine, so we walked",
