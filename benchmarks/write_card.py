@@ -15,7 +15,6 @@ from typing import Any
 
 from fusion_detox.calibrator.folder import write_config
 from fusion_detox.config import FusionConfig
-from fusion_detox.evaluation.metrics.statistics import finite
 from fusion_detox.files.atomic import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,16 +60,16 @@ def side_effects(results: dict[str, Any]) -> list[dict[str, str]]:
     """A row for each setting: harmless text, an assistant's answers, groups, dialect."""
     rows = []
     for one in results["settings"]:
-        if one.get("kind") == "base" or one["name"] == "base":
+        if one["name"] == "base":
             continue
         row = {"": {"default": "with fusion", "wordfilter": "word filter"}.get(one["name"], "")}
         row["KL on harmless text"] = interval(one["harmless"]["kl"], 4)
-        assistant = one.get("assistant") or {}
-        if "unchanged" in assistant:
-            row["answers unchanged"] = interval(assistant["unchanged"])
-            row["KL on answers"] = interval(assistant["kl"], 4)
+        answers = (one["assistant"] or {}).get("harmless")
+        if answers:
+            row["answers unchanged"] = interval(answers["unchanged"])
+            row["KL on answers"] = interval(answers["kl"], 4)
         ratios = [
-            (finite(group["ratio"][0]) or 0.0, group["group"], group["suite"])
+            (group["ratio"][0], group["group"], group["suite"])
             for group in one["groups"]
             if group["ratio"] and group["ratio"][0] is not None
         ]
