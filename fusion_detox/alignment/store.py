@@ -27,6 +27,7 @@ from fusion_detox.alignment.alignment import Alignment
 from fusion_detox.alignment.config import AlignmentConfig
 from fusion_detox.errors import AlignmentError, ConfigError, DataFileError
 from fusion_detox.files.atomic import UNFINISHED, replacing_folder
+from fusion_detox.files.cache_root import cache_root
 from fusion_detox.files.loading_errors import first_line
 
 if TYPE_CHECKING:
@@ -41,9 +42,7 @@ _REMEDY = "Learn it again with `fusion-detox align`, or delete the folder."
 
 def alignment_folders(calibrator: Calibrator) -> list[Path]:
     """Return the folders that hold a calibrator's alignments; new ones go to the first."""
-    named = os.environ.get("FUSION_DETOX_CACHE")
-    root = Path(named) if named else Path.home() / ".cache" / "fusion-detox"
-    folders = [root / FOLDER / calibrator.tokens.fingerprint()[:16]]
+    folders = [cache_root() / FOLDER / calibrator.tokens.fingerprint()[:16]]
     own = calibrator.folder
     if own is not None:
         # Shipped and downloaded calibrators, whose name is not a path, are not the user's to edit.

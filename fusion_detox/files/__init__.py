@@ -5,6 +5,7 @@
 - ``tables``: rows of JSON Lines, JSON, CSV, TSV and text files, and of hub data sets.
 - ``models``: models and tokenizers by folder or hub id, without code from a repository.
 - ``packaged_targets``: real pretrained models from the Python package index.
+- ``cache_root``: the user's cache folder.
 - ``portable``: folders that transformers 4 and 5 both read.
 - ``loading_errors``: errors while loading them, each explained in one sentence.
 - ``cards``: model cards from templates.

@@ -33,6 +33,7 @@ from fusion_detox.errors import (
     ModelNotFoundError,
 )
 from fusion_detox.files.atomic import UNFINISHED, replacing_file, replacing_folder, write_whole
+from fusion_detox.files.cache_root import cache_root
 from fusion_detox.files.portable import make_portable
 
 PREFIX = "packaged:"
@@ -170,8 +171,7 @@ def packaged_target(
 
 def target_folder(name: str, cache: str | os.PathLike[str] | None = None) -> Path:
     """Return where a packaged target is stored, whether or not it has been fetched."""
-    root = cache or os.environ.get("FUSION_DETOX_CACHE") or "~/.cache/fusion-detox"
-    return Path(root).expanduser() / "targets" / name
+    return cache_root(cache) / "targets" / name
 
 
 def is_complete(folder: Path, target: PackagedTarget) -> bool:

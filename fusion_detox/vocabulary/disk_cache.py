@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fusion_detox.files.atomic import replacing_file
+from fusion_detox.files.cache_root import cache_root
 
 logger = logging.getLogger(__name__)
 
@@ -22,9 +23,8 @@ def cache_folder(cache_dir: Path | None = None) -> Path:
     """The cache folder: the argument, else ``$FUSION_DETOX_CACHE``, else the user's cache."""
     if cache_dir is not None:
         return Path(cache_dir)
-    if named := os.environ.get("FUSION_DETOX_CACHE"):
-        return Path(named)
-    return Path.home() / ".cache" / "fusion-detox" / "maps"
+    # In a folder that the user names, maps lie at the top.
+    return cache_root() if os.environ.get("FUSION_DETOX_CACHE") else cache_root() / "maps"
 
 
 def load_map(path: Path) -> tuple[dict[str, Tensor], float] | None:
