@@ -5,6 +5,7 @@
 - ``tables``: rows of JSON Lines, JSON, CSV, TSV and text files, and of hub data sets.
 - ``models``: models and tokenizers by folder or hub id, without code from a repository.
 - ``packaged_targets``: real pretrained models from the Python package index.
+- ``untrusted``, ``config_checks``: files that others wrote, checked before others read them.
 - ``cache_root``: the user's cache folder.
 - ``portable``: folders that transformers 4 and 5 both read.
 - ``loading_errors``: errors while loading them, each explained in one sentence.
@@ -12,5 +13,6 @@
 - ``fingerprints``, ``versions``, ``differences``: facts for records and for messages.
 - ``forks``: locks that still work in a forked process.
 
-Every other subpackage may import this one; it imports only :mod:`fusion_detox.errors`.
+Every other subpackage may import this one; it imports only :mod:`fusion_detox.errors` and
+:mod:`fusion_detox.config`.
 """
