@@ -19,6 +19,7 @@ from fusion_detox.cli import (
     align,
     compare,
     demo,
+    doctor,
     evaluate,
     fetch_target,
     finetune,
@@ -43,7 +44,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for _command in (
-    *(demo, generate, train_calibrator, finetune, info),
+    *(demo, generate, train_calibrator, finetune, info, doctor),
     *(evaluate, rescore, compare, tune, lm_eval, make_negatives, align, fetch_target),
 ):
     _command.register(app)

@@ -187,7 +187,7 @@ DAMAGES = {
     ),
     "impossible width": (
         lambda f: edit(f / CLEAN, hidden_size=-1),
-        [CLEAN, "no model can be built", "-1"],
+        [CLEAN, "hidden_size must be a whole number from 1", "-1", "correct it"],
     ),
     "not a number": (
         lambda f: tensors(f / "clean", lambda t: t[GATE].fill_(float("nan"))),

@@ -1,0 +1,1 @@
+"""Damage, kills and races: what the library does when its surroundings fail."""
