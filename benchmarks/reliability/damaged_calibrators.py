@@ -6,7 +6,7 @@ Each case copies a healthy calibrator, damages it, loads it, and fuses a few row
 cases load it as usual; the others without comparing digests (``verify=False``, or a folder without
 digests). The outcomes:
 
-- ``error``: an error of the library. ``equal``: it loads and gives the healthy calibrator's numbers.
+- ``error``: an error of the library. ``equal``: it loads and gives the healthy one's numbers.
 - ``different``: it loads and gives other numbers. With digests, this is silently wrong.
 - ``foreign``: another library's exception. ``crash``, ``hang``, ``memory``: the process died, took
   more than two minutes, or took more than 2 GiB.
@@ -77,12 +77,12 @@ def make_calibrator(folder: Path, seed: int) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=300 + 10 * seed,
+        vocab_size=310,
         special_tokens=["<|endoftext|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([(__doc__ or "")[seed:]] * 2, trainer)
+    tokenizer.train_from_iterator([(__doc__ or "")[100 * seed :]] * 2, trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>"
     )
@@ -278,7 +278,7 @@ def special_file(folder: Path, _: Path, rng: Rng) -> str:
 def added_file(folder: Path, _: Path, rng: Rng) -> str:
     """A file appears that transformers would read."""
     content = {
-        "clean/adapter_config.json": '{"base_model_name_or_path": "elsewhere", "peft_type": "LORA"}',
+        "clean/adapter_config.json": '{"base_model_name_or_path": "x", "peft_type": "LORA"}',
         "clean/model.safetensors.index.json": '{"weight_map": {"x": "model.safetensors"}}',
         "reference/generation_config.json": '{"eos_token_id": 99999999999}',
         "special_tokens_map.json": '{"bos_token": "the"}',

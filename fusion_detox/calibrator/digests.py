@@ -42,7 +42,9 @@ def file_digests(folder: Path, parts: Iterable[str]) -> dict[str, str]:
     paths = [folder / name for name in TOKENIZER_FILES]
     for part in sorted(parts):
         found = (folder / part).glob("*")
-        paths += sorted(path for path in found if path.suffix in (".json", ".safetensors"))
+        # File managers leave hidden files, such as ._config.json.
+        kept = (path for path in found if not path.name.startswith("."))
+        paths += sorted(path for path in kept if path.suffix in (".json", ".safetensors"))
     paths = [path for path in paths if path.exists()]
     with ThreadPoolExecutor(_THREADS) as pool:  # hashlib releases the interpreter's lock
         digests = list(pool.map(_digest, paths))

@@ -384,8 +384,14 @@ def _read_digests(values: object, path: Path) -> dict[str, str]:
     return files
 
 
-def _check_configs(folder: Path) -> None:
-    """Check a model's JSON files before transformers reads them."""
+def _check_configs(folder: Path, shown: Path | None = None) -> None:
+    """Check a model's JSON files before transformers reads them.
+
+    Args:
+        folder: The model's folder.
+        shown: Its path in messages, if it is a temporary folder.
+    """
+    shown = shown or folder
     path = folder / "adapter_config.json"
     if path.exists():  # transformers would load the model that it names instead
         raise CalibratorError(
@@ -394,11 +400,11 @@ def _check_configs(folder: Path) -> None:
         )
     config = read_json(folder / "config.json")
     try:
-        check_model_config(config, folder / "config.json")
+        check_model_config(config, shown / "config.json")
         path = folder / "generation_config.json"
         if path.exists():
             sizes = {"vocab_size": config.get("vocab_size"), **read_json(path)}
-            check_model_config(sizes, path)
+            check_model_config(sizes, shown / path.name)
     except ModelError as error:
         raise CalibratorError(str(error)) from error
 
@@ -558,6 +564,7 @@ def write_folder(
         for part, model in models.items():
             model.save_pretrained(folder / part)
             make_portable(folder / part)
+            _check_configs(folder / part, Path(part))
         _save_tokenizer(tokenizer, folder)
         write_json(folder / "training.json", record)
         settings = settings._replace(digests=file_digests(folder, settings.distributions))

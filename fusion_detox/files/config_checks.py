@@ -35,7 +35,10 @@ _IMPLEMENTATIONS = {
 }
 # They change how weights are read, or name other files.
 _FORBIDDEN = {"quantization_config", "compression_config", "transformers_weights"}
-_REMEDY = "If you edited the file, correct it; otherwise copy it again from its source."
+_REMEDY = (
+    "If you edited the file, or the `config` of the model that was saved, correct it; otherwise "
+    "copy the file again from its source."
+)
 
 
 def check_model_config(values: Mapping[str, Any], source: Path) -> None:
@@ -102,10 +105,9 @@ def _check_value(name: str, value: object, source: Path) -> None:
     if _COUNTS.fullmatch(name):
         for count in _list(value):
             _number(name, count, source, 1, _MAX_INT, whole=True)
-    elif _SHARES.fullmatch(name):
-        _number(name, value, source, 0, 1)
-    elif _SMALL.fullmatch(name):
-        _number(name, value, source, 0, 1e12)
+    elif _SHARES.fullmatch(name) or _SMALL.fullmatch(name):
+        for number in _list(value):  # some families have one value for each layer
+            _number(name, number, source, 0, 1 if _SHARES.fullmatch(name) else 1e12)
     elif name in _ACTIVATIONS:
         _choice(name, value, ACT2FN, source)
     elif name in ("dtype", "torch_dtype"):
