@@ -33,6 +33,12 @@ _IMPLEMENTATIONS = {
     *("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"),
     *("batched_mm", "grouped_mm"),
 }
+_TOKENIZER_TYPES: tuple[tuple[str, tuple[type, ...], str], ...] = (
+    (r"(add|clean|split|strip)_.*|legacy|do_lower_case", (bool,), "true or false"),
+    (r".*_token", (str, dict, bool), "a token"),
+    (r"(padding|truncation)_side", (str,), "a string"),
+    (r"model_input_names", (list,), "a list"),
+)
 # They change how weights are read, or name other files.
 _FORBIDDEN = {"quantization_config", "compression_config", "transformers_weights"}
 _REMEDY = (
@@ -70,15 +76,23 @@ def check_tokenizer_config(values: Mapping[str, Any], source: Path) -> None:
     """Check the content of a ``tokenizer_config.json``.
 
     Raises:
-        ModelError: It names files to read, or an added token has an impossible id.
+        ModelError: It names files to read, an added token has an impossible id, or a value has the
+            wrong type.
     """
     for name, value in values.items():
+        for pattern, types, what in _TOKENIZER_TYPES:
+            if re.fullmatch(pattern, name) and not isinstance(value, (*types, type(None))):
+                raise ModelError(
+                    f"{source}: {name} must be {what}, but is {_shown(value)}. {_REMEDY}"
+                )
         names_file = name.endswith(("_file", "_files")) or name in ("init_inputs", "auto_map")
         if names_file and value:
             raise ModelError(
                 f"{source}: {name} must be absent, because it names other files or code to load, "
                 f"but is {_shown(value)}. {_REMEDY}"
             )
+    if values.get("model_max_length") is not None:
+        _number("model_max_length", values["model_max_length"], source, 1, 10**40)
     added = values.get("added_tokens_decoder")
     for id in added if isinstance(added, Mapping) else ():
         number = int(id) if re.fullmatch(r"\d{1,18}", id) else id

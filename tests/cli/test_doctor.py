@@ -29,10 +29,7 @@ def doctor(calibrator_folder, capsys, monkeypatch, tmp_path):
 
 def results(out):
     """The result of each check."""
-    rows = (
-        re.match(r"│ ([a-z ]+?) +│ (ok|problem) +│ (.+?) +│", line) for line in out.splitlines()
-    )
-    return {row[1]: row[2] for row in rows if row}
+    return dict(re.findall(r"^│ ([a-z ]+?) +│ (ok|problem) +│", out, re.M))
 
 
 def test_healthy(doctor, calibrator_folder, target_folder):
@@ -88,12 +85,11 @@ def test_an_edit_is_accepted(doctor, calibrator_folder):
 
 @pytest.mark.parametrize(
     ("value", "expected"),
-    [(0.0, "are zero"), (float("nan"), "not finite"), (1e30, "logits are not finite")],
+    [(0.0, "are zero"), (float("nan"), "not finite"), (3e38, "logits are not finite")],
 )
 def test_damage_is_not_accepted(doctor, calibrator_folder, value, expected):
     tensors = load_file(calibrator_folder / WEIGHTS)
-    for tensor in tensors.values():
-        tensor.fill_(value)
+    tensors["lm_head.weight"].fill_(value)
     save_file(tensors, calibrator_folder / WEIGHTS, metadata={"format": "pt"})
     code, out = doctor("--write-digests")
     assert code == 1
@@ -110,7 +106,6 @@ def test_models_that_change_nothing(doctor, calibrator, calibrator_folder):
     code, out = doctor()
     assert (code, results(out)["models"]) == (1, "problem")
     assert "The clean and the reference model are equal" in out
-    calibrator.config = calibrator.config.replace(strength=0)
     calibrator.reference = None
     calibrator.config = calibrator.config.replace(rule="product", strength=0)
     calibrator.save_pretrained(calibrator_folder)

@@ -92,6 +92,17 @@ def test_tokenizers():
     for name in ("tokenizer_file", "vocab_file", "fast_tokenizer_files", "auto_map"):
         with pytest.raises(ModelError, match=f"{name} must be absent"):
             check_tokenizer_config({name: "/etc/passwd"}, SOURCE)
+    for name, value in (
+        ("model_max_length", "128"),
+        ("model_max_length", 0),
+        ("padding_side", 1),
+        ("bos_token", ["x"]),
+        ("add_prefix_space", "x"),
+        ("model_input_names", "input_ids"),
+    ):
+        with pytest.raises(ModelError, match=f"{name} must be"):
+            check_tokenizer_config({name: value}, SOURCE)
+    check_tokenizer_config({"model_max_length": 1e30, "bos_token": {"content": "x"}}, SOURCE)
     with pytest.raises(ModelError, match="added_tokens_decoder must be"):
         check_tokenizer_config({"added_tokens_decoder": {str(2**31): {}}}, SOURCE)
 
