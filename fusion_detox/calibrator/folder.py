@@ -73,6 +73,7 @@ _REMEDY = (
     "Copy the whole folder again from its source, or retrain the calibrator with "
     "`fusion-detox train-calibrator`."
 )
+_MAX_INT = 1 << 31
 _MAX_BUFFERS = 1 << 28
 """Values that a model may have beside its weights, such as masks: 1 GiB in float32."""
 _warned: set[Path] = set()
@@ -177,6 +178,9 @@ def read_settings(folder: Path, *, verify: bool = True) -> Settings:
             raise CalibratorError(
                 f"{path}: {name} must be a JSON {_JSON_TYPES[kind]}, but is {value!r}. {_REMEDY}"
             )
+    for name, value in (*values.items(), *values["fusion"].items()):
+        if type(value) is int and abs(value) >= _MAX_INT:
+            raise CalibratorError(f"{path}: {name} must be below 2**31, but is {value}. {_REMEDY}")
     values["distributions"] = tuple(values["distributions"])
     if values["distributions"] not in (("clean",), DISTRIBUTIONS):
         raise CalibratorError(

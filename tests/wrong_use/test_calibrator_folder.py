@@ -133,6 +133,10 @@ DAMAGES = {
         lambda f: edit(f / MAIN, fusion={"strength": -1}),
         [MAIN, "strength must be a number of at least 0", "-1", "Correct it in this file"],
     ),
+    "integer that tensors cannot hold": (
+        lambda f: edit(f / MAIN, fusion={"kl_budget": 10**30}),
+        [MAIN, "kl_budget must be below 2**31", "1000000"],
+    ),
     "unknown fusion setting": (
         lambda f: edit(f / MAIN, fusion={"alpha": 1}),
         [MAIN, "unknown fusion settings: alpha", "the known ones are rule"],
