@@ -168,19 +168,7 @@ def read_settings(folder: Path, *, verify: bool = True) -> Settings:
         raise CalibratorError(f"{path}: format_version must be 1 or 2, but is {found!r}. {_REMEDY}")
     probes = values.pop("probes", [])
     digests = values.pop("digests", None) if found > 1 else None
-    if values.keys() != _FIELDS.keys():
-        missing = ", ".join(sorted(_FIELDS.keys() - values)) or "nothing"
-        unknown = ", ".join(sorted(values.keys() - _FIELDS)) or "nothing"
-        raise CalibratorError(f"{path}: missing {missing}, unknown {unknown}. {_REMEDY}")
-    for name, kind in (*_FIELDS.items(), ("probes", list)):
-        value = probes if name == "probes" else values[name]
-        if type(value) is not kind:
-            raise CalibratorError(
-                f"{path}: {name} must be a JSON {_JSON_TYPES[kind]}, but is {value!r}. {_REMEDY}"
-            )
-    for name, value in (*values.items(), *values["fusion"].items()):
-        if type(value) is int and abs(value) >= _MAX_INT:
-            raise CalibratorError(f"{path}: {name} must be below 2**31, but is {value}. {_REMEDY}")
+    _check_fields(values, probes, path)
     values["distributions"] = tuple(values["distributions"])
     if values["distributions"] not in (("clean",), DISTRIBUTIONS):
         raise CalibratorError(
@@ -371,6 +359,23 @@ def read_json(path: Path, *, finite: bool = True) -> dict[str, Any]:
             f"{path} must hold a JSON object, not {type(values).__name__}. {_REMEDY}"
         )
     return values
+
+
+def _check_fields(values: Mapping[str, Any], probes: object, path: Path) -> None:
+    """Check the names and the types of the values in ``calibrator.json``."""
+    if values.keys() != _FIELDS.keys():
+        missing = ", ".join(sorted(_FIELDS.keys() - values)) or "nothing"
+        unknown = ", ".join(sorted(values.keys() - _FIELDS)) or "nothing"
+        raise CalibratorError(f"{path}: missing {missing}, unknown {unknown}. {_REMEDY}")
+    for name, kind in (*_FIELDS.items(), ("probes", list)):
+        value = probes if name == "probes" else values[name]
+        if type(value) is not kind:
+            raise CalibratorError(
+                f"{path}: {name} must be a JSON {_JSON_TYPES[kind]}, but is {value!r}. {_REMEDY}"
+            )
+    for name, value in (*values.items(), *values["fusion"].items()):
+        if type(value) is int and abs(value) >= _MAX_INT:
+            raise CalibratorError(f"{path}: {name} must be below 2**31, but is {value}. {_REMEDY}")
 
 
 def _read_digests(values: object, path: Path) -> dict[str, str]:
