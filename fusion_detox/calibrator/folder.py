@@ -185,7 +185,7 @@ def read_settings(folder: Path, *, verify: bool = True) -> Settings:
         raise CalibratorError(f"{path}: {error}.") from error
     if found > 1:
         values["digests"] = _read_digests(digests, path)
-        if verify and settings_digest(content) != digests["settings"]:
+        if verify and settings_digest(content) != content["digests"]["settings"]:
             raise CalibratorError(
                 f"{path} was edited or damaged: its settings do not match their digest. "
                 f"{reseal_advice(folder)}"
@@ -429,9 +429,10 @@ def _check_size(folder: Path, config: PretrainedConfig, shapes: Mapping[str, lis
             f"{folder / 'config.json'}: num_hidden_layers is {layers}, but the weights hold only "
             f"{len(shapes)} tensors. {_REMEDY}"
         )
+    auto: Any = AutoModelForCausalLM  # its type stubs lack annotations
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = auto.from_config(config, trust_remote_code=False)
     except NotImplementedError:  # some families compute with values while they are built
         return
     tensors = [*model.parameters(), *model.buffers()]
