@@ -87,7 +87,10 @@ def load_map(path: Path, rows: int, columns: int) -> tuple[dict[str, Tensor], fl
         return tensors, coverage
     except FileNotFoundError:
         return None
-    except Exception as error:  # whatever a damaged file causes, a map can be built again
+    except (
+        *(OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, MemoryError),
+        SafetensorError,
+    ) as error:
         logger.warning("the cached vocabulary map %s is rebuilt: %s", path, error)
         return None
 
