@@ -131,6 +131,9 @@ def claimed(output: Path) -> Iterator[None]:
         DataFileError: Another process holds the lock, or the folder cannot be written.
     """
     output = Path(os.path.realpath(output))
+    for parent in output.parents:
+        if parent.exists() and not parent.is_dir():
+            raise DataFileError(f"{parent} is not a folder; choose another output")
     created = [parent for parent in output.parents if not parent.exists()]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -333,9 +333,7 @@ class TestWrongUse:
 
     def test_a_run_in_use_by_another_command_is_refused(self, run, tmp_path):
         run()
-        busy = pytest.raises(
-            DataFileError, match=r"\(process \d+\) is working on the run"
-        )
+        busy = pytest.raises(DataFileError, match=r"\(process \d+\) is working on the run")
         with RunFolder.claimed(tmp_path / "run"), busy:
             run()
         run()

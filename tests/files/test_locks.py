@@ -88,7 +88,7 @@ def test_a_forked_child_does_not_keep_the_lock(tmp_path):
 def test_an_output_that_cannot_be_written_is_refused_and_new_parents_are_removed(tmp_path):
     (tmp_path / "file").touch()
     with (
-        pytest.raises(DataFileError, match="choose another output"),
+        pytest.raises(DataFileError, match="file is not a folder; choose another output"),
         claimed(tmp_path / "file" / "a" / "b"),
     ):
         pass

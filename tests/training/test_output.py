@@ -22,7 +22,7 @@ from fusion_detox.training.output import discard, writes_output
 
 SMALL: dict[str, Any] = {
     "base_steps": 2, "fork_steps": 2, "batch_size": 2, "context_length": 16,
-    "vocabulary_size": 290, "hidden_size": 16, "intermediate_size": 32, "layers": 1, "heads": 2,
+    "vocabulary_size": 300, "hidden_size": 16, "intermediate_size": 32, "layers": 1, "heads": 2,
     "warmup_steps": 1, "held_out": 0.2, "device": "cpu", "save_dtype": "float32",
 }  # fmt: skip
 
@@ -30,7 +30,21 @@ SMALL: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("corpus") / "posts.jsonl"
-    words = "the weather was fine so we walked to river and had lunch there".split()
+    words = [
+        "the",
+        "weather",
+        "was",
+        "fine",
+        "so",
+        "we",
+        "walked",
+        "to",
+        "river",
+        "and",
+        "had",
+        "lunch",
+        "there",
+    ]
     rows = [
         {"text": " ".join(words[i % 7 : i % 7 + 6] * 3) + f" {i}", "toxic": i % 3 == 0}
         for i in range(60)
@@ -101,7 +115,7 @@ def test_a_second_process_is_refused_before_it_reads_anything(corpus: Path, tmp_
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(DataFileError, match="Not a directory"):
+    with pytest.raises(DataFileError, match="posts.jsonl is not a folder"):
         train(corpus / "toy", tmp_path / "missing")
 
     def read_only(path: Any, flags: int, *mode: int) -> int:
@@ -164,7 +178,9 @@ def failing(error: BaseException) -> Callable[[Path], None]:
     [
         OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
         OSError("I/O error: No space left on device (os error 28)"),
-        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        ),
         RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
         Exception("No space left on device (os error 28)"),
     ],
