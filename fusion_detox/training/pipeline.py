@@ -202,12 +202,9 @@ def train_calibrator(
     facts = {"name": name or output.name, "settings": config.to_dict(), **(notes or {})}
     if finished:
         check_same(output, finished, {"fingerprint": fingerprint, **facts})
-        made = Calibrator.from_pretrained(output)
-        if (fusion or made.config) != made.config or (given or made.probes) != made.probes:
-            raise exists_already(output)
         if state.is_main_process:
             discard(work)
-        return made
+        return _finished(output, fusion, given)
     with state.main_process_first():
         if state.is_main_process:
             claim(work, fingerprint, overwrite)
@@ -294,4 +291,14 @@ def train_calibrator(
         made.save_pretrained(output, dtype=getattr(torch, config.save_dtype))
         discard(work)
     state.wait_for_everyone()
+    return made
+
+
+def _finished(
+    output: Path, fusion: FusionConfig | None, probes: tuple[Probe, ...] | None
+) -> Calibrator:
+    """The calibrator that an earlier run of the same request has saved."""
+    made = Calibrator.from_pretrained(output)
+    if fusion not in (None, made.config) or probes not in (None, made.probes):
+        raise exists_already(output)
     return made
