@@ -266,7 +266,7 @@ def start_child(
         os.dup2(said, 2)
         sys.addaudithook(hook)
         code = command.run(world, folder)
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - it is shown, and the child ends
         sys.excepthook(*sys.exc_info())
     finally:
         os.write(2, f"\n{changes}".encode())
@@ -314,11 +314,9 @@ def _copy_calibrator(world: World, folder: Path) -> None:
 
 
 def _generate(world: World, folder: Path) -> int:
-    return main(
-        ["generate", str(world.target), *PROMPTS, "-o", str(folder / "out.jsonl")]
-        + ["--calibrator", str(world.calibrator), "--num-samples", "3", "--max-new-tokens", "6"]
-        + ["--batch-size", "2", "--device", "cpu"]
-    )
+    options = ["--num-samples", "3", "--max-new-tokens", "6", "--batch-size", "2"]
+    files = ["-o", str(folder / "out.jsonl"), "--calibrator", str(world.calibrator)]
+    return main(["generate", str(world.target), *PROMPTS, *files, *options, "--device", "cpu"])
 
 
 def _evaluate(world: World, folder: Path) -> int:
@@ -327,19 +325,16 @@ def _evaluate(world: World, folder: Path) -> int:
         prompts.write_text("\n".join(PROMPTS) + "\n")
     sizes = ["--samples", "2", "--max-new-tokens", "4", "--resamples", "20", "--batch-size", "4"]
     sizes += ["--harmless-texts", "2", "--harmless-tokens", "8", "--suite", "none"]
-    return main(
-        ["evaluate", str(world.target), "--prompts", str(prompts), "-o", str(folder / "run")]
-        + ["--calibrator", str(world.calibrator), "--setting", "default", "--scorer", "lexical"]
-        + [*sizes, "--no-similarity", "--device", "cpu"]
-    )
+    sizes += ["--no-similarity", "--scorer", "lexical", "--device", "cpu"]
+    files = ["--prompts", str(prompts), "-o", str(folder / "run")]
+    files += ["--calibrator", str(world.calibrator)]
+    return main(["evaluate", str(world.target), *files, "--setting", "default", *sizes])
 
 
 def _train(world: World, folder: Path) -> int:
     options = [f"--{name.replace('_', '-')}={value}" for name, value in _TRAINING.items()]
-    return main(
-        ["train-calibrator", str(folder / "made"), f"--general={world.corpus}"]
-        + ["--clean-where=toxic=false", *options]
-    )
+    files = [str(folder / "made"), f"--general={world.corpus}"]
+    return main(["train-calibrator", *files, "--clean-where=toxic=false", *options])
 
 
 def _tune(world: World, folder: Path) -> int:
@@ -364,7 +359,7 @@ def _tune(world: World, folder: Path) -> int:
     return 0
 
 
-def _make_negatives(world: World, folder: Path) -> int:
+def _make_negatives(_: World, folder: Path) -> int:
     from fusion_detox.cli.console import note
     from fusion_detox.errors import FusionDetoxError
 

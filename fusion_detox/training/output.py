@@ -125,10 +125,8 @@ def check_same(output: Path, finished: Mapping[str, Any], facts: Mapping[str, An
     Raises:
         TrainingError: The record differs.
     """
-    if any(
-        finished.get(name) != value
-        for name, value in json.loads(json.dumps(facts, default=str)).items()
-    ):
+    wanted = json.loads(json.dumps(facts, default=str))
+    if any(finished.get(name) != value for name, value in wanted.items()):
         raise exists_already(output)
     logger.warning("%s is already finished; --overwrite trains it again", output)
 

@@ -223,7 +223,7 @@ def test_ids_that_a_model_does_not_have_are_refused(
     model, tokenizer = load_target(target)
     for wrong in (len(tokenizer), 1 << 70, -1):
         ids = (wrong, *alignment.target_ids[1:])
-        with pytest.raises(AlignmentError, match="names tokens that .* does not have"):
+        with pytest.raises(AlignmentError, match=r"names tokens that .* does not have"):
             dataclasses.replace(alignment, target_ids=ids).check_target(model, tokenizer)
 
 

@@ -26,25 +26,13 @@ SMALL: dict[str, Any] = {
     "warmup_steps": 1, "held_out": 0.2, "device": "cpu", "save_dtype": "float32",
 }  # fmt: skip
 
+SENTENCE = "the weather was fine so we walked to the old river and had lunch there"
+
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("corpus") / "posts.jsonl"
-    words = [
-        "the",
-        "weather",
-        "was",
-        "fine",
-        "so",
-        "we",
-        "walked",
-        "to",
-        "river",
-        "and",
-        "had",
-        "lunch",
-        "there",
-    ]
+    words = SENTENCE.split()
     rows = [
         {"text": " ".join(words[i % 7 : i % 7 + 6] * 3) + f" {i}", "toxic": i % 3 == 0}
         for i in range(60)
@@ -115,7 +103,7 @@ def test_a_second_process_is_refused_before_it_reads_anything(corpus: Path, tmp_
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(DataFileError, match="posts.jsonl is not a folder"):
+    with pytest.raises(DataFileError, match=r"posts\.jsonl is not a folder"):
         train(corpus / "toy", tmp_path / "missing")
 
     def read_only(path: Any, flags: int, *mode: int) -> int:
