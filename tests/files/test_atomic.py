@@ -1,9 +1,9 @@
 """Files and folders are either complete or unchanged, whenever the process is killed."""
 
 import os
-import signal
-import sys
+import runpy
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -101,32 +101,8 @@ def test_the_old_folder_survives_a_failed_move(old, tmp_path, monkeypatch):
 
 # --- kills
 
-CHANGES = {"open", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate"}
+killed_at = runpy.run_path(str(Path(__file__).parents[1] / "killed.py"))["killed_at"]
 pytest_fork = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-
-
-def killed_at(number, work):
-    """Run ``work`` in a child that is killed before its ``number``-th change of the disk.
-
-    Returns whether the child was killed before it finished.
-    """
-    child = os.fork()
-    if child == 0:
-        left = number
-
-        def hook(event, _):
-            nonlocal left
-            if event in CHANGES:
-                left -= 1
-                if left < 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(hook)
-        try:
-            work()
-        finally:
-            os._exit(0)
-    return os.waitpid(child, 0)[1] != 0
 
 
 def replace(folder):
