@@ -68,6 +68,8 @@ _MEASURING = {
 }  # fmt: skip
 # These differ between two uninterrupted runs.
 _TIMES = {"created", "cost", "seconds", "machine", "build_seconds"}
+# A run of tune after a finished one notes that its prompts were used for tuning.
+_NOTES = {"prompts_tuned_on", "notes"}
 _CHANGES = {"open", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate"}
 _REFUSAL = re.compile(r"another command( \(process \d+\))? is working on .*; wait until it ends")
 
@@ -392,13 +394,13 @@ def _lines(path: Path) -> list[str]:
 
 
 def _json(path: Path) -> Any:
-    return _timeless(json.loads(path.read_text(encoding="utf-8")))
+    return _without(json.loads(path.read_text(encoding="utf-8")), _TIMES)
 
 
-def _timeless(value: Any) -> Any:
+def _without(value: Any, names: set[str]) -> Any:
     if isinstance(value, dict):
-        return {name: _timeless(one) for name, one in value.items() if name not in _TIMES}
-    return [_timeless(one) for one in value] if isinstance(value, list) else value
+        return {name: _without(one, names) for name, one in value.items() if name not in names}
+    return [_without(one, names) for one in value] if isinstance(value, list) else value
 
 
 def _evaluation(folder: Path) -> Any:
@@ -428,7 +430,9 @@ def _tuned(folder: Path) -> Any:
     settings = found["calibrator.json"]["fusion"]
     tuning = found["training.json"]["tuning"]
     together = {name: tuning["chosen"][name] for name in settings} == settings
-    return {**found, "card": card, "settings and record agree": together, **_evaluation(folder)}
+    run = _evaluation(folder)
+    results = _without(run["results"], _NOTES)
+    return {**found, "card": card, "together": together, "samples": run["samples"], **results}
 
 
 def _negatives(folder: Path) -> Any:

@@ -94,13 +94,15 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS / "kills.json")
     args = parser.parse_args()
     names = args.only or NAMES
-    record: dict[str, Any] = {"seed": args.seed, "kills": 0, "commands": {}}
+    record: dict[str, Any] = {"seed": args.seed, "commands": {}}
+    if args.only and args.out.exists():  # the other commands stay
+        record = json.loads(args.out.read_text())
     folder = Path(tempfile.mkdtemp(prefix="kills-"))
     world = make_world(folder / "world")
     for name in names:
         found = audit(commands()[name], world, folder / name, args.kills // len(names), args.seed)
         record["commands"][name] = found
-        record["kills"] += found["kills"]
+        record["kills"] = sum(one["kills"] for one in record["commands"].values())
         print(name, json.dumps(found)[:3000], flush=True)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_whole(args.out, json.dumps(record, indent=1).encode() + b"\n")

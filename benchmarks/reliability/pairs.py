@@ -90,7 +90,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--out", type=Path, default=RESULTS / "pairs.json")
     args = parser.parse_args()
-    record: dict[str, Any] = {"seed": args.seed, "pairs": 0, "commands": {}}
+    record: dict[str, Any] = {"seed": args.seed, "commands": {}}
+    if args.only and args.out.exists():  # the other commands stay
+        record = json.loads(args.out.read_text())
     folder = Path(tempfile.mkdtemp(prefix="pairs-"))
     world = make_world(folder / "world")
     shares = {name: SHARES[name] for name in args.only or SHARES}
@@ -98,7 +100,7 @@ def main() -> int:
         pairs = round(args.pairs * share / sum(shares.values()))
         found = audit(commands()[name], world, folder / name, pairs, args.seed)
         record["commands"][name] = found
-        record["pairs"] += found["pairs"]
+        record["pairs"] = sum(one["pairs"] for one in record["commands"].values())
         print(name, json.dumps(found)[:3000], flush=True)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_whole(args.out, json.dumps(record, indent=1).encode() + b"\n")
