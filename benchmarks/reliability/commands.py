@@ -62,7 +62,7 @@ _TRAINING = {
     "evaluate_every": 2, "save_every": 1, "warmup_steps": 1, "held_out": 0.2, "device": "cpu",
     "save_dtype": "float32",
 }  # fmt: skip
-_MEASURING = {
+_MEASURING: dict[str, Any] = {
     "samples": 2, "max_new_tokens": 4, "scorers": ("lexical",), "similarity": False, "suites": (),
     "harmless_texts": 2, "harmless_tokens": 8, "resamples": 20, "batch_size": 4,
 }  # fmt: skip
@@ -146,9 +146,9 @@ class ScriptedWriter:
 def make_world(folder: Path) -> World:
     """Makes the models and the text, and replaces what would take most of the time."""
     torch.set_num_threads(1)
-    fusion_detox.scoring.make_scorer = lambda *_, **__: HashScorer()  # type: ignore[assignment]
-    plots.svg_uri = lambda panel: ""  # type: ignore[assignment]
-    plots.png = lambda kinds, heading: b""  # type: ignore[assignment]
+    fusion_detox.scoring.make_scorer = lambda *_, **__: HashScorer()
+    plots.svg_uri = lambda panel: ""
+    plots.png = lambda kinds, heading: b""
     os.environ["FUSION_DETOX_CACHE"] = str(folder / "cache")
     world = World(folder / "target", folder / "calibrator", folder / "posts.jsonl")
     own, other = _tokenizer(340, 1), _tokenizer(310, 2)
@@ -181,7 +181,11 @@ def _tokenizer(size: int, part: int) -> PreTrainedTokenizerFast:
         ),
     )
     end = "<|endoftext|>"
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end)
+    untyped: Any = PreTrainedTokenizerFast
+    made: PreTrainedTokenizerFast = untyped(
+        tokenizer_object=tokenizer, bos_token=end, eos_token=end
+    )
+    return made
 
 
 def _model(width: int, seed: int) -> LlamaForCausalLM:
@@ -191,7 +195,9 @@ def _model(width: int, seed: int) -> LlamaForCausalLM:
         num_attention_heads=2, max_position_embeddings=64, initializer_range=0.3, bos_token_id=0,
         eos_token_id=0,
     )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+    model: Any = LlamaForCausalLM(config)
+    made: LlamaForCausalLM = model.eval()
+    return made
 
 
 def commands() -> dict[str, Command]:
@@ -352,7 +358,7 @@ def _tune(world: World, folder: Path) -> int:
             price=Price(100, 100, 0),
             grid={"strength": (0.5, 2.0)},
             write=True,
-            config=EvaluationConfig(**_MEASURING),  # type: ignore[arg-type]
+            config=EvaluationConfig(**_MEASURING),
             device="cpu",
         )
     except FusionDetoxError as error:
@@ -374,7 +380,7 @@ def _make_negatives(_: World, folder: Path) -> int:
             folder / "pairs.jsonl",
             writer=ScriptedWriter(),
             config=config,
-            judges=Judges(scorer=HashScorer()),  # type: ignore[arg-type]
+            judges=Judges(scorer=HashScorer()),
         )
     except FusionDetoxError as error:
         note(f"error: {error}")

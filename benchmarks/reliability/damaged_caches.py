@@ -101,7 +101,11 @@ def special(path: Path, rng: random.Random) -> None:
     elif kind == "folder":
         path.mkdir()
     else:
-        names = {"device": "/dev/zero", "loop": path, "dangling": path.with_name("missing")}
+        names: dict[str, str | Path] = {
+            "device": "/dev/zero",
+            "loop": path,
+            "dangling": path.with_name("missing"),
+        }
         path.symlink_to(names[kind])
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from fusion_detox.errors import DataError, DataFileError
 from fusion_detox.evaluation.prompts.prompt_sets import Prompt
-from fusion_detox.files.atomic import write_whole
+from fusion_detox.files.atomic import recover_entries, write_whole
 from fusion_detox.files.differences import differences
 from fusion_detox.files.locks import sole_process
 
@@ -57,6 +57,8 @@ class RunFolder:
         except OSError as error:
             raise DataFileError(f"cannot write to {path}: {error.strerror}") from error
         with sole_process(path / _LOCK, f"the run in {path}"):
+            for folder in (path, *(path / part for part in _PARTS)):
+                recover_entries(folder)
             yield
 
     @classmethod

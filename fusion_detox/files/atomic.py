@@ -21,6 +21,7 @@ from fusion_detox.files.locks import Lock
 UNFINISHED = ".new-"
 """Part of the name of what is still being written; the name starts with a dot."""
 
+_LOCK = ".writing"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -108,20 +109,26 @@ def link_entries(source: Path, target: Path, wanted: Callable[[str], bool]) -> N
             _link(entry, to)
 
 
-def recover(folder: Path) -> None:
+def recover(path: Path) -> None:
     """Restore a folder if its replacement was killed, and remove what the killed process left.
 
-    If a living process is writing a folder that does not exist yet, wait for it.
+    If a living process is writing a path that does not exist yet, wait for it.
     """
-    lock = _lock_of(folder)
+    lock = _lock_of(path)
     if not lock.path.exists():
         return
     with contextlib.suppress(OSError):  # a read-only folder; then there is nothing to restore
-        if lock.acquire(wait=not folder.exists()):
+        if lock.acquire(wait=not path.exists()):
             try:
-                _clear(folder)
+                _clear(path)
             finally:
                 lock.release()
+
+
+def recover_entries(folder: Path) -> None:
+    """:func:`recover` each entry of a folder; the folder need not exist."""
+    for lock in folder.glob(f".*{_LOCK}"):
+        recover(folder / lock.name[1 : -len(_LOCK)])
 
 
 @contextlib.contextmanager
@@ -140,7 +147,7 @@ def _sole_writer(path: Path) -> Iterator[None]:
 
 
 def _lock_of(path: Path) -> Lock:
-    return Lock(path.with_name(f".{path.name}.writing"))
+    return Lock(path.with_name(f".{path.name}{_LOCK}"))
 
 
 def _clear(path: Path) -> None:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from fusion_detox.files.atomic import replacing_file
+from fusion_detox.files.atomic import recover, replacing_file
 from fusion_detox.files.cache_root import cache_root
 
 logger = logging.getLogger(__name__)
@@ -71,6 +71,7 @@ def load_map(path: Path, rows: int, columns: int) -> tuple[dict[str, Tensor], fl
     """
     try:
         data = _read_own(path)
+        recover(path)
         tensors = load(data)
         size = int.from_bytes(data[:8], "little")
         metadata = json.loads(data[8 : 8 + size])["__metadata__"]

@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 
 from fusion_detox.files import atomic
-from fusion_detox.files.atomic import recover, replacing_folder, write_whole
+from fusion_detox.files.atomic import (
+    recover,
+    recover_entries,
+    replacing_folder,
+    write_whole,
+)
 
 
 def tree(folder):
@@ -161,6 +166,17 @@ def test_a_reader_removes_what_a_killed_writer_left(old, tmp_path):
         killed_at(number, lambda: interrupted(old))
         recover(old)
         assert tree(tmp_path) == before
+
+
+@pytest_fork
+def test_what_is_left_beside_a_finished_file_can_be_removed(tmp_path):
+    """The kill comes after the move, so nothing has to be written again."""
+    number = 0
+    while killed_at(number, lambda: write_whole(tmp_path / "file", b"new")):
+        recover_entries(tmp_path)
+        assert set(os.listdir(tmp_path)) <= {"file"}
+        number += 1
+    recover_entries(tmp_path / "missing")
 
 
 def test_writers_of_one_folder_wait_for_each_other(tmp_path):
