@@ -35,10 +35,9 @@ from fusion_detox import Calibrator
 from fusion_detox.alignment.alignment import align
 from fusion_detox.alignment.store import save_alignment
 from fusion_detox.cli import main
-from fusion_detox.evaluation import EvaluationConfig
+from fusion_detox.evaluation import EvaluationConfig, tuning
 from fusion_detox.evaluation.prompts.prompt_sets import PromptSet
 from fusion_detox.evaluation.report import plots
-from fusion_detox.evaluation.tuning import Price, tune
 from fusion_detox.training import make_negatives
 from fusion_detox.training.negatives.config import NegativesConfig
 from fusion_detox.training.negatives.judges import Judges
@@ -149,6 +148,9 @@ def make_world(folder: Path) -> World:
     fusion_detox.scoring.make_scorer = lambda *_, **__: HashScorer()
     plots.svg_uri = lambda panel: ""
     plots.png = lambda kinds, heading: b""
+    # Whether the best of a few settings is better than noise is not the question here.
+    for owner, name, value in ((tuning, "MIN_PROMPTS", 2), (tuning.Tuning, "improves", True)):
+        setattr(owner, name, value)
     os.environ["FUSION_DETOX_CACHE"] = str(folder / "cache")
     world = World(folder / "target", folder / "calibrator", folder / "posts.jsonl")
     own, other = _tokenizer(340, 1), _tokenizer(310, 2)
@@ -350,12 +352,12 @@ def _tune(world: World, folder: Path) -> int:
     from fusion_detox.errors import FusionDetoxError
 
     try:
-        tune(
+        tuning.tune(
             str(world.target),
             [PromptSet.from_texts(PROMPTS)],
             folder / "run",
             calibrator=str(folder / "calibrator"),
-            price=Price(100, 100, 0),
+            price=tuning.Price(100, 100, 0),
             grid={"strength": (0.5, 2.0)},
             write=True,
             config=EvaluationConfig(**_MEASURING),
@@ -434,8 +436,8 @@ def _tuned(folder: Path) -> Any:
     found = _calibrator(folder / "calibrator")
     card = (folder / "calibrator" / "README.md").read_text(encoding="utf-8")
     settings = found["calibrator.json"]["fusion"]
-    tuning = found["training.json"]["tuning"]
-    together = {name: tuning["chosen"][name] for name in settings} == settings
+    chosen = found["training.json"]["tuning"]["chosen"]
+    together = {name: chosen[name] for name in settings} == settings
     run = _evaluation(folder)
     results = _without(run["results"], _NOTES)
     return {**found, "card": card, "together": together, "samples": run["samples"], **results}
