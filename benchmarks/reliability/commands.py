@@ -208,6 +208,7 @@ def commands() -> dict[str, Command]:
         "generate": Command(_nothing, _generate, lambda folder: _lines(folder / "out.jsonl")),
         "evaluate": Command(_nothing, _evaluate, _evaluation),
         "train-calibrator": Command(_nothing, _train, lambda folder: _calibrator(folder / "made")),
+        "finetune": Command(_nothing, _finetune, _adapter),
         "tune": Command(_copy_calibrator, _tune, _tuned),
         "make-negatives": Command(_nothing, _make_negatives, _negatives),
         "align": Command(_nothing, _align, _alignment),
@@ -347,6 +348,20 @@ def _train(world: World, folder: Path) -> int:
     return main(["train-calibrator", *files, "--clean-where=toxic=false", *options])
 
 
+def _finetune(world: World, folder: Path) -> int:
+    sets = world.corpus.with_name("pairs.jsonl")
+    if not sets.exists():
+        rows = [
+            {"anchor": one, "positives": [f"{one} Yes."], "negatives": [f"Idiot: {one}"]}
+            for one in SENTENCES
+        ]
+        sets.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--steps", "6", "--batch-size", "2", "--context-length", "48", "--rank", "2"]
+    options += ["--save-every", "1", "--evaluate-every", "2", "--objective", "signed-margin"]
+    files = [str(world.target), str(folder / "made"), "--pairs", str(sets)]
+    return main(["finetune", *files, *options, "--held-out", "0.3", "--device", "cpu"])
+
+
 def _tune(world: World, folder: Path) -> int:
     from fusion_detox.cli.console import note
     from fusion_detox.errors import FusionDetoxError
@@ -430,6 +445,12 @@ def _calibrator(folder: Path) -> Any:
     }
     Calibrator.from_pretrained(folder)
     return {"weights": weights, **jsons}
+
+
+def _adapter(folder: Path) -> Any:
+    tensors = load_file(folder / "made" / "adapter_model.safetensors")
+    weights = {name: tensor.tolist() for name, tensor in tensors.items()}
+    return {"weights": weights, "record": _json(folder / "made" / "training.json")}
 
 
 def _tuned(folder: Path) -> Any:

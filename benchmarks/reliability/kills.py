@@ -34,6 +34,7 @@ from benchmarks.reliability.commands import (
 from fusion_detox.files.atomic import write_whole
 
 NAMES = ("generate", "evaluate", "train-calibrator", "tune", "make-negatives")
+MORE = ("finetune", "align")
 
 
 def audit(command: Command, world: World, folder: Path, kills: int, seed: int) -> dict[str, Any]:
@@ -89,7 +90,7 @@ def main() -> int:
     """Runs the audit; returns 1 if there is a problem."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=500)
-    parser.add_argument("--only", choices=NAMES, action="append")
+    parser.add_argument("--only", choices=(*NAMES, *MORE), action="append")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--out", type=Path, default=RESULTS / "kills.json")
     args = parser.parse_args()
