@@ -1,1 +1,1 @@
-"""Damage, kills and races: what the library does when its surroundings fail."""
+"""Audits of damage, kills and concurrent processes. Each exits with 1 if a promise is broken."""

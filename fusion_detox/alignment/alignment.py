@@ -109,6 +109,10 @@ class Alignment:
                 f"the alignment was learned for embeddings of width {rows.shape[1]}, but the "
                 f"{kind} embeddings of {table.name} have width {width}. {remedy}"
             )
+        if not all(0 <= id < len(table.weight) for id in ids):
+            raise AlignmentError(
+                f"the alignment names tokens that {table.name} does not have. {remedy}"
+            )
         found = table.weight[torch.tensor(ids, device=table.weight.device)].float().cpu()
         error = float((found - rows).norm() / rows.norm())
         if not error <= _ROUNDING:

@@ -4,7 +4,7 @@
 
     <calibrator>/alignments/<fingerprint>/
         alignment.safetensors   the matrix, and sampled rows of both embeddings
-        alignment.json          settings, report, fingerprints
+        alignment.json          settings, report, fingerprints, digest of all this and the tensors
 
 The fingerprint is that of the target's embedding and vocabulary. If the calibrator is shipped,
 downloaded or read-only, its alignments are saved in the user's cache folder instead, in a folder
@@ -13,30 +13,40 @@ named after the fingerprint of the calibrator's vocabulary.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fusion_detox.alignment.alignment import Alignment
 from fusion_detox.alignment.config import AlignmentConfig
 from fusion_detox.errors import AlignmentError, ConfigError, DataFileError
-from fusion_detox.files.atomic import UNFINISHED, replacing_folder
+from fusion_detox.files.atomic import UNFINISHED, recover, replacing_folder
 from fusion_detox.files.cache_root import cache_root
 from fusion_detox.files.loading_errors import first_line
 
 if TYPE_CHECKING:
     from fusion_detox.calibrator.calibrator import Calibrator
 
-FORMAT_VERSION = 1
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 2
+"""Version 1 had no digest."""
 FOLDER = "alignments"
 _JSON, _SAFETENSORS = "alignment.json", "alignment.safetensors"
 _TENSORS = ("matrix", "calibrator_rows", "target_rows")
+_FIELDS = {
+    *("format_version", "fingerprint", "vocabularies", "calibrator_ids", "target_ids"),
+    *("config", "report"),
+}
 _REMEDY = "Learn it again with `fusion-detox align`, or delete the folder."
 
 
@@ -102,15 +112,13 @@ def save_alignment(
         "config": alignment.config.to_dict(),
         "report": alignment.report,
     }
-    tensors = {name: getattr(alignment, name).contiguous() for name in _TENSORS}
+    data = save({name: getattr(alignment, name).contiguous() for name in _TENSORS})
+    text = json.dumps({**values, "sha256": _digest(values, data)}, indent=2)
     try:
         with replacing_folder(folder) as new:
-            save_file(tensors, new / _SAFETENSORS)
-            text = json.dumps(values, indent=2, ensure_ascii=False)
+            (new / _SAFETENSORS).write_bytes(data)
             (new / _JSON).write_text(text + "\n", encoding="utf-8")
-            # safetensors makes its files readable by their owner only.
-            (new / _SAFETENSORS).chmod((new / _JSON).stat().st_mode)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise DataFileError(
             f"{folder} cannot be written: {reason}. Its earlier content is unchanged; free some "
@@ -127,23 +135,32 @@ def load_alignment(directory: str | os.PathLike[str]) -> Alignment:
             this version does not support.
     """
     folder = Path(directory).expanduser()
+    recover(folder)
     json_file, tensors_file = folder / _JSON, folder / _SAFETENSORS
     for file in (json_file, tensors_file):
         if not file.is_file():
+            problem = "is not a regular file" if file.exists() else "is missing"
             raise AlignmentError(
-                f"{file} is missing, so {folder} holds no complete alignment. {_REMEDY}"
+                f"{file} {problem}, so {folder} holds no complete alignment. {_REMEDY}"
             )
     try:
-        values = json.loads(json_file.read_text(encoding="utf-8"))
-        version = values["format_version"]
-        if version != FORMAT_VERSION:
+        values, data = json.loads(json_file.read_text(encoding="utf-8")), tensors_file.read_bytes()
+        version, digest = values["format_version"], values.pop("sha256", None)
+        if version not in (1, FORMAT_VERSION):
             raise AlignmentError(
                 f"{json_file}: format_version is {version!r}, but this version of fusion-detox "
                 f"reads {FORMAT_VERSION}. {_REMEDY}"
             )
+        if digest != (_digest(values, data) if version > 1 else None):
+            raise AlignmentError(
+                f"{folder} is damaged or was edited: its content does not match its digest. "
+                f"{_REMEDY}"
+            )
+        if values.keys() != _FIELDS:
+            names = ", ".join(map(repr, sorted(values.keys() ^ _FIELDS)))
+            raise ValueError(f"{names} is unknown or missing")
         config = _read_config(values["config"], json_file)
-        with safe_open(tensors_file, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in _TENSORS}
+        tensors = load(data)
         found = Alignment(
             config=config,
             report=dict(values["report"]),
@@ -151,16 +168,31 @@ def load_alignment(directory: str | os.PathLike[str]) -> Alignment:
             calibrator_ids=tuple(map(int, values["calibrator_ids"])),
             target_ids=tuple(map(int, values["target_ids"])),
             vocabularies=(str(values["vocabularies"][0]), str(values["vocabularies"][1])),
-            **tensors,
+            **{name: tensors[name] for name in _TENSORS},
         )
     except AlignmentError:
         raise
     except (SafetensorError, OSError) as error:
         raise AlignmentError(f"{folder} is damaged: {first_line(error)}. {_REMEDY}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, ConfigError) as error:
+    except (
+        *(ValueError, KeyError, TypeError, AttributeError, IndexError, ConfigError),
+        *(OverflowError, RecursionError),
+    ) as error:
         raise AlignmentError(f"{json_file} is damaged: {first_line(error)}. {_REMEDY}") from error
     _check(folder, found)
+    if version == 1:
+        logger.warning(
+            "%s has no digest, so damage may not be noticed. To add one, learn the alignment again "
+            "with `fusion-detox align`.",
+            folder,
+        )
     return found
+
+
+def _digest(values: Mapping[str, Any], data: bytes) -> str:
+    """SHA-256 of all values in the JSON file but the digest, and of the tensors' file."""
+    text = json.dumps(json.loads(json.dumps(values)), sort_keys=True)
+    return hashlib.sha256(text.encode() + hashlib.sha256(data).digest()).hexdigest()
 
 
 def _read_config(values: dict[str, Any], path: Path) -> AlignmentConfig:

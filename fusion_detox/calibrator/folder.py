@@ -644,7 +644,8 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _write_text(path: Path, text: str) -> None:
-    write_whole(path, text.encode("utf-8"))
+    # Half a surrogate pair, from a path that is not UTF-8, becomes an escape that JSON reads back.
+    write_whole(path, text.encode("utf-8", "backslashreplace"))
 
 
 def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -14,6 +14,7 @@ from fusion_detox.errors import (
     ModelError,
     ModelNotFoundError,
 )
+from fusion_detox.files.atomic import recover
 from fusion_detox.files.models import download
 
 DEFAULT_CALIBRATOR = "english-16k"
@@ -39,6 +40,7 @@ def find_calibrator(
         CalibratorError: The hub repository is not a calibrator.
     """
     path = Path(name_or_path).expanduser()
+    recover(path)
     if path.is_dir():
         return path
     if path.exists():

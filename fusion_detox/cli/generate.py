@@ -153,11 +153,11 @@ def generate(
     from fusion_detox.calibrator.calibrator import Calibrator
     from fusion_detox.files.models import load_target, load_tokenizer
     from fusion_detox.generation.chat import choose_chat
-    from fusion_detox.generation.completion_file import CompletionFile
+    from fusion_detox.generation.completion_file import CompletionFile, claimed_file
     from fusion_detox.generation.sampling import generate_rows, pad_token_id
     from fusion_detox.processor import FusionLogitsProcessor
 
-    with quiet_libraries():
+    with quiet_libraries(), claimed_file(output):
         loaded = Calibrator.from_pretrained(calibrator, local_files_only=offline)
         config = loaded.config.replace(**fusion)
         named = load_tokenizer(model, local_files_only=offline, revision=revision)

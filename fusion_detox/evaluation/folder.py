@@ -10,12 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from fusion_detox.errors import DataError, DataFileError
 from fusion_detox.evaluation.prompts.prompt_sets import Prompt
-from fusion_detox.files.atomic import write_whole
+from fusion_detox.files.atomic import recover_entries, write_whole
 from fusion_detox.files.differences import differences
+from fusion_detox.files.locks import sole_process
 
 FORMAT = 1
 _LOCK = ".lock"
@@ -48,27 +47,19 @@ class RunFolder:
         """Creates the folder if needed, and locks it against other commands."""
         # An interrupted start may have left some of these files but no run.json.
         ours = not path.exists() or (path / _FIXED).exists()
-        known = {_LOCK, *_PARTS, *_FILES}
-        if not ours and (not path.is_dir() or any(e.name not in known for e in path.iterdir())):
+        if not ours and (not path.is_dir() or not all(_known(e.name) for e in path.iterdir())):
             raise DataError(
                 f"{path} exists and is not a run of `fusion-detox evaluate`, so nothing is written "
                 "there; choose a new folder"
             )
-        lock = FileLock(path / _LOCK, timeout=0)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-        except Timeout as error:
-            raise DataFileError(
-                f"another command is working on the run in {path}; wait for it, or choose another "
-                "folder"
-            ) from error
         except OSError as error:
             raise DataFileError(f"cannot write to {path}: {error.strerror}") from error
-        try:
+        with sole_process(path / _LOCK, f"the run in {path}"):
+            for folder in (path, *(path / part for part in _PARTS)):
+                recover_entries(folder)
             yield
-        finally:
-            lock.release()
 
     @classmethod
     def create(cls, path: Path, fixed: Mapping[str, Any], prompts: Sequence[Prompt]) -> RunFolder:
@@ -120,7 +111,7 @@ class RunFolder:
             return
         for part in _PARTS:
             shutil.rmtree(self.path / part, ignore_errors=True)
-        for name in _FILES:
+        for name in reversed(_FILES):  # run.json last: without it, nothing is deleted
             (self.path / name).unlink(missing_ok=True)
 
     def prompts(self) -> list[Prompt]:
@@ -181,6 +172,11 @@ class RunFolder:
             raise DataFileError(
                 f"cannot write {path}: {error.strerror}; the earlier content is kept"
             ) from error
+
+
+def _known(name: str) -> bool:
+    """Whether an entry of a folder is from a run, or is what a killed write of one left."""
+    return name in (_LOCK, *_PARTS, *_FILES) or any(name.startswith(f".{f}.") for f in _FILES)
 
 
 def _describe_differences(before: Any, now: Any) -> str:

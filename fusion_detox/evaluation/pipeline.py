@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import datetime
 import hashlib
+import importlib.util
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion_detox.config import FusionConfig
-from fusion_detox.errors import ConfigError, DataError
+from fusion_detox.errors import ConfigError, DataError, MissingExtraError
 from fusion_detox.evaluation.config import EvaluationConfig
 from fusion_detox.evaluation.folder import RunFolder
 from fusion_detox.evaluation.machine import Processes, machine_facts, versions
@@ -88,6 +89,7 @@ def evaluate(
     path = Path(folder).expanduser()
 
     # Load and check everything before any work, so that a bad setting cannot stop a run halfway.
+    _check_extras(config)
     variants = parse_variants(settings)
     sets = _prompt_sets(prompts)
     every = [prompt for one in sets for prompt in one.prompts]
@@ -231,6 +233,14 @@ def _prompt_sets(
             "(rtp:toxic=FILE)"
         )
     return sets
+
+
+def _check_extras(config: EvaluationConfig) -> None:
+    """Name a missing package before the target is loaded, not when the results are written."""
+    packages = ["matplotlib", *(["sacrebleu"] if config.samples > 1 else [])]
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtraError(package, "evaluate")
 
 
 def _make_scorers(specs: Sequence[str], device: Any, offline: bool) -> list[Scorer]:

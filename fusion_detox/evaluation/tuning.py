@@ -15,8 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion_detox.calibrator.calibrator import Calibrator
-from fusion_detox.calibrator.folder import write_config
-from fusion_detox.calibrator.tuning_record import prompt_digest, prompts_in_common, write_tuning
+from fusion_detox.calibrator.tuning_record import (
+    prompt_digest,
+    prompts_in_common,
+    settings_before_tuning,
+    write_tuning,
+)
 from fusion_detox.config import FusionConfig, check_number
 from fusion_detox.errors import ConfigError, DataError
 from fusion_detox.evaluation.config import EvaluationConfig
@@ -27,6 +31,7 @@ from fusion_detox.evaluation.pipeline import evaluate
 from fusion_detox.evaluation.prompts.prompt_sets import PromptSet
 from fusion_detox.evaluation.sampling import Progress
 from fusion_detox.evaluation.targets import load_for_measuring
+from fusion_detox.files.locks import claims
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -112,6 +117,7 @@ class Tuning:
     scorers: tuple[str, ...]
 
 
+@claims("folder")
 def tune(
     target: str | tuple[PreTrainedModel, PreTrainedTokenizerBase],
     prompts: Sequence[PromptSet],
@@ -132,6 +138,8 @@ def tune(
     command: str | None = None,
 ) -> Tuning | None:
     """Finds settings on development prompts and writes them into a calibrator.
+
+    A second run starts from the settings before the first, unless they were changed in between.
 
     Args:
         target: See ``evaluate``.
@@ -170,7 +178,7 @@ def tune(
             ".save_pretrained(FOLDER)), or do not write the settings (write=False, --no-write)"
         )
     loaded = Calibrator.from_pretrained(calibrator, local_files_only=local_files_only)
-    start = loaded.config
+    before = start = settings_before_tuning(loaded)
     if rule is not None and rule != start.rule:
         start = FusionConfig(rule=rule, strength=0.5)  # type: ignore[arg-type]
     values = grid or (CONTRAST_GRID if start.contrasts else PLAIN_GRID)
@@ -251,8 +259,7 @@ def tune(
             "versions": versions(),
             "prompt_digests": digests,
         }
-        write_tuning(path, record)
-        write_config(path, best.config)
+        write_tuning(path, before, best.config, record)
     return found
 
 

@@ -1,6 +1,7 @@
 """Read and write files safely.
 
 - ``atomic``: files and folders that are either complete or unchanged.
+- ``locks``: one process at a time per output.
 - ``journal``: append-only JSON Lines that an interrupted run resumes.
 - ``tables``: rows of JSON Lines, JSON, CSV, TSV and text files, and of hub data sets.
 - ``models``: models and tokenizers by folder or hub id, without code from a repository.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fusion_detox.errors import DataError, DataFileError
 from fusion_detox.files.differences import differences
 from fusion_detox.files.journal import DamagedLineError, Journal
+from fusion_detox.files.locks import claimed
 
 if TYPE_CHECKING:
     from fusion_detox.generation.sampling import Job, Row
@@ -54,6 +55,18 @@ class CompletionWriter:
                 "are kept. Fix this, then rerun the command to resume"
             ) from error
         self.written += 1
+
+
+@contextlib.contextmanager
+def claimed_file(path: Path | None) -> Iterator[None]:
+    """Be the only process that writes an output; devices and pipes are not claimed.
+
+    Raises:
+        DataFileError: Another process is writing it.
+    """
+    regular = path is not None and (path.is_file() or not path.exists()) and path.parent.is_dir()
+    with claimed(path) if path is not None and regular else contextlib.nullcontext():
+        yield
 
 
 class CompletionFile:

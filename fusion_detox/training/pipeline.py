@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,6 +29,15 @@ from fusion_detox.training.data.corpus import (
 )
 from fusion_detox.training.data.pairs import read_pairs
 from fusion_detox.training.data.splitting import split
+from fusion_detox.training.output import (
+    check_replaceable,
+    check_same,
+    discard,
+    exists_already,
+    finished_record,
+    work_folder,
+    writes_output,
+)
 from fusion_detox.training.request import (
     Sources,
     check_objective,
@@ -43,6 +51,7 @@ from fusion_detox.training.truncation import base_and_layers
 logger = logging.getLogger(__name__)
 
 
+@writes_output
 def train_calibrator(
     output: str | Path,
     *,
@@ -81,7 +90,8 @@ def train_calibrator(
     KL term keeps it close to the reference on the clean text or, without clean text, on the general
     text. Without clean text, this is the clean model's only training.
 
-    To resume a killed run, call again with the same arguments. Under ``torchrun`` or ``accelerate
+    To resume a killed run, call again with the same arguments. If it had finished, the calibrator
+    is loaded. Under ``torchrun`` or ``accelerate
     launch``, the blocks of each step are distributed over the processes.
 
     Args:
@@ -119,6 +129,7 @@ def train_calibrator(
     Raises:
         CalibratorError: A probe is not one, or ``calibrator`` is damaged.
         DataError: The text is empty, malformed or too short.
+        DataFileError: Files cannot be read or written, or another process trains ``output``.
         TrainingError: The settings contradict each other or unfinished work at ``output``.
         MissingExtraError: ``accelerate`` is not installed.
         KeyboardInterrupt: The run was interrupted; the work so far is kept.
@@ -135,7 +146,7 @@ def train_calibrator(
     contrast = contrast or ContrastiveConfig()
     given = None if probes is None else read_probes(probes)
     output = Path(output).expanduser()
-    work = output.with_name(output.name + ".training")
+    work = work_folder(output)
     base, keep_layers = base_and_layers(base, init_from, keep_layers)
     contrastive = check_objective(config, contrast, pairs)
     has_clean = bool(clean or (general and clean_where))
@@ -149,10 +160,8 @@ def train_calibrator(
         contrastive=contrastive,
         continues=calibrator is not None,
     )
-    if output.exists() and not overwrite:
-        raise TrainingError(
-            f"{output} already exists: choose another folder, or replace this one with --overwrite"
-        )
+    finished = {} if overwrite else finished_record(output)
+    check_replaceable(output, finished, overwrite)
     old = None if calibrator is None else Calibrator.from_pretrained(calibrator)
     if old is not None and old.context_length < config.context_length:
         raise TrainingError(
@@ -190,6 +199,12 @@ def train_calibrator(
         {**texts, "pairs": [*sets, *held_sets]},
         {**contrast.to_dict(), "grades": grades_digest(sets)} if contrastive else {},
     )
+    facts = {"name": name or output.name, "settings": config.to_dict(), **(notes or {})}
+    if finished:
+        check_same(output, finished, {"fingerprint": fingerprint, **facts})
+        if state.is_main_process:
+            discard(work)
+        return _finished(output, fusion, given)
     with state.main_process_first():
         if state.is_main_process:
             claim(work, fingerprint, overwrite)
@@ -274,6 +289,16 @@ def train_calibrator(
     )
     if state.is_main_process:
         made.save_pretrained(output, dtype=getattr(torch, config.save_dtype))
-        shutil.rmtree(work, ignore_errors=True)
+        discard(work)
     state.wait_for_everyone()
+    return made
+
+
+def _finished(
+    output: Path, fusion: FusionConfig | None, probes: tuple[Probe, ...] | None
+) -> Calibrator:
+    """The calibrator that an earlier run of the same request has saved."""
+    made = Calibrator.from_pretrained(output)
+    if fusion not in (None, made.config) or probes not in (None, made.probes):
+        raise exists_already(output)
     return made

@@ -34,7 +34,9 @@ class ProgressCallback(TrainerCallback):
         every: Steps between measurements.
         shown: Names of the numbers to show beside the bar.
         show: Whether to show a bar on standard error.
-        file: Where to save the curve with each checkpoint, for a killed run to resume.
+        file: Where to save the curve, for a killed run to resume.
+        log_every: Steps per recorded loss, their mean. The trainer must log every step, so that a
+            run that resumes from any checkpoint records the same means.
 
     Attributes:
         curve: Losses and measurements by step.
@@ -50,10 +52,11 @@ class ProgressCallback(TrainerCallback):
         shown: tuple[str, ...],
         show: bool,
         file: Path,
+        log_every: int = 10,
     ) -> None:
         self.title, self.measure, self.every, self.shown = title, measure, every, shown
         self.interrupted = False
-        self.file = file
+        self.file, self.log_every = file, log_every
         self.curve: list[dict[str, float | None]] = []
         self.numbers: dict[str, str] = {}
         self.progress = Progress(
@@ -91,13 +94,21 @@ class ProgressCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        """Record the loss."""
-        if logs and "loss" in logs:
-            loss = float(logs["loss"])
-            if not math.isfinite(loss):
-                logger.warning("the loss is %s at step %d", loss, state.global_step)
-            self.curve.append({"step": state.global_step, "loss": loss})
-            self.numbers["loss"] = f"{loss:.3f}"
+        """Record the mean loss of the last steps."""
+        step = state.global_step
+        if not logs or "loss" not in logs or step % self.log_every:
+            return
+        # The history is part of a checkpoint.
+        losses = [
+            float(entry["loss"])
+            for entry in state.log_history[-2 * self.log_every :]
+            if "loss" in entry and step - self.log_every < entry["step"] <= step
+        ]
+        loss = sum(losses) / len(losses)
+        if not math.isfinite(loss):
+            logger.warning("the loss is %s at step %d", loss, step)
+        self.numbers["loss"] = f"{loss:.3f}"
+        self._add({"step": step, "loss": loss}, state)
 
     def on_step_end(
         self,
@@ -119,13 +130,6 @@ class ProgressCallback(TrainerCallback):
         if self.interrupted:
             control.should_save = control.should_training_stop = True
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Save the curve with the checkpoint."""
-        if state.is_world_process_zero:
-            write_whole(self.file, json.dumps(self.curve).encode())
-
     def resume(self, step: int) -> None:
         """Load the curve of an earlier run, up to the step of its checkpoint."""
         if self.file.exists():
@@ -141,11 +145,18 @@ class ProgressCallback(TrainerCallback):
             return
         assert model is not None
         found = self.measure(getattr(model, "module", model))
-        self.curve.append({"step": state.global_step, **found})
+        self._add({"step": state.global_step, **found}, state)
         for name in self.shown:
             value = found.get(name)
             if value is not None:
                 self.numbers[name.replace("_", " ")] = f"{value:.3f}"
+
+    def _add(self, entry: dict[str, float | None], state: TrainerState) -> None:
+        """Append to the curve, and save it before the next checkpoint, which refers to it."""
+        self.curve.append(entry)
+        if state.is_world_process_zero:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(self.file, json.dumps(self.curve).encode())
 
 
 @contextlib.contextmanager

@@ -32,6 +32,7 @@ from fusion_detox.training.data.blocks import Blocks
 from fusion_detox.training.data.splitting import Keyed
 from fusion_detox.training.data.text_blocks import Splits, base_blocks, fork_streams
 from fusion_detox.training.data.tokenizer import train_tokenizer
+from fusion_detox.training.output import MARKER, discard
 from fusion_detox.training.stage import HeldOut, run_stage
 from fusion_detox.training.truncation import truncate
 
@@ -229,8 +230,9 @@ def claim(work: Path, fingerprint: str, overwrite: bool) -> None:
     Raises:
         TrainingError: The folder holds the unfinished work of another run.
     """
-    marker = work / "run.json"
-    if work.exists():
+    marker = work / MARKER
+    # The marker is written first; what starts with a dot is left of a write that was killed.
+    if work.exists() and not all(path.name.startswith(".") for path in work.iterdir()):
         try:
             same = json.loads(marker.read_text())["fingerprint"] == fingerprint
         except (OSError, ValueError, KeyError):
@@ -243,8 +245,8 @@ def claim(work: Path, fingerprint: str, overwrite: bool) -> None:
                 f"{work} holds unfinished training with other text or settings: give the same "
                 "ones to resume it, choose another output, or discard it with --overwrite"
             )
-        shutil.rmtree(work)
-    work.mkdir(parents=True)
+        discard(work)
+    work.mkdir(parents=True, exist_ok=True)
     write_whole(marker, json.dumps({"fingerprint": fingerprint}).encode())
 
 

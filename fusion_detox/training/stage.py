@@ -150,7 +150,7 @@ def run_stage(
         weight_decay=config.weight_decay,
         adam_beta2=0.95,
         max_grad_norm=config.max_gradient_norm,
-        logging_steps=10,
+        logging_steps=1,  # the callback averages
         average_tokens_across_devices=True,
     )
     callback = ProgressCallback(

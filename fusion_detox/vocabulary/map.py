@@ -14,7 +14,13 @@ from torch import Tensor
 
 from fusion_detox.errors import VocabularyError
 from fusion_detox.vocabulary.build import build_static, calibrator_token_bytes
-from fusion_detox.vocabulary.disk_cache import FORMAT_VERSION, cache_folder, load_map, save_map
+from fusion_detox.vocabulary.disk_cache import (
+    FORMAT_VERSION,
+    cache_folder,
+    load_map,
+    save_map,
+    usable_folder,
+)
 from fusion_detox.vocabulary.factors import CalibratorLike, model_digest
 from fusion_detox.vocabulary.healing import HealingTables
 from fusion_detox.vocabulary.token_table import ENGLISH, TokenTable, encode
@@ -141,10 +147,11 @@ class VocabularyMap:
         started = time.perf_counter()
         static = path = cached = None
         if not _agree(calibrator_token_bytes(calibrator), target_tokens.token_bytes):
-            if use_cache:
+            if use_cache and usable_folder(folder := cache_folder(cache_dir)):
                 key = _key(calibrator, target_tokens, target_tokenizer)
-                path = cache_folder(cache_dir) / f"{key}.safetensors"
-                cached = load_map(path)
+                path = folder / f"{key}.safetensors"
+                rows, columns = len(target_tokens.token_bytes), calibrator.vocabulary_size
+                cached = load_map(path, rows, columns)
             static = (
                 cached[0] if cached else build_static(calibrator, target_tokens, target_tokenizer)
             )

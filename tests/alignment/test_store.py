@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import random
 import re
 import shutil
 from pathlib import Path
@@ -27,6 +29,7 @@ from fusion_detox.cli import main
 from fusion_detox.config import FusionConfig
 from fusion_detox.errors import AlignmentError, DataFileError
 from fusion_detox.evaluation import EvaluationConfig, evaluate
+from fusion_detox.files import atomic
 from fusion_detox.files.models import load_target
 from fusion_detox.processor import FusionLogitsProcessor
 
@@ -130,7 +133,7 @@ def test_alignments_of_shipped_or_read_only_calibrators_go_to_the_cache(
     assert alignment_folders(loaded) == [folder.parent]
 
 
-@pytest.mark.parametrize("where", ["save_file", "rename"])
+@pytest.mark.parametrize("where", ["write", "move"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
 @pytest.mark.parametrize("older", [True, False])
 def test_an_interrupted_save_changes_nothing_on_disk(
@@ -145,22 +148,19 @@ def test_an_interrupted_save_changes_nothing_on_disk(
     if older:
         save_alignment(alignment, loaded)
     before = everything(calibrator_folder)
-    real_save, real_rename = alignment_files.save_file, alignment_files.os.rename
+    write = Path.write_bytes
 
-    def half(tensors: Any, path: Path) -> None:
-        real_save(tensors, path)
-        path.write_bytes(path.read_bytes()[:50])
+    def half(path: Path, data: bytes) -> int:
+        write(path, data[:50])
         raise error
 
-    def rename(source: Path, place: Path) -> None:
-        if Path(source).name == "new":
-            raise error
-        real_rename(source, place)
+    def fail(*_: Any) -> None:
+        raise error
 
-    if where == "save_file":
-        monkeypatch.setattr(alignment_files, "save_file", half)
+    if where == "write":
+        monkeypatch.setattr(Path, "write_bytes", half)
     else:
-        monkeypatch.setattr(alignment_files.os, "rename", rename)
+        monkeypatch.setattr(atomic, "_replace", fail)
     expected = DataFileError if isinstance(error, OSError) else KeyboardInterrupt
     with pytest.raises(expected, match="No space left" if expected is DataFileError else None):
         save_alignment(alignment, loaded)
@@ -171,10 +171,66 @@ def test_an_interrupted_save_changes_nothing_on_disk(
         assert load_alignment(folder).digest() == alignment.digest()
 
 
+def as_version_1(folder: Path) -> Path:
+    """Remove the digest, which would detect any other change first."""
+    values = json.loads((folder / "alignment.json").read_text())
+    del values["sha256"]
+    (folder / "alignment.json").write_text(json.dumps({**values, "format_version": 1}))
+    return folder
+
+
+def test_alignments_without_a_digest_load_with_a_warning(
+    alignment: Alignment, loaded: Calibrator, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = save_alignment(alignment, loaded)
+    load_alignment(folder)
+    assert not caplog.records
+    load_alignment(as_version_1(folder))
+    assert "has no digest, so damage may not be noticed" in caplog.text
+
+
+def test_damage_to_any_byte_of_an_alignment_is_refused_or_harmless(
+    alignment: Alignment, loaded: Calibrator
+) -> None:
+    """Flipped bits, lost, added and exchanged bytes: an ``AlignmentError``, or the same values."""
+    folder, rng = save_alignment(alignment, loaded), random.Random(20261125)
+    refusals = 0
+    for number in range(200):
+        file = folder / ("alignment.json" if number % 2 else "alignment.safetensors")
+        whole = file.read_bytes()
+        data, place = bytearray(whole), rng.randrange(len(whole))
+        if number % 5 < 3:
+            data[place] ^= 1 << rng.randrange(8)
+        elif number % 5 == 3:
+            data[place:] = b""
+        else:
+            data[place : place + 8] = rng.randbytes(8)
+        file.write_bytes(data)
+        try:
+            found = load_alignment(folder)
+        except AlignmentError:
+            refusals += 1
+        else:
+            assert torch.equal(found.matrix, alignment.matrix)
+            assert (found.config, found.report) == (alignment.config, alignment.report)
+        file.write_bytes(whole)
+    assert refusals > 190
+
+
+def test_ids_that_a_model_does_not_have_are_refused(
+    alignment: Alignment, loaded: Calibrator, target: Path
+) -> None:
+    model, tokenizer = load_target(target)
+    for wrong in (len(tokenizer), 1 << 70, -1):
+        ids = (wrong, *alignment.target_ids[1:])
+        with pytest.raises(AlignmentError, match=r"names tokens that .* does not have"):
+            dataclasses.replace(alignment, target_ids=ids).check_target(model, tokenizer)
+
+
 def test_incomplete_and_damaged_alignments_raise(
     alignment: Alignment, loaded: Calibrator, target: Path
 ) -> None:
-    folder = save_alignment(alignment, loaded)
+    folder = as_version_1(save_alignment(alignment, loaded))
     json_file, tensors_file = folder / "alignment.json", folder / "alignment.safetensors"
     text, data = json_file.read_text(), tensors_file.read_bytes()
     values, tensors = json.loads(text), load_file(tensors_file)
@@ -196,8 +252,16 @@ def test_incomplete_and_damaged_alignments_raise(
     refused(r"alignment.json is damaged")
     json_file.write_text("[]")
     refused(r"alignment.json is damaged")
-    json_file.write_text(json.dumps({**values, "format_version": 2}))
-    refused("format_version is 2, but this version of fusion-detox reads 1")
+    json_file.write_text("[" * 100_000)
+    refused(r"alignment.json is damaged")
+    json_file.write_text(json.dumps({**values, "format_version": 3}))
+    refused("format_version is 3, but this version of fusion-detox reads 2")
+    json_file.write_text(json.dumps({**values, "sha256": "0"}))
+    refused("does not match its digest")
+    json_file.write_text(json.dumps({**values, "reports": 1}))
+    refused("'reports' is unknown or missing")
+    json_file.write_text(json.dumps({**values, "target_ids": [1e999]}))
+    refused(r"alignment.json is damaged")
     json_file.write_text(json.dumps({**values, "config": {"epochs": -3}}))
     refused("epochs must be a whole number")
     save_file({**tensors, "matrix": tensors["matrix"][:-1]}, tensors_file)
@@ -248,7 +312,7 @@ def test_alignments_learned_with_removed_settings(
     config: dict[str, Any], removed: str, alignment: Alignment, loaded: Calibrator
 ) -> None:
     """They raise an error. An earlier version's default alignment records them, and still loads."""
-    folder = save_alignment(alignment, loaded)
+    folder = as_version_1(save_alignment(alignment, loaded))
     file = folder / "alignment.json"
     values = json.loads(file.read_text())
     values["config"] |= {"ridge": 0.01, "negatives_from": "batch"}

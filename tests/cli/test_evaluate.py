@@ -1,6 +1,7 @@
 """The commands ``evaluate``, ``rescore``, ``compare`` and ``tune``."""
 
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -144,6 +145,19 @@ def test_ctrl_c_keeps_what_was_written(arguments, tmp_path):
     assert "Run the same command again to resume" in err
     assert "Traceback" not in err
     assert sample_lines(tmp_path / "run")
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "sacrebleu"])
+def test_a_missing_package_is_named_before_anything_is_sampled(
+    arguments, tmp_path, monkeypatch, capsys, package
+):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == package else find(name)
+    )
+    assert main(arguments("--setting", "default")) == 1
+    assert f"The package '{package}' is required but not installed" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 class ByHash:

@@ -43,7 +43,10 @@ def arguments(folder: Path, output: Path, *more: str) -> list[str]:
 
 
 def test_result_on_stdout_and_messages_on_stderr(
-    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    folder: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     output = tmp_path / "adapter"
     options = ("--steps=2", "--objective=signed-margin", "--margin=0.5", "--lm-weight=none")
@@ -59,8 +62,12 @@ def test_result_on_stdout_and_messages_on_stderr(
         learning_rate=5e-3, save_every=2,
     )  # fmt: skip
     assert record["settings"] == wanted.to_dict()
-    # The second time, the folder exists.
-    assert main(arguments(folder, output, *options)) == 1
+    # The second time, it is finished; with other settings, the folder exists.
+    assert main(arguments(folder, output, *options)) == 0
+    out, err = capfd.readouterr()
+    assert out.strip() == str(output)
+    assert f"{output} is already finished; --overwrite trains it again" in caplog.text
+    assert main(arguments(folder, output, *options, "--seed=9")) == 1
     out, err = capfd.readouterr()
     assert not out
     assert err.startswith(f"error: {output} already exists")

@@ -275,7 +275,8 @@ def test_measurements_of_different_texts_are_not_mixed(run, tmp_path):
 
 def test_a_note_names_prompts_used_for_tuning(run, target, calibrator_folder, tmp_path):
     digests = [prompt_digest("you are  A"), prompt_digest("another")]
-    write_tuning(calibrator_folder, {"format": 1, "prompt_digests": digests})
+    config = FusionConfig()
+    write_tuning(calibrator_folder, config, config, {"format": 1, "prompt_digests": digests})
     # A copy keeps the record.
     Calibrator.from_pretrained(calibrator_folder).save_pretrained(tmp_path / "copy")
     results = run(calibrator=str(tmp_path / "copy"), settings=["default", "default:strength=2"])
@@ -332,7 +333,7 @@ class TestWrongUse:
 
     def test_a_run_in_use_by_another_command_is_refused(self, run, tmp_path):
         run()
-        busy = pytest.raises(DataFileError, match="another command is working on the run")
+        busy = pytest.raises(DataFileError, match=r"\(process \d+\) is working on the run")
         with RunFolder.claimed(tmp_path / "run"), busy:
             run()
         run()

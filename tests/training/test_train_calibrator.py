@@ -95,6 +95,12 @@ def losses(folder: Path) -> dict[str, list[float]]:
     return {stage: [e["loss"] for e in curve if "loss" in e] for stage, curve in curves.items()}
 
 
+def record_of(folder: Path) -> dict[str, Any]:
+    """The training record, without the command and the time that it took."""
+    record: dict[str, Any] = json.loads((folder / "training.json").read_text())
+    return {k: v for k, v in record.items() if k not in ("command", "seconds")}
+
+
 def test_several_gpus_in_one_process_are_refused(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,6 +150,7 @@ def test_killed_runs_resume_and_end_the_same(trained: Path, corpus: Path, tmp_pa
     assert not output.exists()
     subprocess.run([sys.executable, *command(output, corpus)], check=True)
     assert_same_weights(output, trained, 1e-6)
+    assert record_of(output) == record_of(trained)
 
 
 def test_ctrl_c_keeps_completed_work(corpus: Path, tmp_path: Path) -> None:
@@ -211,7 +218,8 @@ def test_wrong_requests(trained: Path, corpus: Path, tmp_path: Path) -> None:
     both: dict[str, Any] = {"general": [corpus], "clean_where": ["toxic=false"]}
     fails(TrainingError, "there is no clean text", general=[corpus])
     fails(TrainingError, "general text is needed", clean=[corpus])
-    fails(TrainingError, "already exists", output=trained, **both)
+    fails(TrainingError, "already exists", output=trained, settings={"seed": 1}, **both)
+    fails(TrainingError, "already exists", output=corpus.parent, **both)
     fails(DataError, "all 150 general documents are clean", general=[corpus], clean=[corpus])
     fails(DataError, "has no column 'label'", general=[corpus], clean_where=["label=x"])
     fails(

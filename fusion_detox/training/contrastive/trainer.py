@@ -229,7 +229,7 @@ class ContrastStage:
             "weight_decay": 0.0,
             "adam_beta2": 0.95,
             "max_grad_norm": config.max_gradient_norm,
-            "logging_steps": 10,
+            "logging_steps": 1,  # the callback averages
         }
         progress = ProgressCallback(
             self._objective,

@@ -36,18 +36,14 @@ if TYPE_CHECKING:
 ADAPTER_WEIGHTS, _ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
-def check_output(output: Path, overwrite: bool) -> None:
-    """Allow overwriting only an adapter or an empty folder, and only if ``overwrite`` is true.
+def check_output(output: Path) -> None:
+    """Allow replacing only an adapter or an empty folder.
 
     Raises:
-        TrainingError: ``output`` exists, and either ``overwrite`` is false or it is not an adapter.
+        TrainingError: ``output`` is something else.
     """
     if not output.exists():
         return
-    if not overwrite:
-        raise TrainingError(
-            f"{output} already exists: choose another folder, or replace it with --overwrite"
-        )
     if not (output / _ADAPTER_CONFIG).is_file() and (not output.is_dir() or any(output.iterdir())):
         raise TrainingError(
             f"{output} exists and is not an adapter, so it is not replaced: choose another folder"
@@ -178,9 +174,12 @@ def write_adapter(
                 )
                 tokenizer.save_pretrained(folder)
             make_portable(folder)
-            text = json.dumps(record, indent=2, ensure_ascii=False)
-            (folder / "training.json").write_text(text + "\n", encoding="utf-8")
-            (folder / "README.md").write_text(render_adapter_card(record), encoding="utf-8")
+            text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+            for file, content in (
+                ("training.json", text),
+                ("README.md", render_adapter_card(record)),
+            ):
+                (folder / file).write_text(content, encoding="utf-8", errors="backslashreplace")
             # safetensors files are readable only by their owner unless changed.
             for path in folder.glob("*.safetensors"):
                 path.chmod((folder / "README.md").stat().st_mode)

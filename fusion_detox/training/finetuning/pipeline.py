@@ -7,7 +7,6 @@ import hashlib
 import importlib
 import json
 import math
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -40,6 +39,14 @@ from fusion_detox.training.finetuning.adapter import (
 )
 from fusion_detox.training.finetuning.config import FinetuneConfig
 from fusion_detox.training.finetuning.dpo import bos_before, dpo_trainer, preference_rows
+from fusion_detox.training.output import (
+    check_replaceable,
+    check_same,
+    discard,
+    finished_record,
+    work_folder,
+    writes_output,
+)
 from fusion_detox.training.progress import ProgressCallback
 
 if TYPE_CHECKING:
@@ -50,6 +57,7 @@ Sources = Sequence[str | Path]
 _FREE = ("device", "save_every", "evaluate_every", "micro_batch_size")
 
 
+@writes_output
 def finetune(
     model: str | Path,
     output: str | Path,
@@ -76,7 +84,8 @@ def finetune(
     changed; the result is a PEFT adapter, which ``peft`` and ``transformers`` load as usual. The
     defaults are the settings of arXiv 2401.08491 as far as they are known.
 
-    A killed run resumes when it is started again with the same arguments. Under ``torchrun`` or
+    A killed run resumes when it is started again with the same arguments. If it had finished,
+    nothing is done. Under ``torchrun`` or
     ``accelerate launch``, the anchors of each step are distributed over the processes.
 
     Args:
@@ -105,7 +114,8 @@ def finetune(
 
     Raises:
         DataError: The sets or the text are invalid, or there is nothing to learn from.
-        DataFileError: A file is missing, or the result cannot be written.
+        DataFileError: A file is missing, the result cannot be written, or another process writes
+            it.
         ModelError: The model is not a causal language model.
         ConfigError: The settings do not fit the model.
         TrainingError: The settings contradict each other or unfinished work at ``output``.
@@ -122,7 +132,9 @@ def finetune(
     from fusion_detox.training.stage import run_trainer
 
     output = Path(output).expanduser()
-    check_output(output, overwrite)
+    finished = {} if overwrite else finished_record(output)
+    check_replaceable(output, finished, overwrite)
+    check_output(output)
     if config.batch_size % state.num_processes:
         raise TrainingError(
             f"batch_size {config.batch_size} cannot be divided evenly among {state.num_processes} "
@@ -130,7 +142,7 @@ def finetune(
         )
     if config.objective != "dpo":
         contrast.check_teaches(config.objective)
-    work = output.with_name(output.name + ".training")
+    work = work_folder(output)
     # An absolute path, so that the adapter finds its base model from any working directory.
     folder = Path(model).expanduser()
     base = str(folder.resolve()) if folder.is_dir() else str(model)
@@ -141,6 +153,12 @@ def finetune(
         "model": [base, revision, dtype, four_bit, *target_modules],
     }
     fingerprint = _fingerprint(settings, text)
+    if finished:
+        facts = {"name": name or output.name, "settings": config.to_dict(), **(notes or {})}
+        check_same(output, finished, {"fingerprint": fingerprint, **facts})
+        if state.is_main_process:
+            discard(work)
+        return output
     plain, tokenizer = load_base_model(
         base,
         dtype=dtype,
@@ -171,6 +189,7 @@ def finetune(
         shown=("auc_within", "kl"),
         show=show_progress and state.is_main_process,
         file=steps / "curve.json",
+        log_every=min(10, max(arguments["max_steps"] // 10, 1)),
     )
     set_seed(config.seed)
     trainer: Any
@@ -233,7 +252,7 @@ def finetune(
             **(notes or {}),
         }
         write_adapter(trained, tokenizer, output, record, base=base, revision=revision)
-        shutil.rmtree(work, ignore_errors=True)
+        discard(work)
     state.wait_for_everyone()
     return output
 
@@ -316,5 +335,5 @@ def _arguments(config: FinetuneConfig, folder: Path, items: int, processes: int)
         "warmup_steps": min(config.warmup_steps, steps // 2),
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_gradient_norm,
-        "logging_steps": min(10, max(steps // 10, 1)),
+        "logging_steps": 1,  # the callback averages
     }

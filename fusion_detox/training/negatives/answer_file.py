@@ -8,12 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from fusion_detox.errors import DataError, DataFileError
 from fusion_detox.files.atomic import write_whole
 from fusion_detox.files.differences import differences
 from fusion_detox.files.journal import DamagedLineError, Journal
+from fusion_detox.files.locks import sole_process
 from fusion_detox.training.negatives.config import SIDES
 from fusion_detox.training.negatives.requests import FILTERED, LENGTH, STOP, Answer, Keep, Request
 
@@ -52,20 +51,10 @@ class AnswerFolder:
         Raises:
             DataFileError: Another process is writing the output, or the folder cannot be created.
         """
-        lock = FileLock(self.folder / "lock", timeout=0)
-        try:
+        with _writing(self.folder):
             self.folder.mkdir(exist_ok=True)
-            lock.acquire()
-        except Timeout as error:
-            raise DataFileError(
-                f"another process is writing {self.out}; wait for it, or choose another output"
-            ) from error
-        except (OSError, NotImplementedError) as error:
-            raise DataFileError(f"cannot write to {self.folder}: {error}") from error
-        try:
+        with sole_process(self.folder / "lock", str(self.out)):
             yield
-        finally:
-            lock.release()
 
     def settings(self) -> dict[str, Any]:
         """The content of ``run.json``.

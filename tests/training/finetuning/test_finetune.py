@@ -371,7 +371,7 @@ def test_wrong_requests(
     fails(DataError, "'Hello' has no positives", llama, out, lonely)
     (tmp_path / "empty.jsonl").write_text("")
     fails(DataError, "empty.jsonl is empty", llama, out, tmp_path / "empty.jsonl")
-    fails(TrainingError, "already exists", llama, adapter, pairs)
+    fails(TrainingError, "already exists", llama, adapter, pairs, seed=99)
     fails(
         TrainingError, "is not an adapter, so it is not replaced",
         llama, llama, pairs, overwrite=True,
