@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fusion_detox.cli.console import quiet_libraries, results
+from fusion_detox.cli.console import quiet_libraries, results, write_json
 
 if TYPE_CHECKING:
     from fusion_detox.calibrator.calibrator import Calibrator
@@ -46,7 +45,7 @@ def info(
         if target is not None:
             facts["map"] = describe_map(loaded, target)
     if as_json:
-        typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+        write_json(facts)
     else:
         _print_table(facts)
 

@@ -251,7 +251,13 @@ def test_demo_of_the_packaged_chat_model(packaged, chat_folder, calibrator_folde
     for text in (demo.CONTINUED[0], "SmolLM2-135M-Instruct", "Requests are in"):
         assert text in plain(found.out)
     assert found.out.count("Request: ") == len(demo.REQUESTS)
-    for step in ("downloading", "loading models", "writing without fusion", "writing with fusion"):
+    for step in (
+        "downloading",
+        "loading the target and the calibrator",
+        "texts without fusion",
+        "finding the tokens",
+        "texts with fusion",
+    ):
         assert step in found.err
     assert main(["demo", "--calibrator", str(calibrator_folder), *DEMO, "--no-chat"]) == 0
     assert "Request: " not in capsys.readouterr().out
