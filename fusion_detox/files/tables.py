@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from fusion_detox.errors import DataError, DataFileError, MissingExtraError
+from fusion_detox.files.hub import hub_answers
 
 LINE = "line"
 """Field that holds the text if the file has no named fields."""
@@ -156,6 +157,11 @@ def hub_rows(source: str, extra: str) -> Iterator[Row]:
     except ImportError as error:
         raise MissingExtraError("datasets", extra) from error
     name, _, split = source.partition(":")
+    if not (datasets.config.HF_HUB_OFFLINE or hub_answers()):  # it would ask again and again
+        raise DataFileError(
+            f"found no local file named {source!r}, and the hub does not answer. Check the spelling "
+            "and the network; set HF_HUB_OFFLINE=1 to use a data set that was downloaded before"
+        )
     try:
         rows = datasets.load_dataset(name, split=split or "train")
     except Exception as error:  # the hub client raises many unrelated kinds
