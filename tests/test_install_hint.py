@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 
 import pytest
-import tomllib
 
 from fusion_detox import errors
 from fusion_detox.errors import MissingExtraError, install_command
@@ -59,6 +58,7 @@ def test_without_metadata(installed, monkeypatch):
 
 def test_the_metadata_of_this_project_has_that_form(installed, monkeypatch):
     """As hatchling writes it: the ranges of pyproject.toml, sorted."""
+    tomllib = pytest.importorskip("tomllib")  # from Python 3.11
     groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
         "optional-dependencies"
     ]

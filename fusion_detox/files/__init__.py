@@ -6,6 +6,9 @@
 - ``models``: models and tokenizers by folder or hub id, without code from a repository.
 - ``packaged_targets``: real pretrained models from the Python package index.
 - ``cache_root``: the user's cache folder.
+- ``hub``: whether the hub answers.
+- ``foreign_formats``: messages for GGUF, ONNX and other files that are not loaded.
+- ``printable``: text of others without terminal escapes.
 - ``portable``: folders that transformers 4 and 5 both read.
 - ``loading_errors``: errors while loading them, each explained in one sentence.
 - ``cards``: model cards from templates.

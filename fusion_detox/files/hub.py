@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub.utils import get_session
+from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
 
 _TIMEOUT = 5.0
 _ASK_AGAIN = 60.0

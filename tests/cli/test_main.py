@@ -19,7 +19,7 @@ from fusion_detox.cli import demo, info, main
 from fusion_detox.cli.options import with_options
 from fusion_detox.cli.prompts import read_prompts
 from fusion_detox.config import FusionConfig
-from fusion_detox.errors import ModelNotFoundError
+from fusion_detox.errors import ConfigError, DataError, ModelNotFoundError
 
 PROMPTS = ["You are a", "The weather was", "She reads"]
 
@@ -65,6 +65,49 @@ def test_generate_has_an_option_for_each_setting_of_fusion(capsys):
         assert f"--{field.name.replace('_', '-')} " in text
     assert "contrast|product|mixture|aligned|aligned_contrast" in "".join(text.split())
     assert "Bound on the absolute log-ratio" in text
+
+
+@pytest.fixture
+def piped(monkeypatch):
+    """Give a text to standard input through a pipe."""
+
+    def pipe(text):
+        read, write = os.pipe()
+        with os.fdopen(write, "wb") as stream:
+            stream.write(text.encode())
+        monkeypatch.setattr(sys, "stdin", os.fdopen(read))
+
+    yield pipe
+    if sys.stdin is not None:
+        sys.stdin.close()
+
+
+def test_prompts_are_read_from_a_pipe_if_none_are_given(piped, monkeypatch):
+    piped("one\n\ntwo\n")
+    assert read_prompts(["an argument"]) == ["an argument"], "nothing is read"
+    assert read_prompts([]) == ["one", "two"]
+    sys.stdin.close()
+    piped('{"a": {"b": "one"}}\n')
+    assert read_prompts([], field="a.b") == ["one"]
+    sys.stdin.close()
+    piped("")
+    with pytest.raises(DataError, match="standard input is empty"):
+        read_prompts([])
+    sys.stdin.close()
+    with open(os.devnull) as null:
+        monkeypatch.setattr(sys, "stdin", null)
+        with pytest.raises(ConfigError, match=r"no prompts: give some .* or pipe them in"):
+            read_prompts([])
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(ConfigError, match="no prompts"):
+        read_prompts([])
+
+
+def test_generate_completes_what_is_piped_in(generate, piped, capsys):
+    piped("You are a\nShe reads\n")
+    assert generate() == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["prompt"] for row in rows] == ["You are a", "She reads"]
 
 
 @dataclasses.dataclass(frozen=True)
