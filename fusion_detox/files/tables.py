@@ -160,7 +160,7 @@ def hub_rows(source: str, extra: str) -> Iterator[Row]:
     if not (datasets.config.HF_HUB_OFFLINE or hub_answers()):  # it would ask again and again
         raise DataFileError(
             f"found no local file named {source!r}, and the hub does not answer. Check the "
-            "spelling and the network; set HF_HUB_OFFLINE=1 to use a data set that was downloaded before"
+            "spelling and the network; HF_HUB_OFFLINE=1 uses a data set that was downloaded before"
         )
     try:
         rows = datasets.load_dataset(name, split=split or "train")
