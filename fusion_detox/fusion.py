@@ -15,12 +15,15 @@ import torch
 from torch import Tensor
 
 from fusion_detox.config import FusionConfig
+from fusion_detox.errors import DataError
 
 Columns = Callable[[Tensor], Tensor]
 """Selects the needed columns of a ``(batch, vocab)`` tensor."""
 
 _MAX_LOG = 104.0
 """In nats: no finite ratio of two float32 numbers is larger than e to this power."""
+_MAX_SHIFT = 1e30
+"""In nats: sums of it stay finite in float32."""
 _SATURATED = 1 - 1e-6
 """Scores up to this fraction of a soft cap are inverted; float32 cannot separate higher ones."""
 
@@ -63,7 +66,13 @@ class Fusion:
         moved = _move(log_probs, self.shift(strength, _all_columns), candidates, removed)
         moved = torch.where(candidates.any(-1, keepdim=True), moved, log_probs)
         scores = self.scores
-        return torch.where(_broken(log_probs), scores.float(), moved).to(scores.dtype)
+        moved = torch.where(_broken(log_probs), scores.float(), moved)
+        forbidden = torch.isneginf(scores)
+        if removed is not None:
+            forbidden |= removed & torch.isneginf(moved)
+        # A log-prob below the smallest number of the dtype must not become -inf, which forbids it.
+        smallest = max(torch.finfo(scores.dtype).min, torch.finfo(torch.float32).min)
+        return moved.clamp_min(smallest).masked_fill(forbidden, -math.inf).to(scores.dtype)
 
     def _within_budget(self) -> tuple[Tensor | float, Tensor | None]:
         """``(batch, 1)`` largest strengths within the KL budget, and the tokens to remove.
@@ -126,8 +135,18 @@ def fuse(
 
     Returns:
         ``(batch, vocab)`` normalised log-probs in the dtype of ``scores``, or ``scores`` itself at
-        strength 0. An input of ``-inf`` stays ``-inf``; rows with NaN are returned unchanged.
+        strength 0. An input of ``-inf`` stays ``-inf``, and every other stays finite unless
+        ``outside`` removes its token; rows with NaN are returned unchanged.
+
+    Raises:
+        DataError: The shapes differ.
     """
+    for given in (clean, reference):
+        if given is not None and given.shape != scores.shape:
+            raise DataError(
+                f"probabilities of shape {tuple(given.shape)} came with scores of shape "
+                f"{tuple(scores.shape)}: pass one row for each row of scores"
+            )
     if config.strength == 0:
         return scores
     return prepare(scores, clean, reference, mapped, config, strength_scale).fused()
@@ -160,7 +179,8 @@ def prepare(
         difference = log_ratio(clean, reference, config).masked_fill(~candidates, 0.0)
         shift = _times(difference)
     elif config.rule == "product":
-        shift = _times(torch.log(clean + config.floor) - log_probs)
+        # Without a floor, a probability of 0 counts as the smallest one of float32.
+        shift = _times(torch.log(clean + config.floor).clamp_min(-_MAX_LOG) - log_probs)
     else:
         inside = log_probs.masked_fill(~candidates, -math.inf)
         inside = inside - torch.logsumexp(inside, dim=-1, keepdim=True)
@@ -199,7 +219,7 @@ def prepare_aligned(
     """
     log_probs, candidates, removed = _select(scores, known, config)
     if cap is None:
-        shift = _times(projected - log_probs)
+        shift = _times((projected - log_probs).clamp(-_MAX_SHIFT, _MAX_SHIFT))
     else:
         bounded = (scores.float() / cap).clamp(-_SATURATED, _SATURATED)
         raw = cap * torch.atanh(bounded)

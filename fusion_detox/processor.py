@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from fusion_detox.alignment.aligned_rule import AlignedTarget
 from fusion_detox.calibrator.calibrator import Calibrator
@@ -22,12 +23,13 @@ from fusion_detox.decoding.session import CalibratorSession, Reading, plain_mode
 from fusion_detox.decoding.target_columns import TargetColumns
 from fusion_detox.decoding.text_context import Covers, TextContext
 from fusion_detox.errors import ConfigError, DataError, InertError
+from fusion_detox.files.models import load_tokenizer
 from fusion_detox.fusion import Fusion, fit, prepare
 from fusion_detox.vocabulary.map import VocabularyMap
 from fusion_detox.vocabulary.token_table import TokenTable, encode
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from fusion_detox.alignment.alignment import Alignment
 
@@ -57,7 +59,7 @@ class FusionLogitsProcessor(LogitsProcessor):
 
     Args:
         calibrator: A ``Calibrator``, or the path, hub id or shipped name of one.
-        tokenizer: The target's tokenizer.
+        tokenizer: The target's tokenizer, or its folder or hub id.
         config: Fusion settings; by default, those recommended by the calibrator.
         device: Where the calibrator runs; by default on the device of the scores.
         pad_token_id: The target's padding token; by default, the tokenizer's.
@@ -91,7 +93,7 @@ class FusionLogitsProcessor(LogitsProcessor):
     def __init__(
         self,
         calibrator: Calibrator | str,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | str | os.PathLike[str],
         config: FusionConfig | None = None,
         *,
         device: torch.device | str | None = None,
@@ -108,6 +110,14 @@ class FusionLogitsProcessor(LogitsProcessor):
             raise ConfigError(
                 "calibrator must be a Calibrator or the name of one, "
                 f"not {type(calibrator).__name__}"
+            )
+        if isinstance(tokenizer, (str, os.PathLike)):
+            tokenizer = load_tokenizer(tokenizer)
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise ConfigError(
+                "tokenizer must be a tokenizer of transformers or the folder or hub id of one, not "
+                f"{type(tokenizer).__name__}. Load it with AutoTokenizer.from_pretrained(...); "
+                "wrap a tokenizers.Tokenizer in PreTrainedTokenizerFast(tokenizer_object=...)"
             )
         self.calibrator = calibrator
         self.config = calibrator.config if config is None else config
@@ -396,8 +406,6 @@ class FusionLogitsProcessor(LogitsProcessor):
     def _active(self, scores: Tensor, strengths: Sequence[float]) -> list[int]:
         """The rows to fuse; rejects scores that do not belong to the rows."""
         active = [row for row, strength in enumerate(strengths) if strength > 0]
-        if not active and strengths:
-            return active
         if scores.dim() != 2 or len(scores) != len(strengths):
             raise DataError(
                 f"{len(strengths)} rows of ids came with scores of shape {tuple(scores.shape)}: "
@@ -431,7 +439,12 @@ class FusionLogitsProcessor(LogitsProcessor):
 
     def _texts(self, rows: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
         """The rows' ids, preceded by the ids of the text that they follow."""
-        texts = [tuple(row) for row in rows]
+        try:
+            texts = [tuple(row) for row in rows]
+        except TypeError as error:
+            raise DataError(
+                "rows must hold one sequence of ids for each row: for a single row, pass [ids]"
+            ) from error
         if not self._before:
             return texts
         count = len(self._before)

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from fusion_detox.errors import AlignmentError, ModelError
+from fusion_detox.files.hub import stay_local
 from fusion_detox.files.loading_errors import explained, first_line
 from fusion_detox.files.models import (
     check_causal,
@@ -113,7 +114,7 @@ def checkpoint_embeddings(
         settings = AutoConfig.from_pretrained(
             source,
             trust_remote_code=False,
-            local_files_only=local_files_only or Path(source).is_dir(),
+            local_files_only=stay_local(source, local_files_only),
             revision=revision or "main",
         )
     check_causal(settings, source)

@@ -31,11 +31,12 @@ from fusion_detox.cli import (
     train_calibrator,
     tune,
 )
-from fusion_detox.cli.console import debugging, note
+from fusion_detox.cli.console import PlainGroup, debugging, note, plain_log
 from fusion_detox.errors import FusionDetoxError
 
 app = typer.Typer(
     name="fusion-detox",
+    cls=PlainGroup,
     help="Detoxify any causal language model at decoding time, with a small calibrator.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
@@ -108,7 +109,8 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str] | None) -> int:
     hook = sys.excepthook
     try:
-        app(args=argv, prog_name="fusion-detox")
+        with plain_log():
+            app(args=argv, prog_name="fusion-detox")
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
         if code == 130:

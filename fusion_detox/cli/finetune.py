@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fusion_detox.cli.console import note, quiet_libraries
+from fusion_detox.cli.console import note, quiet_libraries, write_line
 from fusion_detox.cli.options import with_options
 from fusion_detox.training.contrastive.config import ContrastiveConfig
 from fusion_detox.training.finetuning.config import FinetuneConfig
@@ -135,8 +135,8 @@ def finetune(
         )
     measures = json.loads((folder / "training.json").read_text(encoding="utf-8"))["held_out"]
     if as_json:
-        typer.echo(json.dumps({"adapter": str(folder), **measures}))
+        write_line(json.dumps({"adapter": str(folder), **measures}))
         return
     for key, after in measures["after"].items():
         note(f"{key}: {measures['before'][key]} -> {after}")
-    typer.echo(str(folder))
+    write_line(str(folder))

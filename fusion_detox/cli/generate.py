@@ -45,7 +45,10 @@ def generate(
     ],
     prompts: Annotated[
         list[str] | None,
-        typer.Argument(help="Texts to complete.", metavar="[PROMPT]..."),
+        typer.Argument(
+            help="Texts to complete (default: one per line of what is piped in).",
+            metavar="[PROMPT]...",
+        ),
     ] = None,
     prompts_file: Annotated[
         str | None,
@@ -62,6 +65,13 @@ def generate(
         ),
     ] = None,
     calibrator: CalibratorName = "english-16k",
+    alignment: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder that `align --out` wrote, for the aligned rules (default: what `align` "
+            "saved for the calibrator and the model)."
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -150,6 +160,7 @@ def generate(
 
     import torch
 
+    from fusion_detox.alignment.store import load_alignment
     from fusion_detox.calibrator.calibrator import Calibrator
     from fusion_detox.files.models import load_target, load_tokenizer
     from fusion_detox.generation.chat import choose_chat
@@ -160,6 +171,12 @@ def generate(
     with quiet_libraries(), claimed_file(output):
         loaded = Calibrator.from_pretrained(calibrator, local_files_only=offline)
         config = loaded.config.replace(**fusion)
+        if alignment is not None and not config.aligned:
+            raise ConfigError(
+                f"--alignment is for the aligned rules, but the rule is {config.rule!r}: add "
+                "--rule aligned or --rule aligned_contrast, or drop --alignment"
+            )
+        projection = None if alignment is None else load_alignment(alignment)
         named = load_tokenizer(model, local_files_only=offline, revision=revision)
         chat = choose_chat(chat, system, model, named)
         wanted = jobs(texts, num_samples, chat=chat, system=system)
@@ -178,6 +195,8 @@ def generate(
                 if name != "samples"
             },
         }
+        if alignment is not None:
+            settings["alignment"] = _identity(str(alignment))
         file = CompletionFile(output, settings, overwrite=overwrite) if output else None
         pending = file.missing(wanted) if file else wanted
         if len(pending) < len(wanted):
@@ -200,6 +219,7 @@ def generate(
             config,
             pad_token_id=pad_token_id(target, tokenizer),
             target=target,
+            alignment=projection,
         )
         rows = generate_rows(
             target,

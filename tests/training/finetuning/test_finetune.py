@@ -410,7 +410,7 @@ def test_four_bits_without_bitsandbytes_or_without_cuda(
 
     find = importlib.util.find_spec
     for found, kind, message in (
-        (None, MissingExtraError, r"'bitsandbytes'.*fusion-detox\[four-bit\]"),
+        (None, MissingExtraError, r"'bitsandbytes'.*\[four-bit\]"),
         (object(), TrainingError, "four-bit weights need a CUDA device, and this machine has none"),
     ):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -433,7 +433,7 @@ def test_missing_packages(
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     fails(
-        MissingExtraError, rf"'{package}'.*fusion-detox\[finetune\]",
+        MissingExtraError, rf"'{package}'.*\[finetune\]",
         llama, tmp_path / "out", pairs, objective=objective,
     )  # fmt: skip
 
