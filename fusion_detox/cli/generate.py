@@ -38,8 +38,8 @@ def generate(
     model: Annotated[
         str,
         typer.Argument(
-            help="A causal language model: a folder, a hub id, or packaged:NAME (see "
-            "fetch-target).",
+            help="A causal language model: a folder (also that of a LoRA adapter), a hub id, or "
+            "packaged:NAME (see fetch-target).",
             metavar="MODEL",
         ),
     ],
@@ -151,6 +151,7 @@ def generate(
     import torch
 
     from fusion_detox.calibrator.calibrator import Calibrator
+    from fusion_detox.files.adapters import find_adapter
     from fusion_detox.files.models import load_target, load_tokenizer
     from fusion_detox.generation.chat import choose_chat
     from fusion_detox.generation.completion_file import CompletionFile
@@ -161,10 +162,11 @@ def generate(
         loaded = Calibrator.from_pretrained(calibrator, local_files_only=offline)
         config = loaded.config.replace(**fusion)
         named = load_tokenizer(model, local_files_only=offline, revision=revision)
-        chat = choose_chat(chat, system, model, named)
+        adapter = find_adapter(model)
+        chat = choose_chat(chat, system, adapter.base if adapter else model, named)
         wanted = jobs(texts, num_samples, chat=chat, system=system)
         settings = {
-            "model": _identity(model),
+            "model": _identity(model) + (f" of {_identity(adapter.base)}" if adapter else ""),
             "revision": revision,
             "calibrator": _identity(calibrator, ("alignments",) if not config.aligned else ()),
             "dtype": dtype,
