@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fusion_detox.calibrator.folder import read_record, write_json
-from fusion_detox.errors import DataFileError
+from fusion_detox.config import FusionConfig
+from fusion_detox.errors import CalibratorError, ConfigError, DataFileError
 
 
 def prompt_digest(prompt: str) -> str:
@@ -28,6 +29,31 @@ def tuned_prompts(record: Mapping[str, Any]) -> list[str]:
     tuning = record.get("tuning")
     found = tuning.get("prompt_digests") if isinstance(tuning, Mapping) else None
     return [str(digest) for digest in found] if isinstance(found, list) else []
+
+
+def settings_before_tuning(record: Mapping[str, Any], present: FusionConfig) -> FusionConfig:
+    """The settings that a tuned calibrator had before; ``present`` if it was not tuned since.
+
+    A calibrator whose settings have been changed after tuning counts as not tuned.
+
+    Raises:
+        CalibratorError: The record is damaged.
+    """
+    tuning = record.get("tuning")
+    before, chosen = (
+        tuning.get(name) if isinstance(tuning, Mapping) else None for name in ("before", "chosen")
+    )
+    if not isinstance(before, Mapping) or not isinstance(chosen, Mapping):
+        return present
+    if any(chosen.get(name) != value for name, value in present.to_dict().items()):
+        return present
+    try:
+        return FusionConfig.from_dict(dict(before))
+    except ConfigError as error:
+        raise CalibratorError(
+            f"training.json: in tuning, before, {error}. Correct it in this file, or delete the "
+            "entry 'tuning'."
+        ) from error
 
 
 def write_tuning(folder: Path, values: Mapping[str, Any]) -> None:

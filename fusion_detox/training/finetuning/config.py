@@ -24,10 +24,10 @@ class FinetuneConfig:
     objective: FinetuneObjective = setting(  # noqa: RUF009 - it returns a field
         "signed-margin",
         "Objective",
-        "what is trained; in our one comparison, on a 7M model: signed-margin (ours) halved the share "
-        "of toxic text, at unchanged perplexity and with less diverse text; dpo (arXiv 2305.18290) "
-        "lowered it most, at twice the perplexity; likelihood-ratio (ours) hardly changed it; "
-        "contrastive-perplexity (arXiv 2401.08491) did not lower it",
+        "what is trained; in our one comparison, on a 7M model: signed-margin (ours) halved the "
+        "share of toxic text, at no higher perplexity and with less diverse text; dpo (arXiv "
+        "2305.18290) lowered it most, at twice the perplexity; likelihood-ratio (ours) hardly "
+        "changed it; contrastive-perplexity (arXiv 2401.08491) did not lower it",
     )
     epochs: float = setting(1.0, "Steps", "passes over the anchors (dpo: over the pairs)", 0.001)
     steps: int | None = setting(None, "Steps", "optimiser steps; overrides --epochs", 1)
