@@ -49,8 +49,11 @@ def _setting(probability, generator, count):
     return {"prompt_toxicity": {"scorer": values.tolist()}}
 
 
-def _decide(present, candidates, prompts, generator):
-    """What ``tune`` does once everything is measured, with toxicity as the only measure."""
+def _decide(present, candidates, prompts, generator, *, naively=False):
+    """What ``tune`` does once everything is measured, with toxicity as the only measure.
+
+    ``naively`` decides on the prompts that chose.
+    """
     choosing = np.arange(prompts) % 2 == 0
     base = _setting(0.7, generator, prompts)
     measured = {config: _setting(p, generator, prompts) for config, p in candidates.items()}
@@ -60,7 +63,7 @@ def _decide(present, candidates, prompts, generator):
         for config, one in measured.items()
     }
     best = min(trials.values(), key=lambda trial: trial.rank)
-    gain = _gain(base, measured[best.config], measured[PRESENT], ~choosing, 500)
+    gain = _gain(base, measured[best.config], measured[PRESENT], choosing ^ (not naively), 500)
     return Tuning(best, trials[PRESENT], tuple(trials.values()), ("scorer",), (), gain)
 
 
@@ -70,15 +73,16 @@ OTHERS = [FusionConfig(strength=2.0 + n / 10) for n in range(30)]
 
 @pytest.mark.parametrize("prompts", [MIN_PROMPTS, 200])
 def test_noise_is_not_a_gain(prompts):
-    """The best of 30 settings that are as toxic as the present ones looks better, but is kept out.
+    """The best of 30 settings that are as toxic as the present ones only looks better."""
 
-    Its interval alone would exclude 0 in most of these runs on the prompts that chose it.
-    """
-    generator = np.random.default_rng(0)
-    runs = [_decide(0.5, dict.fromkeys(OTHERS, 0.5), prompts, generator) for _ in range(300)]
-    looks_better = sum(run.chosen.toxicity < 0.85 * run.present.toxicity for run in runs)
-    assert looks_better > 150
+    def decide(*, naively):
+        generator = np.random.default_rng(0)
+        same = dict.fromkeys(OTHERS, 0.5)
+        return [_decide(0.5, same, prompts, generator, naively=naively) for _ in range(300)]
+
+    runs = decide(naively=False)
     assert sum(run.improves for run in runs) <= 0.03 * len(runs)
+    assert sum(run.improves for run in decide(naively=True)) > 0.1 * len(runs)
     for run in runs:
         assert run.verdict().startswith(
             "Change to the settings marked *" if run.improves else "Keep the present settings"
