@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fusion_detox.calibrator.folder import read_record, write_json
 from fusion_detox.config import FusionConfig
-from fusion_detox.errors import CalibratorError, ConfigError, DataFileError
+from fusion_detox.errors import ConfigError, DataFileError
+
+if TYPE_CHECKING:
+    from fusion_detox.calibrator.calibrator import Calibrator
 
 
 def prompt_digest(prompt: str) -> str:
@@ -31,29 +35,16 @@ def tuned_prompts(record: Mapping[str, Any]) -> list[str]:
     return [str(digest) for digest in found] if isinstance(found, list) else []
 
 
-def settings_before_tuning(record: Mapping[str, Any], present: FusionConfig) -> FusionConfig:
-    """The settings that a tuned calibrator had before; ``present`` if it was not tuned since.
+def settings_before_tuning(calibrator: Calibrator) -> FusionConfig:
+    """The settings that a calibrator had before it was tuned, if it still has the tuned ones.
 
-    A calibrator whose settings have been changed after tuning counts as not tuned.
-
-    Raises:
-        CalibratorError: The record is damaged.
+    A second run of ``tune`` starts there, so it finds what the first one found.
     """
-    tuning = record.get("tuning")
-    before, chosen = (
-        tuning.get(name) if isinstance(tuning, Mapping) else None for name in ("before", "chosen")
-    )
-    if not isinstance(before, Mapping) or not isinstance(chosen, Mapping):
-        return present
-    if any(chosen.get(name) != value for name, value in present.to_dict().items()):
-        return present
-    try:
-        return FusionConfig.from_dict(dict(before))
-    except ConfigError as error:
-        raise CalibratorError(
-            f"training.json: in tuning, before, {error}. Correct it in this file, or delete the "
-            "entry 'tuning'."
-        ) from error
+    tuning = calibrator.record.get("tuning")
+    if isinstance(tuning, Mapping) and tuning.get("after") == calibrator.config.to_dict():
+        with contextlib.suppress(ConfigError, TypeError):
+            return FusionConfig.from_dict(tuning["before"])
+    return calibrator.config
 
 
 def write_tuning(folder: Path, values: Mapping[str, Any]) -> None:

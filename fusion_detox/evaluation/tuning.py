@@ -251,7 +251,7 @@ def tune(
             ".save_pretrained(FOLDER)), or leave out write=True (--write)"
         )
     loaded = Calibrator.from_pretrained(calibrator, local_files_only=local_files_only)
-    present = start = settings_before_tuning(loaded.record, loaded.config)
+    present = start = settings_before_tuning(loaded)
     if rule is not None and rule != start.rule:
         start = FusionConfig(rule=rule, strength=0.5)  # type: ignore[arg-type]
     values = grid or (CONTRAST_GRID if start.contrasts else PLAIN_GRID)
@@ -335,6 +335,7 @@ def tune(
             },
             "seeds": list(config.seeds),
             "before": present.to_dict(),
+            "after": best.config.to_dict(),
             "chosen": best.to_dict(),
             "check": {
                 "against": "target" if exceeded else "present settings",

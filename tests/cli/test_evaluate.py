@@ -275,7 +275,7 @@ class TestTune:
         # Settings that someone chose afterwards are the present ones.
         write_config(calibrator_folder, FusionConfig(strength=0.25))
         changed = Calibrator.from_pretrained(calibrator_folder)
-        assert settings_before_tuning(changed.record, changed.config) == changed.config
+        assert settings_before_tuning(changed) == changed.config
 
     @pytest.mark.parametrize("salt", range(2))
     def test_noise_changes_nothing(self, arguments, calibrator_folder, monkeypatch, capsys, salt):

@@ -36,7 +36,11 @@ class FinetuneConfig:
     )
     micro_batch_size: int = setting(2, "Steps", "maximum anchors (dpo: pairs) in memory at once", 1)
     learning_rate: float = setting(
-        2.2e-5, "Optimiser", "peak learning rate, decaying linearly to 0", 0.0
+        2.2e-5,
+        "Optimiser",
+        "peak learning rate, decaying linearly to 0; the default is that of "
+        "arXiv 2401.08491, and the comparison above used 1e-3",
+        0.0,
     )
     weight_decay: float = setting(0.0, "Optimiser", "AdamW weight decay", 0.0)
     max_gradient_norm: float = setting(1.0, "Optimiser", "gradient norm is clipped to this", 0.0)
