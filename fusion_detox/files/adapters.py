@@ -147,8 +147,8 @@ def load_adapted(adapter: Adapter, load_base: Callable[[], PreTrainedModel]) -> 
         raise _misfit(adapter, f"{path.name} lacks {describe(missing)}")
     if result.unexpected_keys:
         raise _misfit(adapter, f"the model has no place for {describe(result.unexpected_keys)}")
-    adapted: PreTrainedModel = wrapped.get_base_model()
-    return adapted.eval()
+    adapted: PreTrainedModel = wrapped.get_base_model().eval()
+    return adapted
 
 
 def refuse_adapter(name_or_path: str | os.PathLike[str], what: str) -> None:

@@ -212,7 +212,8 @@ class TestTune:
         monkeypatch.setattr("fusion_detox.scoring.make_scorer", lambda *_, **__: scorer)
 
     def tune(self, arguments, *more):
-        given = arguments(*self.GRID, *self.ANY_PRICE, *more, command="tune")
+        fast = ("--samples", "1", "--batch-size", "40")
+        given = arguments(*self.GRID, *self.ANY_PRICE, *fast, *more, command="tune")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", ["fusion-detox", *given])
             return main(given)
