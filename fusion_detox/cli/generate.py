@@ -38,8 +38,8 @@ def generate(
     model: Annotated[
         str,
         typer.Argument(
-            help="A causal language model: a folder, a hub id, or packaged:NAME (see "
-            "fetch-target).",
+            help="A causal language model: a folder (also that of a LoRA adapter), a hub id, or "
+            "packaged:NAME (see fetch-target).",
             metavar="MODEL",
         ),
     ],
@@ -162,6 +162,7 @@ def generate(
 
     from fusion_detox.alignment.store import load_alignment
     from fusion_detox.calibrator.calibrator import Calibrator
+    from fusion_detox.files.adapters import find_adapter
     from fusion_detox.files.models import load_target, load_tokenizer
     from fusion_detox.generation.chat import choose_chat
     from fusion_detox.generation.completion_file import CompletionFile, claimed_file
@@ -178,10 +179,11 @@ def generate(
             )
         projection = None if alignment is None else load_alignment(alignment)
         named = load_tokenizer(model, local_files_only=offline, revision=revision)
-        chat = choose_chat(chat, system, model, named)
+        adapter = find_adapter(model)
+        chat = choose_chat(chat, system, adapter.base if adapter else model, named)
         wanted = jobs(texts, num_samples, chat=chat, system=system)
         settings = {
-            "model": _identity(model),
+            "model": _identity(model) + (f" of {_identity(adapter.base)}" if adapter else ""),
             "revision": revision,
             "calibrator": _identity(calibrator, ("alignments",) if not config.aligned else ()),
             "dtype": dtype,

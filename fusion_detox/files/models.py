@@ -6,6 +6,7 @@ Weights are read from safetensors only, and no code from a repository is ever ru
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging as standard_logging
 import os
 import re
@@ -29,6 +30,12 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from fusion_detox.errors import ConfigError, ModelError, ModelNotFoundError, VocabularyError
+from fusion_detox.files.adapters import (
+    explained_base,
+    find_adapter,
+    load_adapted,
+    refuse_adapter,
+)
 from fusion_detox.files.foreign_formats import check_format, check_tokenizer_files, not_a_folder
 from fusion_detox.files.hub import stay_local
 from fusion_detox.files.loading_errors import check_positions, describe, explained, first_line
@@ -48,7 +55,8 @@ def load_target(
     """Load a causal language model in eval mode, and its tokenizer.
 
     Args:
-        name_or_path: A folder, a hub id, or ``packaged:NAME`` for a packaged target.
+        name_or_path: A folder, a hub id, or ``packaged:NAME`` for a packaged target. The folder of
+            a LoRA adapter stands for its base model with the adapter.
         device: Device of the model; the CPU by default.
         dtype: Dtype of the weights, such as ``"bfloat16"``; by default, that of the files.
         local_files_only: Whether to use downloaded files only.
@@ -60,6 +68,7 @@ def load_target(
             fit into memory.
         VocabularyError: The tokenizer belongs to another model.
         ConfigError: The device or the dtype is not available.
+        MissingExtraError: It is an adapter, and ``peft`` is not installed.
     """
     place = check_device(device)
     tokenizer = load_tokenizer(name_or_path, local_files_only=local_files_only, revision=revision)
@@ -88,6 +97,19 @@ def load_model(
     revision: str | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model in eval mode; arguments and errors as in ``load_target``."""
+    adapter = find_adapter(name_or_path)
+    if adapter is not None:
+        refuse_adapter(adapter.base, f"the adapter {adapter.folder}")
+        load_base = functools.partial(
+            load_model,
+            adapter.base,
+            device=device,
+            dtype=dtype,
+            local_files_only=local_files_only,
+            revision=revision or adapter.revision,
+        )
+        with explained_base(adapter):
+            return load_adapted(adapter, load_base)
     place, kind = check_device(device), "auto" if dtype is None else check_dtype(dtype)
     source = locate(name_or_path, "model", local_files_only=local_files_only)
     options: dict[str, Any] = {
@@ -128,6 +150,15 @@ def load_tokenizer(
         ModelNotFoundError: The tokenizer does not exist, or the hub cannot be reached.
         ModelError: Its files are missing or damaged.
     """
+    adapter = find_adapter(name_or_path)
+    if adapter is not None and not adapter.has_tokenizer:
+        refuse_adapter(adapter.base, f"the adapter {adapter.folder}")
+        with explained_base(adapter):
+            return load_tokenizer(
+                adapter.base,
+                local_files_only=local_files_only,
+                revision=revision or adapter.revision,
+            )
     source = locate(name_or_path, "tokenizer", local_files_only=local_files_only)
     check_tokenizer_files(source)
     with explained(source, "tokenizer", local_files_only):
