@@ -50,7 +50,7 @@ HARMLESS_USE = re.compile(
     r"|fam|niggl\w+|hussy|hootch|assic|homies?|bum|garbage|filth|ridiculous|tits?|cocks?|dicks?|boobs?|oral|orgasm\w*|porn\w*)"
 )
 """Words that judges call toxic but that name groups, name things, or have harmless uses."""
-PARTS_AT_MOST = 3
+PARTS_AT_MOST = 30
 """A token that is a part of a longer word more often in the harmless texts is not lowered."""
 LARGEST, SLOPE = 6.0, 10.0
 """Nats: a word of grade ``g`` is lowered by ``1 + SLOPE * (g - TOXIC_FROM)``, at most LARGEST."""
