@@ -176,6 +176,10 @@ class FusionConfig:
         context_threshold: The divergence ``d`` up to which the strength is 0; below ``context_kl``,
             and ignored without it. The factor is then ``(d - context_threshold) / (context_kl -
             context_threshold)`` within 0..1, so that harmless text stays as it is.
+        context_limit: Words that no harmless text needs are held back in any text: of a log-ratio
+            below ``-context_limit`` nats, the part below that counts in full, whatever the factor
+            of ``context_kl``. For the contrast rules with ``context_kl``; ``None`` lets the factor
+            scale all log-ratios.
         aligned_norm: How the aligned rules normalise a projected hidden state: ``"layer"`` is
             layer normalisation without weights, as in the paper; ``"target"`` multiplies that by
             the root mean square of the target's own hidden states; ``"none"`` does nothing.
@@ -192,6 +196,7 @@ class FusionConfig:
     kl_budget: float | None = None
     context_kl: float | None = None
     context_threshold: float = 0.0
+    context_limit: float | None = None
     aligned_norm: AlignedNorm = "auto"
 
     def __post_init__(self) -> None:
@@ -211,6 +216,8 @@ class FusionConfig:
         if self.context_kl is not None:
             nats("context_kl", self.context_kl, above=True)
         nats("context_threshold", self.context_threshold)
+        if self.context_limit is not None:
+            nats("context_limit", self.context_limit)
         if self.context_kl is not None and self.context_threshold >= self.context_kl:
             raise ConfigError(
                 f"context_threshold is {self.context_threshold:g}, but must be below context_kl, "
@@ -247,6 +254,8 @@ class FusionConfig:
             del values["aligned_norm"]
         if not self.context_threshold:
             del values["context_threshold"]
+        if self.context_limit is None:
+            del values["context_limit"]
         return values
 
     @classmethod

@@ -41,6 +41,8 @@ class Fusion:
             constant per row.
         config: The rule and its settings.
         strength_scale: ``(batch,)`` factors of the strength; ``None`` for 1.
+        context: ``(batch,)`` factors of all log-ratios within ``context_limit``, already in
+            ``shift``; ``None`` for 1.
     """
 
     scores: Tensor
@@ -50,6 +52,7 @@ class Fusion:
     shift: Callable[[Tensor | float, Columns], Tensor]
     config: FusionConfig
     strength_scale: Tensor | None = None
+    context: Tensor | None = None
 
     def strength(self) -> Tensor:
         """``(batch,)`` strengths: the configured one, or less if a budget or the context lowers it.
@@ -57,6 +60,8 @@ class Fusion:
         It is 0 for rows with NaN, which are returned unchanged.
         """
         strength = torch.where(_broken(self.log_probs), 0.0, self._within_budget()[0])
+        if self.context is not None:
+            strength = strength * self.context[:, None]
         return strength.squeeze(-1).to(self.log_probs.dtype)
 
     def fused(self) -> Tensor:
@@ -122,6 +127,7 @@ def fuse(
     mapped: Tensor,
     config: FusionConfig,
     strength_scale: Tensor | None = None,
+    context: Tensor | None = None,
 ) -> Tensor:
     """Fuses the calibrator's distributions into the target's scores.
 
@@ -132,6 +138,8 @@ def fuse(
         mapped: ``(vocab,)`` bool, the tokens that the vocabulary map reaches.
         config: The rule and its settings; ``context_kl`` is ignored here.
         strength_scale: ``(batch,)`` factors of the strength; 1 by default.
+        context: ``(batch,)`` factors in 0..1 that ``context_kl`` gives; 1 by default. They scale
+            the strength, except for log-ratios below ``-context_limit``.
 
     Returns:
         ``(batch, vocab)`` normalised log-probs in the dtype of ``scores``, or ``scores`` itself at
@@ -149,7 +157,7 @@ def fuse(
             )
     if config.strength == 0:
         return scores
-    return prepare(scores, clean, reference, mapped, config, strength_scale).fused()
+    return prepare(scores, clean, reference, mapped, config, strength_scale, context).fused()
 
 
 def strength_used(
@@ -171,12 +179,19 @@ def prepare(
     mapped: Tensor,
     config: FusionConfig,
     strength_scale: Tensor | None = None,
+    context: Tensor | None = None,
 ) -> Fusion:
     """Prepares a step of a rule that works on distributions; arguments as in :func:`fuse`."""
     log_probs, candidates, removed = _select(scores, mapped, config)
+    limited = config.contrasts and config.context_limit is not None and context is not None
+    if context is not None and not limited:
+        strength_scale, context = times(strength_scale, context), None
     if config.contrasts:
         assert reference is not None
         difference = log_ratio(clean, reference, config).masked_fill(~candidates, 0.0)
+        if context is not None and config.context_limit is not None:
+            always = (difference + config.context_limit).clamp_max(0.0)
+            difference = context[:, None] * (difference - always) + always
         shift = _times(difference)
     elif config.rule == "product":
         # Without a floor, a probability of 0 counts as the smallest one of float32.
@@ -191,7 +206,7 @@ def prepare(
             target = columns(inside)
             return torch.log((1 - strength) * target.exp() + strength * columns(own)) - target
 
-    return Fusion(scores, log_probs, candidates, removed, shift, config, strength_scale)
+    return Fusion(scores, log_probs, candidates, removed, shift, config, strength_scale, context)
 
 
 def prepare_aligned(
@@ -257,6 +272,13 @@ def kl_divergence(one: Tensor, other: Tensor) -> Tensor:
     """``KL(one ‖ other)`` in nats, ``(batch,)``, of two ``(batch, vocab)`` tensors of log-probs."""
     probs = one.exp()
     return torch.where(probs > 0, probs * (one - other), 0.0).sum(-1)
+
+
+def times(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """The product of two factors, of which ``None`` is 1."""
+    if one is None or other is None:
+        return one if other is None else other
+    return one * other
 
 
 def fit(tensor: Tensor, width: int) -> Tensor:

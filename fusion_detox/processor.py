@@ -338,8 +338,8 @@ class FusionLogitsProcessor(LogitsProcessor):
             # No healing here: a partial word keeps its current tokens.
             reading = session.read(paths, divergence_of=divergence_of, hidden=True)
             hidden = reading.values if self.config.contrasts else reading.values[:1]
-            scale = self._strength_scale(reading, scores, scale)
-            return self._aligned.prepare(scores, hidden, config, scale)
+            context = self._context_factors(reading, scores)
+            return self._aligned.prepare(scores, hidden, config, scale, context)
         covers = Covers.of(positions)
         reading = session.read(covers.prefixes, divergence_of=divergence_of)
         with plain_mode(reading.values.device):
@@ -358,7 +358,8 @@ class FusionLogitsProcessor(LogitsProcessor):
             reference[0] if reference else None,
             mapped,
             config,
-            self._strength_scale(reading, scores, scale),
+            scale,
+            self._context_factors(reading, scores),
         )
 
     def _session(self, device: torch.device) -> CalibratorSession:
@@ -370,16 +371,13 @@ class FusionLogitsProcessor(LogitsProcessor):
             session = self._sessions.setdefault((device, reference), session)
         return session
 
-    def _strength_scale(
-        self, reading: Reading, scores: Tensor, scale: Tensor | None
-    ) -> Tensor | None:
-        """``(batch,)`` factors of the strength: ``scale``, times those from ``context_kl``."""
+    def _context_factors(self, reading: Reading, scores: Tensor) -> Tensor | None:
+        """``(batch,)`` factors that ``context_kl`` gives, if it is set."""
         full, none = self.config.context_kl, self.config.context_threshold
         if full is None:
-            return scale
+            return None
         factors = [min(1.0, max(0.0, nats - none) / (full - none)) for nats in reading.divergence]
-        found = torch.tensor(factors, dtype=torch.float32, device=scores.device)
-        return found if scale is None else scale * found
+        return torch.tensor(factors, dtype=torch.float32, device=scores.device)
 
     def _strengths_of(self, rows: int, given: Strengths | None = None) -> list[float]:
         """The strength of each row."""
