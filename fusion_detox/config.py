@@ -202,14 +202,15 @@ class FusionConfig:
         note = "" if self.contrasts else f" (rule {self.rule!r})"
         check_number("strength", self.strength, 0.0, largest, largest=_LARGEST_NATS, note=note)
         check_number("plausibility", self.plausibility, 0.0, 1.0)
-        check_number("clip", self.clip, 0.0, above=True, finite=False, largest=_LARGEST_NATS)
-        check_number("threshold", self.threshold, 0.0, largest=_LARGEST_NATS)
+        nats = functools.partial(check_number, low=0.0)
+        nats("clip", self.clip, above=True, finite=False, largest=_LARGEST_NATS)
+        nats("threshold", self.threshold, largest=_LARGEST_NATS)
         check_number("floor", self.floor, 0.0, 1e-2)
         if self.kl_budget is not None:
-            check_number("kl_budget", self.kl_budget, 0.0, above=True)
+            nats("kl_budget", self.kl_budget, above=True)
         if self.context_kl is not None:
-            check_number("context_kl", self.context_kl, 0.0, above=True)
-        check_number("context_threshold", self.context_threshold, 0.0)
+            nats("context_kl", self.context_kl, above=True)
+        nats("context_threshold", self.context_threshold)
         if self.context_kl is not None and self.context_threshold >= self.context_kl:
             raise ConfigError(
                 f"context_threshold is {self.context_threshold:g}, but must be below context_kl, "
