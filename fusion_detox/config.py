@@ -12,7 +12,7 @@ from fusion_detox.errors import ConfigError
 _Settings = TypeVar("_Settings")
 # Of float32, and of signed integers of 64 bits.
 _LARGEST, _LARGEST_WHOLE = 3e38, (1 << 63) - 1
-# For strengths and nats. Half precision ends at 65504.
+# For strengths and log-ratios. Half precision ends at 65504.
 _LARGEST_NATS = 1e4
 
 
@@ -207,9 +207,9 @@ class FusionConfig:
         note = "" if self.contrasts else f" (rule {self.rule!r})"
         check_number("strength", self.strength, 0.0, largest, largest=_LARGEST_NATS, note=note)
         check_number("plausibility", self.plausibility, 0.0, 1.0)
-        nats = functools.partial(check_number, low=0.0, largest=_LARGEST_NATS)
-        nats("clip", self.clip, above=True, finite=False)
-        nats("threshold", self.threshold)
+        nats = functools.partial(check_number, low=0.0)
+        nats("clip", self.clip, above=True, finite=False, largest=_LARGEST_NATS)
+        nats("threshold", self.threshold, largest=_LARGEST_NATS)
         check_number("floor", self.floor, 0.0, 1e-2)
         if self.kl_budget is not None:
             nats("kl_budget", self.kl_budget, above=True)

@@ -194,8 +194,7 @@ def prepare(
             difference = context[:, None] * (difference - always) + always
         shift = _times(difference)
     elif config.rule == "product":
-        # Without a floor, a probability of 0 counts as the smallest one of float32.
-        shift = _times(torch.log(clean + config.floor).clamp_min(-_MAX_LOG) - log_probs)
+        shift = _times(torch.log(clean + config.floor) - log_probs)
     else:
         inside = log_probs.masked_fill(~candidates, -math.inf)
         inside = inside - torch.logsumexp(inside, dim=-1, keepdim=True)
@@ -304,7 +303,12 @@ def _select(
 
 
 def _times(difference: Tensor) -> Callable[[Tensor | float, Columns], Tensor]:
-    return lambda strength, columns: strength * columns(difference)
+    def shift(strength: Tensor | float, columns: Columns) -> Tensor:
+        steps = strength * columns(difference)
+        # A strength of 0 times a log-ratio of -inf moves nothing.
+        return torch.where(steps.isnan(), 0.0, steps) if isinstance(strength, Tensor) else steps
+
+    return shift
 
 
 def _all_columns(values: Tensor) -> Tensor:

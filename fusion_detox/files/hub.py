@@ -40,6 +40,11 @@ def hub_answers() -> bool:
         return _asked[1]
 
 
+def hub_is_silent() -> bool:
+    """Whether the hub may be asked, but does not answer."""
+    return not huggingface_hub.constants.HF_HUB_OFFLINE and not hub_answers()
+
+
 def _ask() -> bool:
     try:
         get_session().head(huggingface_hub.constants.ENDPOINT, timeout=_TIMEOUT)

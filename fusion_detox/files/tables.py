@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from fusion_detox.errors import DataError, DataFileError, MissingExtraError
-from fusion_detox.files.hub import hub_answers
+from fusion_detox.files.hub import hub_is_silent
 
 LINE = "line"
 """Field that holds the text if the file has no named fields."""
@@ -157,7 +157,7 @@ def hub_rows(source: str, extra: str) -> Iterator[Row]:
     except ImportError as error:
         raise MissingExtraError("datasets", extra) from error
     name, _, split = source.partition(":")
-    if not (datasets.config.HF_HUB_OFFLINE or hub_answers()):  # it would ask again and again
+    if hub_is_silent():  # the library would ask again and again
         raise DataFileError(
             f"found no local file named {source!r}, and the hub does not answer. Check the "
             "spelling and the network; HF_HUB_OFFLINE=1 uses a data set that was downloaded before"

@@ -66,7 +66,9 @@ def test_usage(fails, arguments, message):
 
 
 def test_no_prompts(fails):
-    assert "no prompts: give some as arguments, or a file" in fails("generate", "m")
+    assert "no prompts: give some as arguments, a file with --prompts-file, or pipe" in fails(
+        "generate", "m"
+    )
 
 
 def test_prompts_twice(fails):
