@@ -38,8 +38,8 @@ class FinetuneConfig:
     learning_rate: float = setting(
         1e-3,
         "Optimiser",
-        "peak learning rate, decaying linearly to 0; the default is that of the comparison above, in "
-        "which 2.2e-5, the value of arXiv 2401.08491 for far larger models, changed nothing",
+        "peak learning rate, decaying linearly to 0; arXiv 2401.08491 uses 2.2e-5 for far larger "
+        "models, which did not change the toxicity of our 7M model",
         0.0,
     )
     weight_decay: float = setting(0.0, "Optimiser", "AdamW weight decay", 0.0)
