@@ -164,6 +164,9 @@ def test_the_best_measured_objective_is_the_default() -> None:
     ]
     best = min(affordable, key=toxic)["name"]
     assert best.replace(" ", "-") == FinetuneConfig().objective
+    assert json.loads(path.read_text(encoding="utf-8"))["learning_rate"] == (
+        FinetuneConfig().learning_rate
+    )
     # The paper's objective is available by name, and was not less toxic than the model itself.
     by_name = {row["name"]: row for row in rows}
     FinetuneConfig(objective="contrastive-perplexity")
@@ -172,7 +175,7 @@ def test_the_best_measured_objective_is_the_default() -> None:
 
 def test_the_other_defaults_are_the_papers() -> None:
     config, contrast = FinetuneConfig(), ContrastiveConfig()
-    assert (config.learning_rate, config.epochs) == (2.2e-5, 1.0)
+    assert config.epochs == 1.0
     assert (config.micro_batch_size, config.batch_size) == (2, 2 * 3)
     assert (contrast.temperature, contrast.negative_weight) == (0.1, 1.0)
     assert (contrast.positives, contrast.negatives, contrast.perplexity) == (5, 5, "exp")

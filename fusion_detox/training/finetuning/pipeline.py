@@ -83,8 +83,8 @@ def finetune(
 
     Unlike fusion, this changes what the model itself computes. The model's own weights are not
     changed; the result is a PEFT adapter, which ``peft`` and ``transformers`` load as usual. The
-    default objective is the signed margin; the other defaults are the settings of arXiv 2401.08491
-    as far as they are known.
+    defaults are the objective and the learning rate that worked best in our comparison; the others
+    are the settings of arXiv 2401.08491 as far as they are known.
 
     A killed run resumes when it is started again with the same arguments. If it had finished,
     nothing is done. Under ``torchrun`` or
