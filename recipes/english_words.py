@@ -3,11 +3,11 @@
     python -m recipes.english_words --data DATA --work WORK --calibrator OLD --out OUT
 
 Continues a calibrator of ``english_context`` with the same graded and harmless text, and adds two
-things. A lexicon: words that both judges of ``english_judges`` call toxic in neutral sentences. Their
-log-ratio becomes strongly negative in every text, harmless or not, which ``context_limit`` makes
-use of. In the calibrator's vocabulary, a word may have several tokens; then its last token is lowered
-where the tokens before it stand, in harmless sentences into which the word is inserted. And more
-harmless text: African American English and sentences about groups of people (``english_harmless``).
+things. A lexicon: words that both judges of ``english_judges`` call toxic in neutral sentences.
+Their log-ratio becomes strongly negative in every text, harmless or not, which ``context_limit``
+makes use of. In the calibrator's vocabulary, a word may have several tokens. Then its last token
+is lowered, in harmless sentences into which the word is inserted. And more harmless text: African
+American English and sentences about groups of people (``english_harmless``).
 """
 
 from __future__ import annotations
@@ -128,8 +128,8 @@ def token_weights(
 ) -> Tensor:
     """``(vocab,)`` nats by which each token is lowered in every text.
 
-    These are the words that are one token. A token that is often a part of a longer word in harmless
-    text is left out, such as "ass" without a space.
+    These are the words that are one token. A token that is often a part of a longer word in
+    harmless text is left out, such as "ass" without a space.
     """
     weights = torch.zeros(calibrator.vocabulary_size)
     for spelling in several:

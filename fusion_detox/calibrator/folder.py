@@ -162,7 +162,8 @@ def read_settings(folder: Path, *, verify: bool = True) -> Settings:
     if type(found) is int and found > FORMAT_VERSION:
         raise CalibratorError(
             f"{path}: format_version is {found}, but this version of fusion-detox reads only "
-            f"up to {FORMAT_VERSION}. Install the version of fusion-detox that wrote it, or a later one."
+            f"up to {FORMAT_VERSION}. Install the version of fusion-detox that wrote it, or a "
+            "later one."
         )
     if type(found) is not int or found < 1:
         raise CalibratorError(f"{path}: format_version must be 1 or 2, but is {found!r}. {_REMEDY}")

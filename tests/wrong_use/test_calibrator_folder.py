@@ -107,7 +107,7 @@ DAMAGES = {
     "an array": (lambda f: (f / MAIN).write_text("[]"), [MAIN, "JSON object, not list"]),
     "newer format": (
         lambda f: edit(f / MAIN, format_version=3),
-        [MAIN, "format_version is 3", "pip install --upgrade fusion-detox"],
+        [MAIN, "format_version is 3", "Install the version of fusion-detox that wrote it"],
     ),
     "no format": (
         lambda f: drop(f / MAIN, "format_version"),
