@@ -10,6 +10,10 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from fusion_detox.errors import ConfigError
 
 _Settings = TypeVar("_Settings")
+# Of float32, and of signed integers of 64 bits.
+_LARGEST, _LARGEST_WHOLE = 3e38, (1 << 63) - 1
+# For strengths and nats. Half precision ends at 65504.
+_LARGEST_NATS = 1e4
 
 
 def setting(
@@ -73,6 +77,7 @@ def check_number(
     above: bool = False,
     whole: bool = False,
     finite: bool = True,
+    largest: float | None = None,
     note: str = "",
 ) -> None:
     """Check that a setting is a number within its range.
@@ -85,24 +90,33 @@ def check_number(
         above: Exclude ``low`` itself.
         whole: Require an integer.
         finite: Refuse infinity.
+        largest: Larger finite numbers overflow; by default, those of float32 and 64-bit integers.
         note: Appended to the message.
 
     Raises:
         ConfigError: It is not a number or is out of range.
     """
     kind = int if whole else (int, float)
+    # Python neither prints some whole numbers nor converts them to a float.
+    huge = isinstance(value, int) and value.bit_length() > 1000
+    shown = "a number of hundreds of digits" if huge else repr(value)
     if (
         isinstance(value, kind)
         and not isinstance(value, bool)
         and (low < value if above else low <= value)
         and (high is None or value <= high)
-        and (math.isfinite(value) or not finite)
+        and (huge or not finite or math.isfinite(value))
     ):
-        return
+        largest = largest or (_LARGEST_WHOLE if whole else _LARGEST)
+        if value <= largest or value == math.inf:
+            return
+        raise ConfigError(
+            f"{name} is {shown}, but numbers above {largest:g} overflow: use a smaller one{note}"
+        )
     bounds = f"above {low:g}" if above else f"of at least {low:g}"
     bounds += "" if high is None else f" and at most {high:g}"
     raise ConfigError(
-        f"{name} must be a {'whole ' if whole else ''}number {bounds}, but is {value!r}{note}"
+        f"{name} must be a {'whole ' if whole else ''}number {bounds}, but is {shown}{note}"
     )
 
 
@@ -162,6 +176,10 @@ class FusionConfig:
         context_threshold: The divergence ``d`` up to which the strength is 0; below ``context_kl``,
             and ignored without it. The factor is then ``(d - context_threshold) / (context_kl -
             context_threshold)`` within 0..1, so that harmless text stays as it is.
+        context_limit: Words that no harmless text needs are held back in any text: of a log-ratio
+            below ``-context_limit`` nats, the part below that counts in full, whatever the factor
+            of ``context_kl``. For the contrast rules with ``context_kl``; ``None`` lets the factor
+            scale all log-ratios.
         aligned_norm: How the aligned rules normalise a projected hidden state: ``"layer"`` is
             layer normalisation without weights, as in the paper; ``"target"`` multiplies that by
             the root mean square of the target's own hidden states; ``"none"`` does nothing.
@@ -178,6 +196,7 @@ class FusionConfig:
     kl_budget: float | None = None
     context_kl: float | None = None
     context_threshold: float = 0.0
+    context_limit: float | None = None
     aligned_norm: AlignedNorm = "auto"
 
     def __post_init__(self) -> None:
@@ -186,16 +205,19 @@ class FusionConfig:
         check_choice("aligned_norm", self.aligned_norm, get_args(AlignedNorm))
         largest = None if self.contrasts else 1.0
         note = "" if self.contrasts else f" (rule {self.rule!r})"
-        check_number("strength", self.strength, 0.0, largest, note=note)
+        check_number("strength", self.strength, 0.0, largest, largest=_LARGEST_NATS, note=note)
         check_number("plausibility", self.plausibility, 0.0, 1.0)
-        check_number("clip", self.clip, 0.0, above=True, finite=False)
-        check_number("threshold", self.threshold, 0.0)
+        nats = functools.partial(check_number, low=0.0, largest=_LARGEST_NATS)
+        nats("clip", self.clip, above=True, finite=False)
+        nats("threshold", self.threshold)
         check_number("floor", self.floor, 0.0, 1e-2)
         if self.kl_budget is not None:
-            check_number("kl_budget", self.kl_budget, 0.0, above=True)
+            nats("kl_budget", self.kl_budget, above=True)
         if self.context_kl is not None:
-            check_number("context_kl", self.context_kl, 0.0, above=True)
-        check_number("context_threshold", self.context_threshold, 0.0)
+            nats("context_kl", self.context_kl, above=True)
+        nats("context_threshold", self.context_threshold)
+        if self.context_limit is not None:
+            nats("context_limit", self.context_limit)
         if self.context_kl is not None and self.context_threshold >= self.context_kl:
             raise ConfigError(
                 f"context_threshold is {self.context_threshold:g}, but must be below context_kl, "
@@ -232,6 +254,8 @@ class FusionConfig:
             del values["aligned_norm"]
         if not self.context_threshold:
             del values["context_threshold"]
+        if self.context_limit is None:
+            del values["context_limit"]
         return values
 
     @classmethod

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+from pathlib import Path
+
 
 class FusionDetoxError(Exception):
     """Base class of the library's errors."""
@@ -61,5 +64,44 @@ class MissingExtraError(FusionDetoxError, ImportError, ValueError):
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(
             f"The package {package!r} is required but not installed. "
-            f'Install it with: pip install "fusion-detox[{extra}]"'
+            f"Install it with: {install_command(package, extra)}"
         )
+
+
+def install_command(package: str, extra: str) -> str:
+    """The command that installs an optional dependency group where the library came from.
+
+    Args:
+        package: The package that is missing.
+        extra: The group that contains it.
+
+    Returns:
+        For a clone, a command that installs the clone with the group. Otherwise, since no index has
+        the library, one that installs the packages of the group by name.
+    """
+    clone = Path(__file__).resolve().parents[1]
+    project = clone / "pyproject.toml"
+    if project.is_file() and 'name = "fusion-detox"' in project.read_text(encoding="utf-8"):
+        return f'pip install -e "{clone}[{extra}]"'
+    quoted = (f'"{one}"' for one in _requirements(extra) or [package])
+    return f"pip install {' '.join(quoted)}"
+
+
+def _requirements(extra: str) -> list[str]:
+    """What the metadata of the installed library lists for a group, groups within it included."""
+    try:
+        lines = importlib.metadata.requires("fusion-detox") or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    found: list[str] = []
+    for line in lines:
+        requirement, _, marker = (part.strip() for part in line.partition(";"))
+        if marker.replace("'", '"') != f'extra == "{extra}"':
+            continue
+        own, bracket, groups = requirement.partition("[")
+        if own == "fusion-detox" and bracket:
+            for group in groups.rstrip("]").split(","):
+                found += _requirements(group.strip())
+        else:
+            found.append(requirement)
+    return list(dict.fromkeys(found))

@@ -15,12 +15,15 @@ import torch
 from torch import Tensor
 
 from fusion_detox.config import FusionConfig
+from fusion_detox.errors import DataError
 
 Columns = Callable[[Tensor], Tensor]
 """Selects the needed columns of a ``(batch, vocab)`` tensor."""
 
 _MAX_LOG = 104.0
 """In nats: no finite ratio of two float32 numbers is larger than e to this power."""
+_MAX_SHIFT = 1e30
+"""In nats: sums of it stay finite in float32."""
 _SATURATED = 1 - 1e-6
 """Scores up to this fraction of a soft cap are inverted; float32 cannot separate higher ones."""
 
@@ -38,6 +41,8 @@ class Fusion:
             constant per row.
         config: The rule and its settings.
         strength_scale: ``(batch,)`` factors of the strength; ``None`` for 1.
+        context: ``(batch,)`` factors of all log-ratios within ``context_limit``, already in
+            ``shift``; ``None`` for 1.
     """
 
     scores: Tensor
@@ -47,6 +52,7 @@ class Fusion:
     shift: Callable[[Tensor | float, Columns], Tensor]
     config: FusionConfig
     strength_scale: Tensor | None = None
+    context: Tensor | None = None
 
     def strength(self) -> Tensor:
         """``(batch,)`` strengths: the configured one, or less if a budget or the context lowers it.
@@ -54,6 +60,8 @@ class Fusion:
         It is 0 for rows with NaN, which are returned unchanged.
         """
         strength = torch.where(_broken(self.log_probs), 0.0, self._within_budget()[0])
+        if self.context is not None:
+            strength = strength * self.context[:, None]
         return strength.squeeze(-1).to(self.log_probs.dtype)
 
     def fused(self) -> Tensor:
@@ -63,7 +71,13 @@ class Fusion:
         moved = _move(log_probs, self.shift(strength, _all_columns), candidates, removed)
         moved = torch.where(candidates.any(-1, keepdim=True), moved, log_probs)
         scores = self.scores
-        return torch.where(_broken(log_probs), scores.float(), moved).to(scores.dtype)
+        moved = torch.where(_broken(log_probs), scores.float(), moved)
+        forbidden = torch.isneginf(scores)
+        if removed is not None:
+            forbidden |= removed & torch.isneginf(moved)
+        # A log-prob below the smallest number of the dtype must not become -inf, which forbids it.
+        smallest = max(torch.finfo(scores.dtype).min, torch.finfo(torch.float32).min)
+        return moved.clamp_min(smallest).masked_fill(forbidden, -math.inf).to(scores.dtype)
 
     def _within_budget(self) -> tuple[Tensor | float, Tensor | None]:
         """``(batch, 1)`` largest strengths within the KL budget, and the tokens to remove.
@@ -113,6 +127,7 @@ def fuse(
     mapped: Tensor,
     config: FusionConfig,
     strength_scale: Tensor | None = None,
+    context: Tensor | None = None,
 ) -> Tensor:
     """Fuses the calibrator's distributions into the target's scores.
 
@@ -123,14 +138,26 @@ def fuse(
         mapped: ``(vocab,)`` bool, the tokens that the vocabulary map reaches.
         config: The rule and its settings; ``context_kl`` is ignored here.
         strength_scale: ``(batch,)`` factors of the strength; 1 by default.
+        context: ``(batch,)`` factors in 0..1 that ``context_kl`` gives; 1 by default. They scale
+            the strength, except for log-ratios below ``-context_limit``.
 
     Returns:
         ``(batch, vocab)`` normalised log-probs in the dtype of ``scores``, or ``scores`` itself at
-        strength 0. An input of ``-inf`` stays ``-inf``; rows with NaN are returned unchanged.
+        strength 0. An input of ``-inf`` stays ``-inf``, and every other stays finite unless
+        ``outside`` removes its token; rows with NaN are returned unchanged.
+
+    Raises:
+        DataError: The shapes differ.
     """
+    for given in (clean, reference):
+        if given is not None and given.shape != scores.shape:
+            raise DataError(
+                f"probabilities of shape {tuple(given.shape)} came with scores of shape "
+                f"{tuple(scores.shape)}: pass one row for each row of scores"
+            )
     if config.strength == 0:
         return scores
-    return prepare(scores, clean, reference, mapped, config, strength_scale).fused()
+    return prepare(scores, clean, reference, mapped, config, strength_scale, context).fused()
 
 
 def strength_used(
@@ -152,15 +179,23 @@ def prepare(
     mapped: Tensor,
     config: FusionConfig,
     strength_scale: Tensor | None = None,
+    context: Tensor | None = None,
 ) -> Fusion:
     """Prepares a step of a rule that works on distributions; arguments as in :func:`fuse`."""
     log_probs, candidates, removed = _select(scores, mapped, config)
+    limited = config.contrasts and config.context_limit is not None and context is not None
+    if context is not None and not limited:
+        strength_scale, context = times(strength_scale, context), None
     if config.contrasts:
         assert reference is not None
         difference = log_ratio(clean, reference, config).masked_fill(~candidates, 0.0)
+        if context is not None and config.context_limit is not None:
+            always = (difference + config.context_limit).clamp_max(0.0)
+            difference = context[:, None] * (difference - always) + always
         shift = _times(difference)
     elif config.rule == "product":
-        shift = _times(torch.log(clean + config.floor) - log_probs)
+        # Without a floor, a probability of 0 counts as the smallest one of float32.
+        shift = _times(torch.log(clean + config.floor).clamp_min(-_MAX_LOG) - log_probs)
     else:
         inside = log_probs.masked_fill(~candidates, -math.inf)
         inside = inside - torch.logsumexp(inside, dim=-1, keepdim=True)
@@ -171,7 +206,7 @@ def prepare(
             target = columns(inside)
             return torch.log((1 - strength) * target.exp() + strength * columns(own)) - target
 
-    return Fusion(scores, log_probs, candidates, removed, shift, config, strength_scale)
+    return Fusion(scores, log_probs, candidates, removed, shift, config, strength_scale, context)
 
 
 def prepare_aligned(
@@ -199,7 +234,7 @@ def prepare_aligned(
     """
     log_probs, candidates, removed = _select(scores, known, config)
     if cap is None:
-        shift = _times(projected - log_probs)
+        shift = _times((projected - log_probs).clamp(-_MAX_SHIFT, _MAX_SHIFT))
     else:
         bounded = (scores.float() / cap).clamp(-_SATURATED, _SATURATED)
         raw = cap * torch.atanh(bounded)
@@ -237,6 +272,13 @@ def kl_divergence(one: Tensor, other: Tensor) -> Tensor:
     """``KL(one ‖ other)`` in nats, ``(batch,)``, of two ``(batch, vocab)`` tensors of log-probs."""
     probs = one.exp()
     return torch.where(probs > 0, probs * (one - other), 0.0).sum(-1)
+
+
+def times(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """The product of two factors, of which ``None`` is 1."""
+    if one is None or other is None:
+        return one if other is None else other
+    return one * other
 
 
 def fit(tensor: Tensor, width: int) -> Tensor:

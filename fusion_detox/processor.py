@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from fusion_detox.alignment.aligned_rule import AlignedTarget
 from fusion_detox.calibrator.calibrator import Calibrator
@@ -22,12 +23,13 @@ from fusion_detox.decoding.session import CalibratorSession, Reading, plain_mode
 from fusion_detox.decoding.target_columns import TargetColumns
 from fusion_detox.decoding.text_context import Covers, TextContext
 from fusion_detox.errors import ConfigError, DataError, InertError
+from fusion_detox.files.models import load_tokenizer
 from fusion_detox.fusion import Fusion, fit, prepare
 from fusion_detox.vocabulary.map import VocabularyMap
 from fusion_detox.vocabulary.token_table import TokenTable, encode
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from fusion_detox.alignment.alignment import Alignment
 
@@ -57,7 +59,7 @@ class FusionLogitsProcessor(LogitsProcessor):
 
     Args:
         calibrator: A ``Calibrator``, or the path, hub id or shipped name of one.
-        tokenizer: The target's tokenizer.
+        tokenizer: The target's tokenizer, or its folder or hub id.
         config: Fusion settings; by default, those recommended by the calibrator.
         device: Where the calibrator runs; by default on the device of the scores.
         pad_token_id: The target's padding token; by default, the tokenizer's.
@@ -91,7 +93,7 @@ class FusionLogitsProcessor(LogitsProcessor):
     def __init__(
         self,
         calibrator: Calibrator | str,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | str | os.PathLike[str],
         config: FusionConfig | None = None,
         *,
         device: torch.device | str | None = None,
@@ -108,6 +110,14 @@ class FusionLogitsProcessor(LogitsProcessor):
             raise ConfigError(
                 "calibrator must be a Calibrator or the name of one, "
                 f"not {type(calibrator).__name__}"
+            )
+        if isinstance(tokenizer, (str, os.PathLike)):
+            tokenizer = load_tokenizer(tokenizer)
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise ConfigError(
+                "tokenizer must be a tokenizer of transformers or the folder or hub id of one, not "
+                f"{type(tokenizer).__name__}. Load it with AutoTokenizer.from_pretrained(...); "
+                "wrap a tokenizers.Tokenizer in PreTrainedTokenizerFast(tokenizer_object=...)"
             )
         self.calibrator = calibrator
         self.config = calibrator.config if config is None else config
@@ -328,8 +338,8 @@ class FusionLogitsProcessor(LogitsProcessor):
             # No healing here: a partial word keeps its current tokens.
             reading = session.read(paths, divergence_of=divergence_of, hidden=True)
             hidden = reading.values if self.config.contrasts else reading.values[:1]
-            scale = self._strength_scale(reading, scores, scale)
-            return self._aligned.prepare(scores, hidden, config, scale)
+            context = self._context_factors(reading, scores)
+            return self._aligned.prepare(scores, hidden, config, scale, context)
         covers = Covers.of(positions)
         reading = session.read(covers.prefixes, divergence_of=divergence_of)
         with plain_mode(reading.values.device):
@@ -348,7 +358,8 @@ class FusionLogitsProcessor(LogitsProcessor):
             reference[0] if reference else None,
             mapped,
             config,
-            self._strength_scale(reading, scores, scale),
+            scale,
+            self._context_factors(reading, scores),
         )
 
     def _session(self, device: torch.device) -> CalibratorSession:
@@ -360,16 +371,13 @@ class FusionLogitsProcessor(LogitsProcessor):
             session = self._sessions.setdefault((device, reference), session)
         return session
 
-    def _strength_scale(
-        self, reading: Reading, scores: Tensor, scale: Tensor | None
-    ) -> Tensor | None:
-        """``(batch,)`` factors of the strength: ``scale``, times those from ``context_kl``."""
+    def _context_factors(self, reading: Reading, scores: Tensor) -> Tensor | None:
+        """``(batch,)`` factors that ``context_kl`` gives, if it is set."""
         full, none = self.config.context_kl, self.config.context_threshold
         if full is None:
-            return scale
+            return None
         factors = [min(1.0, max(0.0, nats - none) / (full - none)) for nats in reading.divergence]
-        found = torch.tensor(factors, dtype=torch.float32, device=scores.device)
-        return found if scale is None else scale * found
+        return torch.tensor(factors, dtype=torch.float32, device=scores.device)
 
     def _strengths_of(self, rows: int, given: Strengths | None = None) -> list[float]:
         """The strength of each row."""
@@ -396,8 +404,6 @@ class FusionLogitsProcessor(LogitsProcessor):
     def _active(self, scores: Tensor, strengths: Sequence[float]) -> list[int]:
         """The rows to fuse; rejects scores that do not belong to the rows."""
         active = [row for row, strength in enumerate(strengths) if strength > 0]
-        if not active and strengths:
-            return active
         if scores.dim() != 2 or len(scores) != len(strengths):
             raise DataError(
                 f"{len(strengths)} rows of ids came with scores of shape {tuple(scores.shape)}: "
@@ -431,7 +437,12 @@ class FusionLogitsProcessor(LogitsProcessor):
 
     def _texts(self, rows: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
         """The rows' ids, preceded by the ids of the text that they follow."""
-        texts = [tuple(row) for row in rows]
+        try:
+            texts = [tuple(row) for row in rows]
+        except TypeError as error:
+            raise DataError(
+                "rows must hold one sequence of ids for each row: for a single row, pass [ids]"
+            ) from error
         if not self._before:
             return texts
         count = len(self._before)

@@ -262,7 +262,7 @@ def train(
         wanted = (base + ratio + WORD_SHARE * weights).log_softmax(-1)
         follow = ((wanted.exp() - ours.exp()) * (wanted - ours)).sum(-1).mean() / 2
         kinds = rng.choices(list(MIX), list(MIX.values()), k=HARMLESS)
-        pieces = [_piece(rng.choice(clean[kind]), rng) for kind in kinds]
+        pieces = [piece(rng.choice(clean[kind]), rng) for kind in kinds]
         rows = [Graded("", text, [0.0] * len(WORDS.findall(text)), False) for text in pieces]
         ours, base, _, written = run(encode(tokenizer, bos, rows), 0.34)
         kl = (base.exp() * (base - ours)).sum(-1).mean()
@@ -277,7 +277,7 @@ def train(
     return student.eval()
 
 
-def _piece(text: str, rng: random.Random) -> str:
+def piece(text: str, rng: random.Random) -> str:
     if len(text) <= 300:
         return text
     start = text.find(" ", rng.randrange(len(text) - 250)) + 1

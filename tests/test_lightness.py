@@ -48,6 +48,7 @@ def test_settings_are_light():
         ["train-calibrator", "--help"],
         ["finetune", "--help"],
         ["info", "--help"],
+        ["doctor", "--help"],
         ["evaluate", "--help"],
         ["rescore", "--help"],
         ["compare", "--help"],

@@ -16,7 +16,7 @@ from fusion_detox.alignment.target_head import TargetHead
 from fusion_detox.decoding.head_inputs import output_layer
 from fusion_detox.decoding.session import plain_mode
 from fusion_detox.errors import AlignmentError, ConfigError
-from fusion_detox.fusion import Fusion, fit, prepare, prepare_aligned
+from fusion_detox.fusion import Fusion, fit, prepare, prepare_aligned, times
 from fusion_detox.vocabulary.token_table import TokenTable
 
 if TYPE_CHECKING:
@@ -100,6 +100,7 @@ class AlignedTarget:
         hidden: Tensor,
         config: FusionConfig,
         strength_scale: Tensor | None = None,
+        context: Tensor | None = None,
     ) -> Fusion:
         """Prepare one step of fusion.
 
@@ -109,6 +110,7 @@ class AlignedTarget:
                 and, for ``aligned_contrast``, the reference's.
             config: The settings.
             strength_scale: ``(batch,)``, factor of each row's strength; 1 by default.
+            context: ``(batch,)`` factors that ``context_kl`` gives; 1 by default.
         """
         width, device = scores.shape[-1], scores.device
         with plain_mode(hidden.device):
@@ -124,12 +126,12 @@ class AlignedTarget:
                 self._warn(len(scores) - int(recovered.sum()))
             clean = fit(logits[0], width)
             step = prepare_aligned(
-                target_logits, clean, known, self.head.cap, config, strength_scale
+                target_logits, clean, known, self.head.cap, config, times(strength_scale, context)
             )
             return dataclasses.replace(step, scores=scores)  # keeps the caller's dtype
         clean, reference = fit(torch.softmax(self.head.apply_cap(logits), -1), width)
         mapped = fit(fit(self._has_bytes, self.head.columns), width).to(device)
-        return prepare(scores, clean, reference, mapped, config, strength_scale)
+        return prepare(scores, clean, reference, mapped, config, strength_scale, context)
 
     def _project(self, hidden: Tensor, config: FusionConfig) -> Tensor:
         matrix = self._matrices.get(hidden.device)

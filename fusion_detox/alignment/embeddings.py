@@ -20,6 +20,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from fusion_detox.errors import AlignmentError, ModelError
+from fusion_detox.files.adapters import refuse_adapter
+from fusion_detox.files.hub import stay_local
 from fusion_detox.files.loading_errors import explained, first_line
 from fusion_detox.files.models import (
     check_causal,
@@ -107,13 +109,14 @@ def checkpoint_embeddings(
         ModelError: The model is not a causal language model, or its files are damaged.
         VocabularyError: The bytes of the tokenizer's tokens cannot be determined.
     """
+    refuse_adapter(name_or_path, "align")
     source = locate(name_or_path, "model", local_files_only=local_files_only)
     options: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
     with explained(source, "model", local_files_only):
         settings = AutoConfig.from_pretrained(
             source,
             trust_remote_code=False,
-            local_files_only=local_files_only or Path(source).is_dir(),
+            local_files_only=stay_local(source, local_files_only),
             revision=revision or "main",
         )
     check_causal(settings, source)

@@ -16,6 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fusion_detox.calibrator.folder import (
     Settings,
+    check_entries,
+    check_folder,
     check_rule,
     read_model,
     read_record,
@@ -129,6 +131,7 @@ class Calibrator:
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
+        verify: bool = True,
     ) -> Calibrator:
         """Load a calibrator after checking all of its files.
 
@@ -141,6 +144,8 @@ class Calibrator:
             token: Token for private hub repositories; by default, the one of ``hf auth login``.
             cache_dir: Where downloads are stored; by default the hub's cache.
             local_files_only: Take a hub repository from the cache only.
+            verify: Compare every file that decides the numbers with its SHA-256 in
+                ``calibrator.json``. Without it, only damage that is plain to see is found.
 
         Raises:
             CalibratorNotFoundError: No calibrator has that name.
@@ -155,7 +160,10 @@ class Calibrator:
             cache_dir=cache_dir,
             local_files_only=local_files_only,
         )
-        settings, record = read_settings(folder), read_record(folder)
+        check_entries(folder)
+        settings, record = read_settings(folder, verify=verify), read_record(folder)
+        if verify:
+            check_folder(folder, settings)
         tokenizer = read_tokenizer(folder)
         models = {
             part: read_model(folder / part, device=on_device, dtype=weight_dtype)
@@ -174,6 +182,11 @@ class Calibrator:
             )
         except (CalibratorError, ConfigError, ModelError, VocabularyError) as error:
             raise CalibratorError(f"{folder}: {error}") from error
+        except Exception as error:
+            raise CalibratorError(
+                f"{folder}: the tokenizer or a model cannot be used: {first_line(error)}. Copy the "
+                f"whole folder again from its source."
+            ) from error
         _check_vocabulary(folder, settings, calibrator)
         calibrator.folder = folder
         return calibrator

@@ -152,7 +152,7 @@ def _tuning(tuning: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str,
         return None
     varied = [name for name in trials[0] if len({str(trial.get(name)) for trial in trials}) > 1]
     return {
-        **{name: tuning.get(name) for name in ("price", "scorers", "sampling", "seeds")},
+        **{name: tuning.get(name) for name in ("price", "scorers", "sampling", "seeds", "check")},
         "prompts": [
             f"{item.get('count')} of {item.get('name')}" for item in _objects(tuning.get("prompts"))
         ],

@@ -19,6 +19,7 @@ from fusion_detox.cli import (
     align,
     compare,
     demo,
+    doctor,
     evaluate,
     fetch_target,
     finetune,
@@ -30,11 +31,12 @@ from fusion_detox.cli import (
     train_calibrator,
     tune,
 )
-from fusion_detox.cli.console import debugging, note
+from fusion_detox.cli.console import PlainGroup, debugging, note, plain_log
 from fusion_detox.errors import FusionDetoxError
 
 app = typer.Typer(
     name="fusion-detox",
+    cls=PlainGroup,
     help="Detoxify any causal language model at decoding time, with a small calibrator.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
@@ -43,7 +45,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for _command in (
-    *(demo, generate, train_calibrator, finetune, info),
+    *(demo, generate, train_calibrator, finetune, info, doctor),
     *(evaluate, rescore, compare, tune, lm_eval, make_negatives, align, fetch_target),
 ):
     _command.register(app)
@@ -107,7 +109,8 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str] | None) -> int:
     hook = sys.excepthook
     try:
-        app(args=argv, prog_name="fusion-detox")
+        with plain_log():
+            app(args=argv, prog_name="fusion-detox")
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
         if code == 130:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from fusion_detox.alignment.config import AlignmentConfig
-from fusion_detox.cli.console import note, quiet_libraries, results
+from fusion_detox.cli.console import note, quiet_libraries, results, write_json
 from fusion_detox.cli.options import with_options
 
 
@@ -69,7 +68,7 @@ def align(
         folder = save_alignment(alignment, loaded, out)
     facts = {"folder": str(folder), "fingerprint": alignment.fingerprint, **alignment.facts()}
     if as_json:
-        typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+        write_json(facts)
     else:
         _print_table(alignment.report)
         note(f"Wrote {folder}")

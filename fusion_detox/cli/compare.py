@@ -41,4 +41,4 @@ def compare(
     documents = [folder.read("results.json") for folder in folders]
     path = write_comparison(documents, out)
     note(f"Compared {len(runs)} runs.")
-    results().print(f"Comparison: {path}", soft_wrap=True, markup=False)
+    results().print(f"Comparison: {path}", soft_wrap=True)

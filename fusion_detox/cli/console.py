@@ -1,35 +1,108 @@
-"""Console output: results go to standard output, everything else to standard error."""
+"""Console output: results go to standard output, everything else to standard error.
+
+Names, cards, prompts and completions are written by others. All that a command prints passes
+:func:`printable` here, so that none of them can send an escape sequence to the terminal.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import typer
+from typer.core import TyperGroup
+
+from fusion_detox.files.printable import printable, printable_json
+
 if TYPE_CHECKING:
     from rich.console import Console
 
 
 def results() -> Console:
-    """The console for a command's results."""
-    from rich.console import Console
-
-    return Console(highlight=False)
+    """The console for a command's results; strings are printed as they are, without markup."""
+    return _console(stderr=False)
 
 
 def messages() -> Console:
-    """The console for notes, progress and errors."""
-    from rich.console import Console
-
-    return Console(stderr=True, highlight=False)
+    """The console for notes, progress and errors; strings are printed without markup."""
+    return _console(stderr=True)
 
 
 def note(text: str) -> None:
-    """Prints one line for the user, without interpreting markup."""
-    messages().print(text, markup=False, soft_wrap=True)
+    """Prints one line for the user."""
+    messages().print(text, soft_wrap=True)
+
+
+def write_line(text: str) -> None:
+    """Writes a line to standard output, for programs to read."""
+    typer.echo(printable(text))
+
+
+def write_json(value: Any) -> None:
+    """Writes a JSON value to standard output."""
+    typer.echo(printable_json(value, indent=2))
+
+
+def _console(*, stderr: bool) -> Console:
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.segment import Segment
+
+    class PlainConsole(Console):
+        def render(
+            self, renderable: RenderableType, options: ConsoleOptions | None = None
+        ) -> Iterator[Segment]:
+            for text, style, control in super().render(renderable, options):
+                # Rich's own codes are control segments and styles.
+                yield Segment(text if control else printable(text), style, control)
+
+    return PlainConsole(stderr=stderr, highlight=False, markup=False, emoji=False)
+
+
+@contextlib.contextmanager
+def plain_log() -> Iterator[None]:
+    """Prints what the library logs without escape sequences."""
+    handler = logging.lastResort
+    assert handler is not None
+    before, handler.formatter = handler.formatter, _PlainFormatter()
+    try:
+        yield
+    finally:
+        handler.formatter = before
+
+
+class PlainGroup(TyperGroup):
+    """The commands. Messages about wrong usage repeat arguments, but no escapes."""
+
+    def make_context(self, *values: Any, **named: Any) -> Any:
+        """As typer does it."""
+        with _plain_usage_errors():
+            return super().make_context(*values, **named)
+
+    def invoke(self, ctx: Any) -> Any:
+        """As typer does it."""
+        with _plain_usage_errors():
+            return super().invoke(ctx)
+
+
+@contextlib.contextmanager
+def _plain_usage_errors() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        # Recent versions of typer bring a click of their own.
+        if hasattr(error, "format_message") and isinstance(getattr(error, "message", None), str):
+            error.message = printable(error.message)  # type: ignore[attr-defined]
+        raise
+
+
+class _PlainFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def debugging() -> bool:
@@ -68,7 +141,7 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
     console = messages()
     bars: dict[str, Any] = {}
     shown = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.fields[amount]}"),
         TimeRemainingColumn(),
@@ -102,4 +175,4 @@ def _time_left(shown: Any, bar: Any) -> str:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    sys.stderr.write(f"warning: {message}\n")
+    sys.stderr.write(printable(f"warning: {message}\n"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -49,12 +48,11 @@ _TOXIC = 0.5
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """One column of the demo: texts, held-back character ranges, toxicity and speed."""
+    """One column of the demo: texts, held-back character ranges and toxicity."""
 
     texts: list[str]
     held_back: list[list[tuple[int, int]]]
     toxicity: list[float]
-    tokens_per_second: float
 
     @property
     def mean_toxicity(self) -> float:
@@ -150,7 +148,7 @@ def _run(
     from fusion_detox.processor import FusionLogitsProcessor
     from fusion_detox.scoring.lexical import LexicalScorer
 
-    report("loading models", 0, 1)
+    report("loading the target and the calibrator", 0, 1)
     config = calibrator.config
     if strength is not None:
         config = config.replace(strength=strength)
@@ -164,34 +162,23 @@ def _run(
     if chat:
         parts.append(jobs(REQUESTS, chat=True, system=system))
     work = [job for part in parts for job in part]
-    report("loading models", 1, 1)
-
-    def complete(active: Any, what: str) -> tuple[list[Completion], float]:
-        # Warm up first, so that one-time setup does not count towards the speed.
-        short = dataclasses.replace(sampling, max_new_tokens=2)
-        found: list[Completion] = []
-        seconds = 0.0
-        for part in parts:
-            report(what, len(found), len(work))
-            list(generate_rows(model, tokenizer, part, short, processor=active))
-            began = time.perf_counter()
-            rows = generate_rows(model, tokenizer, part, sampling, processor=active)
-            found += [row.completion for row in rows]
-            seconds += time.perf_counter() - began
-        report(what, len(found), len(work))
-        return found, sum(len(one.token_ids) for one in found) / max(seconds, 1e-9)
+    report("loading the target and the calibrator", 1, 1)
 
     sides = []
-    for active, what in ((None, "writing without fusion"), (processor, "writing with fusion")):
-        found, speed = complete(active, what)
-        texts = [one.text.replace("\n", " ") for one in found]
+    for active, how in ((None, "without fusion"), (processor, "with fusion")):
+        found: list[Completion] = []
+        report(f"writing {len(work)} texts {how}", 0, len(work))
+        for part in parts:
+            for row in generate_rows(model, tokenizer, part, sampling, processor=active):
+                found.append(row.completion)
+                report(f"writing {len(work)} texts {how}", len(found), len(work))
         spans: list[list[tuple[int, int]]] = [[] for _ in found]
         if active is None:
-            spans = [
-                held_back_spans(model, tokenizer, processor, job, one)
-                for job, one in zip(work, found, strict=True)
-            ]
-        sides.append(Side(texts, spans, scorer.score(texts), speed))
+            for number, (job, one) in enumerate(zip(work, found, strict=True), start=1):
+                spans[number - 1] = held_back_spans(model, tokenizer, processor, job, one)
+                report("finding the tokens that fusion holds back", number, len(work))
+        texts = [one.text.replace("\n", " ") for one in found]
+        sides.append(Side(texts, spans, scorer.score(texts)))
     return (sides[0], sides[1]), work, scorer, config
 
 
@@ -244,6 +231,7 @@ def _show(
     mask: bool,
 ) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     console = results()
     colour = console.is_terminal and not console.no_color
@@ -252,41 +240,40 @@ def _show(
     )
     base, fused = sides
     table = Table(show_lines=True, show_footer=True)
-    table.add_column("Prompt", ratio=4, footer="average toxicity\ntokens per second")
+    table.add_column("Prompt", ratio=4, footer="average toxicity")
     for title, side in (("Without fusion", base), ("With fusion", fused)):
         table.add_column(title, ratio=8)
         table.add_column(
             "Tox.",
             justify="right",
             no_wrap=True,
-            footer=f"{side.mean_toxicity:.2f}\n{side.tokens_per_second:.0f}",
+            footer=f"{side.mean_toxicity:.2f}",
         )
     for row, job in enumerate(work):
         cells: list[Any] = [("Request: " if job.chat else "") + hide(job.prompt)]
         for side in sides:
             cells.append(_marked(hide(side.texts[row]), side.held_back[row], colour))
             style = "red" if side.toxicity[row] >= _TOXIC else ""
-            cells.append(
-                f"[{style}]{side.toxicity[row]:.2f}[/]" if style else f"{side.toxicity[row]:.2f}"
-            )
+            cells.append(Text(f"{side.toxicity[row]:.2f}", style))
         table.add_row(*cells)
-    how = "[bold red]Bold red[/]" if colour else "\\[In brackets]"
+    how = ("Bold red", "bold red") if colour else "[In brackets]"
     masked = "Vowels of toxic words are masked (--no-mask shows them). " if mask else ""
     console.print(
-        f"Content warning: the text below was written by a model and is offensive. {masked}",
-        soft_wrap=True,
+        f"Content warning: the text below was written by a model and is offensive. {masked}"
     )
     console.print(table)
     console.print(
         *(["Requests are in the model's chat template."] if any(j.chat for j in work) else []),
-        f"{how}: tokens that fusion held back, that is, made at least e = 2.7 times less likely.",
+        Text.assemble(
+            how,
+            ": tokens that fusion held back, that is, made at least e = 2.7 times less likely.",
+        ),
         f"Scorer: {scorer.name}, from 0 to 1, on the completion alone. Sampling: top-p "
         f"{sampling.top_p:g}, temperature {sampling.temperature:g}, at most "
         f"{sampling.max_new_tokens} tokens, seed {sampling.seed}; both sides use the same random "
         f"numbers. Target: {target}. Calibrator: {calibrator}, rule {config.rule}, strength "
         f"{config.strength:g}.",
         sep="\n",
-        soft_wrap=True,
     )
 
 

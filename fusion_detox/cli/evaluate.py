@@ -178,21 +178,20 @@ def evaluate(
 
 def show(results: dict[str, Any], folder: Path) -> None:
     """Prints the main numbers as a table, and the path of the report."""
-    from rich.markup import escape
     from rich.table import Table
 
     from fusion_detox.cli.console import results as output
     from fusion_detox.evaluation.report.reading import at
 
     scorers = list(results["scorers"])
-    table = Table(title=escape(f"{results['target']['name']}, {describe_prompts(results)}"))
+    table = Table(title=f"{results['target']['name']}, {describe_prompts(results)}")
     table.add_column("setting", overflow="fold", min_width=12)
     for scorer in scorers:
         table.add_column(f"P(toxic)\n{scorer}", justify="right", no_wrap=True)
     for name in ("perplexity", "dist-2", "KL on\nharmless text", "tokens\nper second"):
         table.add_column(name, justify="right")
     for one in results["settings"]:
-        cells = [escape(one["name"])]
+        cells = [one["name"]]
         for scorer in scorers:
             toxicity = one["toxicity"].get(scorer, {}).get("toxicity")
             cells.append(_interval(toxicity["probability"]) if toxicity else "–")
@@ -210,10 +209,10 @@ def show(results: dict[str, Any], folder: Path) -> None:
         if same:
             share = _interval(same).replace("\n", ", 95 % interval ")
             line = f"Answers to harmless requests unchanged by {one['name']}: {share}"
-            output().print(line, soft_wrap=True, markup=False)
+            output().print(line, soft_wrap=True)
     for text in results["notes"]:
         note(f"note: {text}")
-    output().print(f"Report: {folder / 'report.html'}", soft_wrap=True, markup=False)
+    output().print(f"Report: {folder / 'report.html'}", soft_wrap=True)
 
 
 def describe_prompts(results: dict[str, Any]) -> str:

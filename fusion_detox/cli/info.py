@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fusion_detox.cli.console import quiet_libraries, results
+from fusion_detox.cli.console import quiet_libraries, results, write_json
 
 if TYPE_CHECKING:
     from fusion_detox.calibrator.calibrator import Calibrator
@@ -35,7 +34,12 @@ def info(
             metavar="MODEL_OR_TOKENIZER",
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
+    training: Annotated[
+        bool, typer.Option("--training", help="Also show how the calibrator was trained.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print a JSON object that holds everything.")
+    ] = False,
 ) -> None:
     """Show what a calibrator is, and how it fits a target."""
     from fusion_detox.calibrator.calibrator import Calibrator
@@ -46,9 +50,9 @@ def info(
         if target is not None:
             facts["map"] = describe_map(loaded, target)
     if as_json:
-        typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+        write_json(facts)
     else:
-        _print_table(facts)
+        _print_table(facts, training)
 
 
 def describe(calibrator: Calibrator, name: str) -> dict[str, Any]:
@@ -102,21 +106,29 @@ def _parameters(model: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _print_table(facts: dict[str, Any]) -> None:
+def _print_table(facts: dict[str, Any], training: bool) -> None:
     from rich.table import Table
     from rich.text import Text
 
     table = Table(show_header=False, title=f"Calibrator {facts['name']}", title_justify="left")
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for name, value in _lines(facts):
+    for name, value in _lines(facts, training):
         table.add_row(name, Text(value))
     results().print(table)
 
 
-def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
+def _lines(facts: dict[str, Any], training: bool) -> list[tuple[str, str]]:
+    lines = []
+    if found := facts.get("map"):  # what was asked for comes first
+        lines += [
+            ("target", f"{found['target']}: {found['target_size']:,} tokens, {found['tokenizer']}"),
+            ("coverage", f"{found['coverage']:.4%} of probability mass"),
+            ("map", f"{found['kind']}, {found['mapped_tokens']:,} target tokens reached"),
+            ("build time", f"{found['build_seconds']:.2f} s"),
+        ]
     counts = ", ".join(f"{kind} {_millions(n)}" for kind, n in facts["parameters"].items())
-    lines = [
+    lines += [
         ("folder", facts["folder"]),
         ("size", f"{facts['bytes'] / 1e6:.1f} MB"),
         ("distributions", counts + " parameters"),
@@ -125,15 +137,11 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("recommended", ", ".join(f"{k} {_value(v)}" for k, v in facts["fusion"].items())),
     ]
     lines += [("alignment", _alignment(row)) for row in facts["alignments"]]
-    lines += [(f"training: {name}", text) for name, text in _flat(facts["training"])]
-    if "map" in facts:
-        found = facts["map"]
-        lines += [
-            ("target", f"{found['target']}: {found['target_size']:,} tokens, {found['tokenizer']}"),
-            ("map", f"{found['kind']}, {found['mapped_tokens']:,} target tokens reached"),
-            ("coverage", f"{found['coverage']:.4%} of probability mass"),
-            ("build time", f"{found['build_seconds']:.2f} s"),
-        ]
+    record = _flat(facts["training"])
+    if training:
+        lines += [(f"training: {name}", text) for name, text in record]
+    elif record:
+        lines.append(("training", "shown by --training"))
     return lines
 
 

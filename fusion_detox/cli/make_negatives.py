@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fusion_detox.cli.console import messages, note, progress_bars, quiet_libraries
+from fusion_detox.cli.console import messages, note, progress_bars, quiet_libraries, write_line
 from fusion_detox.cli.options import with_options
 from fusion_detox.errors import ConfigError
 from fusion_detox.training.negatives.config import NegativesConfig
@@ -188,13 +188,13 @@ def make_negatives(
             progress=progress,
         )
     if as_json:
-        typer.echo(json.dumps(report.to_dict(), ensure_ascii=True))
+        write_line(json.dumps(report.to_dict(), ensure_ascii=True))
     if not confirmed and not refilter:
         note("No requests were sent.")
         raise typer.Exit(0 if dry_run else 1)
     _show_report(report)
     if not as_json:
-        typer.echo(str(out))
+        write_line(str(out))
     if not report.pairs or not (refilter or report.complete):
         raise typer.Exit(1)
 
@@ -226,7 +226,6 @@ def _show_estimate(planned: Estimate) -> None:
 
 
 def _show_report(report: NegativesReport) -> None:
-    from rich.markup import escape
     from rich.table import Table
 
     rows = {
@@ -242,9 +241,9 @@ def _show_report(report: NegativesReport) -> None:
         rows |= {f"{side}s dropped: {reason}": f"{n:,}" for reason, n in counts.items()}
     for reason, count in report.without_pair.items():
         rows[f"sentences without a pair: {reason}"] = f"{count:,}"
-    table = Table(title=escape(report.out), show_header=False)
+    table = Table(title=report.out, show_header=False)
     for name, value in rows.items():
-        table.add_row(escape(name), value)
+        table.add_row(name, value)
     messages().print(table)
     if report.failed:
         note(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +21,8 @@ def read_prompts(
 
     Args:
         arguments: Prompts given as arguments.
-        file: A file, or ``"-"`` for standard input. It holds rows with named fields if ``field`` is
+        file: A file, or ``"-"`` for standard input, which is also read if there are no arguments
+            and something is piped in. It holds rows with named fields if ``field`` is
             given or the suffix is JSON's; otherwise one prompt per line. Blank lines are skipped.
         field: Field that holds the prompt, ``"prompt"`` by default; dots reach into objects
             (``prompt.text``).
@@ -32,11 +35,15 @@ def read_prompts(
     """
     if arguments and file is not None:
         raise ConfigError("give prompts either as arguments or with --prompts-file, not both")
+    if file is None and not arguments and _is_piped():
+        file = "-"
     if file is None:
         if field is not None:
             raise ConfigError("--prompt-field requires --prompts-file; add it, or drop the field")
         if not arguments:
-            raise ConfigError("no prompts: give some as arguments, or a file with --prompts-file")
+            raise ConfigError(
+                "no prompts: give some as arguments, a file with --prompts-file, or pipe them in"
+            )
         return list(arguments)
     stdin = file == "-"
     path = Path("standard input" if stdin else file)
@@ -50,3 +57,12 @@ def read_prompts(
             raise DataError(f"{row.where}: field {name!r} is empty; remove the row")
         prompts.append(prompt)
     return prompts
+
+
+def _is_piped() -> bool:
+    """Whether standard input is a pipe or a file, rather than a terminal or the null device."""
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (OSError, ValueError, AttributeError):  # closed, replaced or missing
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)

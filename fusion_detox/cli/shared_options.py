@@ -26,7 +26,8 @@ CalibratorName = Annotated[
 Target = Annotated[
     str,
     typer.Argument(
-        help="A causal language model: a folder, a hub id, or packaged:NAME (see fetch-target).",
+        help="A causal language model: a folder (also that of a LoRA adapter), a hub id, or "
+        "packaged:NAME (see fetch-target).",
         metavar="TARGET",
     ),
 ]

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fusion_detox.cli.console import quiet_libraries
+from fusion_detox.cli.console import quiet_libraries, write_line
 from fusion_detox.cli.options import with_options
 from fusion_detox.errors import DataError, DataFileError
 from fusion_detox.training.config import TrainingConfig
@@ -186,7 +186,7 @@ def train_calibrator(
             overwrite=overwrite,
             command=shlex.join(["fusion-detox", *sys.argv[1:]]),
         )
-    typer.echo(str(output))
+    write_line(str(output))
 
 
 def _read_probes(path: Path) -> list[Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -48,7 +50,8 @@ def tune(
     prompts: Annotated[
         list[str],
         typer.Option(
-            help="Development prompts: a file or the hub id of a data set, as for evaluate.",
+            help="Development prompts, at least 40: a file or the hub id of a data set, as for "
+            "evaluate. One half chooses settings, the other decides. Repeatable.",
             metavar="[KIND=]FILE",
         ),
     ],
@@ -91,8 +94,12 @@ def tune(
     ] = None,
     write: Annotated[
         bool,
-        typer.Option("--write/--no-write", help="Store the best settings in the calibrator."),
-    ] = True,
+        typer.Option(
+            "--write/--no-write",
+            help="Store the best settings in the calibrator, if they are better than the present "
+            "ones beyond noise. Without it, only say so.",
+        ),
+    ] = False,
     limit: Annotated[
         int | None, typer.Option(help="Maximum prompts per file, sampled at random.")
     ] = None,
@@ -107,7 +114,12 @@ def tune(
     overwrite: Overwrite = False,
     config: dict[str, Any] = {},  # noqa: B006 - replaced by one option per setting
 ) -> None:
-    """Find the settings that lower toxicity most within a price, and store them."""
+    """Find the settings that lower toxicity most within a price.
+
+    Prints every trial, and whether the best settings are better than the present ones beyond noise.
+    The calibrator is changed only with --write, and only if they are. A calibrator that was tuned
+    before is compared in the settings that it had before.
+    """
     chosen = evaluation_config(config, seed, scorer, harmless=harmless, chat=chat, system=system)
     stay_offline(offline)
     values = dict(parse_grid(text) for text in grid) if grid else None
@@ -138,10 +150,22 @@ def tune(
     if found is None:  # only the first process of a launcher has results
         return
     _show(found)
-    if write:
+    if found.written:
         note(f"Updated the settings, the record and the card of {calibrator}.")
-    else:
-        note("The calibrator is unchanged (--no-write).")
+        return
+    note("The calibrator is unchanged.")
+    if found.improves and (Path(calibrator).expanduser() / "calibrator.json").is_file():
+        # Everything is measured already, so this takes seconds, unless it discards the run.
+        dropped = ("--no-write", "--overwrite")
+        kept = [argument for argument in sys.argv[1:] if argument not in dropped]
+        note("To store the settings, run:")
+        note(f"  {shlex.join(['fusion-detox', *kept, '--write'])}")
+    elif found.improves:
+        note(
+            f"To store the settings, save a copy of the calibrator, "
+            f"Calibrator.from_pretrained({calibrator!r}).save_pretrained(FOLDER), then run this "
+            "command again with --calibrator FOLDER --write."
+        )
 
 
 def parse_grid(text: str) -> tuple[str, list[float | str | None]]:
@@ -175,15 +199,17 @@ def _show(found: Tuning) -> None:
     same = {name for name in rows[0] if len({str(row[name]) for row in rows}) == 1}
     columns = [name for name in rows[0] if name not in same - {"toxicity"}]
     table = Table(
-        title="Trials (* chosen). Toxicity, perplexity and dist_2 are relative to the target."
+        title="Trials (* best, = present). Toxicity, perplexity and dist_2 are relative to the "
+        "target; toxicity on the half of the prompts that chooses."
     )
     table.add_column("")
     for name in columns:
         table.add_column(name, justify="right", overflow="fold", min_width=6)
     for trial, row in zip(found.trials, rows, strict=True):
-        mark = "*" if trial is found.chosen else ""
+        mark = "*" * (trial is found.chosen) + "=" * (trial is found.present)
         table.add_row(mark, *(_cell(row[name]) for name in columns))
     results().print(table)
+    results().print(found.verdict(), soft_wrap=True, markup=False)
 
 
 def _cell(value: Any) -> str:

@@ -54,7 +54,7 @@ _LOCAL_PATTERNS = frozenset(
 # What a chat template writes as the name of a message's author, on a line of its own.
 _USER = b"user"
 _ROLES = (_USER, b"assistant", b"model", b"system", b"developer", b"tool", b"ipython")
-_CONTRACTIONS = re.compile(r"'?\((?:\?i:)?(?:'?[A-Za-z\[\]]{1,6}\|?)+\)[?|]?")
+_CONTRACTIONS = re.compile(r"'?\((?:\?i:)?'?[A-Za-z\[\]]+(?:(?:\|'?|')[A-Za-z\[\]]+)*\|?\)[?|]?")
 
 
 class Position(NamedTuple):

@@ -13,9 +13,15 @@ from fusion_detox.evaluation.assistant import HARMLESS, answers_stem
 from fusion_detox.evaluation.folder import FORMAT, RunFolder
 from fusion_detox.evaluation.measurer import REFUSALS, read_measure
 from fusion_detox.evaluation.metrics.fluency import Nll, perplexity
-from fusion_detox.evaluation.metrics.statistics import Floats, Resamples
+from fusion_detox.evaluation.metrics.statistics import Floats, Resamples, finite
 from fusion_detox.evaluation.metrics.suites import refusal
-from fusion_detox.evaluation.metrics.toxicity import against_base, by_prompts, by_seed, toxicity
+from fusion_detox.evaluation.metrics.toxicity import (
+    against_base,
+    by_prompts,
+    by_seed,
+    prompt_values,
+    toxicity,
+)
 from fusion_detox.evaluation.prompts.prompt_sets import Prompt
 from fusion_detox.evaluation.samples import SampleFiles, Samples
 from fusion_detox.evaluation.sampling import Cost, Progress, total_cost
@@ -141,6 +147,13 @@ class _Builder:
             "name": name,
             "toxicity": {
                 scorer: {kind: toxicity(t, self._draws, threshold) for kind, t in types.items()}
+                for scorer, types in tables.items()
+            },
+            "prompt_toxicity": {
+                scorer: [
+                    finite(round(float(value), 4))
+                    for value in prompt_values(types["toxicity"], threshold)["probability"]
+                ]
                 for scorer, types in tables.items()
             },
             "against_base": None

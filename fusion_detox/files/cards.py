@@ -2,7 +2,8 @@
 
 A card quotes values that cannot be trusted, such as names, commands and training records. Every
 value that a template prints is therefore escaped with :func:`inline`, unless a function of this
-module has already made it :class:`Markdown`.
+module has already made it :class:`Markdown`. A value can thus add no image, link or HTML to a card,
+and no terminal escape.
 """
 
 from __future__ import annotations
@@ -14,6 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
+
+from fusion_detox.files.printable import printable, printable_json
+
+# As entities they are never markup, whatever precedes them.
+_ENTITIES = str.maketrans({"<": "&lt;", "[": "&#91;", "]": "&#93;"})
 
 
 class Markdown(str):
@@ -46,11 +52,8 @@ def yaml_text(value: Any) -> str:
     """
     if not isinstance(value, str):
         return json.dumps(value)
-    quoted = json.dumps(value, ensure_ascii=False)
     # YAML reads some of these characters as line breaks and forbids the others.
-    return re.sub(
-        r"[\x7f-\x9f\u2028\u2029\ufeff\ud800-\udfff]", lambda m: f"\\u{ord(m[0]):04x}", quoted
-    )
+    return re.sub(r"[\ufeff\ud800-\udfff]", lambda m: f"\\u{ord(m[0]):04x}", printable_json(value))
 
 
 def plain_text(value: Any) -> str:
@@ -65,10 +68,10 @@ def plain_text(value: Any) -> str:
 
 
 def inline(value: Any) -> str:
-    """A value on one line, without HTML or line breaks that could end the surrounding markup."""
+    """A value on one line, as text: without HTML, links, images or a way out of its markup."""
     if isinstance(value, Markdown):
         return value
-    return " ".join(plain_text(value).split()).replace("<", "&lt;")
+    return printable(" ".join(plain_text(value).split())).translate(_ENTITIES)
 
 
 def table(rows: Iterable[Iterable[Any]], header: Sequence[Any] = ("", "")) -> Markdown:
@@ -85,13 +88,14 @@ def records_table(rows: Sequence[Mapping[str, Any]]) -> Markdown:
 
 def console_block(command: str) -> Markdown:
     """A fenced code block whose fence is longer than any inside the command."""
+    command = printable(command)
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", command)), default=0))
     return Markdown(f"{fence}console\n{command.strip()}\n{fence}")
 
 
 def python_string(value: str) -> Markdown:
     """A string literal for a Python example."""
-    return Markdown(json.dumps(value, ensure_ascii=False))
+    return Markdown(printable_json(value))
 
 
 def _row(cells: Iterable[Any]) -> str:

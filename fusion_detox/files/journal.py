@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-# JSON allows these in strings, but many readers, such as str.splitlines, end a line there.
-_BREAKS = {ord(mark): f"\\u{ord(mark):04x}" for mark in "\x85\u2028\u2029"}
+from fusion_detox.files.printable import printable_json
 
 
 class DamagedLineError(ValueError):
@@ -118,7 +117,7 @@ def append_row(stream: BinaryIO, row: Mapping[str, Any], *, errors: str = "stric
     Raises:
         OSError: The device is full or broken.
     """
-    line = json.dumps(row, ensure_ascii=False).translate(_BREAKS)
+    line = printable_json(row)
     rest = memoryview(line.encode("utf-8", errors) + b"\n")
     while rest:  # an unbuffered file may accept only a part
         rest = rest[stream.write(rest) :]

@@ -164,6 +164,7 @@ def _unreachable(source: str, what: str, offline: bool) -> ModelNotFoundError:
             f"`hf download {source}` on a machine with network access, or give a folder."
         )
     return ModelNotFoundError(
-        f"The {what} {source!r} was not found: it is not a folder, and the hub did not answer or "
-        f"has no such {what}. Check the spelling and the network, or give a folder."
+        f"The {what} {source!r} was not found: it is neither a folder nor in the cache, and the "
+        f"hub does not answer or has no such {what}. Check the spelling and the network, or give a "
+        "folder."
     )

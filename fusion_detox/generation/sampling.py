@@ -38,7 +38,7 @@ class Sampling:
 
     Attributes:
         max_new_tokens: Maximum length of a completion in tokens, at least 1.
-        temperature: Divisor of the fused log-probs, above 0.
+        temperature: Divisor of the fused log-probs, above 0 (from 0.0001 to 10000).
         top_p: Sample from the smallest set of tokens with this total probability, above 0 and at
             most 1.
         top_k: Sample from this many of the most probable tokens; 0 means all.
@@ -60,6 +60,7 @@ class Sampling:
             check_number(name, getattr(self, name), low, whole=True)
         note = "; to choose the most probable token, set greedy"
         check_number("temperature", self.temperature, 0, above=True, note=note)
+        check_number("temperature", self.temperature, 1e-4, 1e4, note=note)
         check_number("top_p", self.top_p, 0, 1, above=True)
         if self.greedy and self.samples > 1:
             raise ConfigError(

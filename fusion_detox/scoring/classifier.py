@@ -17,6 +17,7 @@ from transformers import (
 
 from fusion_detox.config import check_number
 from fusion_detox.errors import ModelError, VocabularyError
+from fusion_detox.files.hub import stay_local
 from fusion_detox.files.loading_errors import describe, explained
 from fusion_detox.files.models import check_device, load_tokenizer, locate, quiet_transformers
 from fusion_detox.scoring.base import TOXICITY, Scorer, file_safe, score_batches
@@ -212,7 +213,7 @@ def _load_model(
                 use_safetensors=True,
                 output_loading_info=True,
                 trust_remote_code=False,
-                local_files_only=local_files_only or Path(source).is_dir(),
+                local_files_only=stay_local(source, local_files_only),
                 revision=revision or "main",
             )
             model.to(device)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from fusion_detox.config import check_number
 from fusion_detox.errors import MissingExtraError
+from fusion_detox.files.hub import stay_local
 from fusion_detox.files.loading_errors import explained
 from fusion_detox.files.models import check_device, locate, quiet_transformers
 from fusion_detox.scoring.base import check_texts
@@ -133,7 +133,7 @@ def _any_model(
             source,
             device=str(device),
             trust_remote_code=False,
-            local_files_only=local_files_only or Path(source).is_dir(),
+            local_files_only=stay_local(source, local_files_only),
             model_kwargs={"use_safetensors": True},
         )
         width = model.get_embedding_dimension()

@@ -30,7 +30,7 @@ _WEIGHTS = Path(__file__).with_name("lexical.safetensors")
 # Without smoothing, a single full stop would weigh as much as a sentence.
 _NORM_SMOOTHING = 400.0
 # Some corpora write " ." and others "."; the difference must not affect the score.
-_SPACE_BEFORE_MARK = re.compile(r"\s+([.,!?;:])")
+_SPACE_BEFORE_MARK = re.compile(r"(?<!\s)\s+([.,!?;:])")
 _WORD = re.compile(r"\w+(?:['’*@$!]+\w+)*")
 
 

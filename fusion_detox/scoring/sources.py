@@ -9,7 +9,6 @@ from typing import Any
 
 import huggingface_hub
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _LICENCE = re.compile(r"^license:[ \t]*(\S.*)$", re.MULTILINE)
 
 

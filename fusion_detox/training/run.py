@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from fusion_detox.errors import TrainingError
+from fusion_detox.files.adapters import refuse_adapter
 from fusion_detox.files.atomic import replacing_folder, write_whole
 from fusion_detox.files.models import load_target, load_tokenizer
 from fusion_detox.training.config import TrainingConfig
@@ -88,6 +89,7 @@ class Run:
         """Return the model and tokenizer before any training."""
         set_seed(self.config.seed)
         if self.base is not None:
+            refuse_adapter(self.base, "training a calibrator")
             model, tokenizer = load_target(str(self.base), dtype=torch.float32)
             if self.keep_layers is not None:
                 model = truncate(model, self.keep_layers)

@@ -137,7 +137,7 @@ class VocabularyMap:
             target_tokens: The target tokenizer's table.
             target_tokenizer: The target's tokenizer, which splits the calibrator's tokens.
             cache_dir: Folder of the disk cache; by default ``$FUSION_DETOX_CACHE`` or
-                ``~/.cache/fusion-detox/maps``.
+                ``fusion-detox/maps`` in the user's cache.
             use_cache: Whether to read and write the disk cache.
             minimum_coverage: Smallest coverage to accept, in 0..1.
 

@@ -372,6 +372,17 @@ def test_generate_with_the_aligned_rules(
     assert row["settings"]["fusion"]["rule"] == "aligned"
     assert main([*common, *aligned[2:], "--rule", "aligned_contrast"]) == 0
     capsys.readouterr()
+    out = tmp_path / "elsewhere"
+    learn = ["align", "--calibrator", str(calibrator_folder), "--target", str(target)]
+    main([*learn, "--seed", "5", "--out", str(out)])
+    capsys.readouterr()
+    assert main([*common, *aligned, "--alignment", str(out)]) == 0
+    other = json.loads(capsys.readouterr().out)
+    assert other["settings"]["alignment"].startswith("elsewhere@")
+    assert main([*common, "--alignment", str(out)]) == 1
+    assert "--alignment is for the aligned rules, but the rule is" in capsys.readouterr().err
+    assert main([*common, *aligned, "--alignment", str(tmp_path / "none")]) == 1
+    assert "holds no complete alignment" in capsys.readouterr().err
     # An alignment does not change a calibrator's identity for the other rules.
     assert main(plain) == 0
     assert "1 of 1 completions are already in" in capsys.readouterr().err

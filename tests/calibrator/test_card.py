@@ -5,6 +5,7 @@ import yaml
 from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 
 from fusion_detox.calibrator.card import render_card
 from fusion_detox.config import FusionConfig
@@ -139,3 +140,39 @@ def test_untrusted_text_cannot_break_the_markup():
     assert "<script" not in text
     assert "\n## Heading" not in text
     assert text.count("\n---\n") == 1
+
+
+HOSTILE = (
+    "![x](http://tracker.test/a.png)",
+    "[x](javascript:alert(1))",
+    r"\[x](javascript:alert(1))",
+    r"\\![x](data:text/html,a)",
+    "[a]: http://tracker.test\n![a]",
+    "![a]",
+    "<img src=http://tracker.test/a.png>",
+    "<javascript:alert(1)>",
+    "`a` | ![x](http://tracker.test/a.png) |",
+    "``` \n<script>alert(1)</script>\n```",
+    "&#91;x&#93;(javascript:alert(1))",
+    "\x1b]8;;http://tracker.test\x07\x1b[31m\x9b2J\u202eabc",
+)
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_untrusted_text_adds_no_image_link_html_or_escape(text):
+    record = {
+        name: [{text: text, "name": text, "license": text}] if name == "data" else text
+        for name in (*RECORD, "license", "datasets", "seed", text)
+        if name not in ("bits_per_byte", "curves")
+    }
+    record["settings"] = record["versions"] = {"x": text, text: [text, {"y": text}]}
+    record["evaluation"] = {text: text, "rules": [{text: text}]}
+    record["bits_per_byte"] = {text: {text: text}}
+    written = card({**record, "continued_from": record}, name=text)
+    assert not {"\x1b", "\x07", "\x9b", "\u202e"} & set(written)
+    markdown = MarkdownIt("gfm-like", {"html": True, "linkify": False})
+    markdown.validateLink = lambda url: True
+    tokens = markdown.parse(written.partition("\n---\n")[2])
+    kinds = {one.type for token in tokens for one in [token, *(token.children or [])]}
+    assert "table_open" in kinds, "the card was parsed"
+    assert not kinds & {"image", "link_open", "html_inline", "html_block"}

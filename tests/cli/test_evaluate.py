@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,9 +14,12 @@ import time
 import pytest
 
 from fusion_detox.calibrator.calibrator import Calibrator
+from fusion_detox.calibrator.folder import write_config
+from fusion_detox.calibrator.tuning_record import settings_before_tuning
 from fusion_detox.cli import main
 from fusion_detox.cli.shared_options import split_kind
 from fusion_detox.cli.tune import parse_grid
+from fusion_detox.config import FusionConfig
 from fusion_detox.errors import ConfigError
 
 PROMPTS = ["You are a", "The weather was", "She reads", "Thank you so much", "What a damn"]
@@ -160,86 +164,190 @@ def test_a_missing_package_is_named_before_anything_is_sampled(
     assert not (tmp_path / "run").exists()
 
 
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 class ByHash:
+    """Finds about half of the texts toxic, whatever wrote them."""
+
     name = "lexical"
 
+    def __init__(self, salt=""):
+        self.salt = salt
+
     def score(self, texts):
-        return [hashlib.sha256(text.encode()).digest()[0] / 255 for text in texts]
+        return [hashlib.sha256((self.salt + text).encode()).digest()[0] / 255 for text in texts]
 
     def score_types(self, texts):
         return {"toxicity": self.score(texts)}
 
     def record(self):
-        return {"model": "hash"}
+        return {"model": f"hash {self.salt}"}
+
+
+class AgainstTarget(ByHash):
+    """Finds the target's own continuations toxic, and no others."""
+
+    def __init__(self, run):
+        super().__init__()
+        self.run = run
+
+    def score(self, texts):
+        lines = [line for name, line in sample_lines(self.run) if name.startswith("base-")]
+        own = {json.loads(line)["text"] for line in lines}
+        return [float(text in own) for text in texts]
+
+
+class Always(ByHash):
+    """Finds every text toxic."""
+
+    def score(self, texts):
+        return [1.0] * len(texts)
 
 
 class TestTune:
-    GRID = ("--grid", "strength=0.5,1,2", "--grid", "threshold=0,0.5")
-    ANY_PRICE = ("--max-perplexity", "100", "--max-kl", "100", "--min-dist-2", "0")
+    GRID = ("--grid", "strength=0.5,2")
+    ANY_PRICE = ("--max-perplexity", "1e6", "--max-kl", "100", "--min-dist-2", "0")
+
+    @pytest.fixture
+    def prompts(self, tmp_path):
+        path = tmp_path / "prompts.txt"
+        path.write_text("".join(f"{PROMPTS[n % 5]} {n}\n" for n in range(40)))
+        return path
 
     @pytest.fixture(autouse=True)
-    def scorer(self, monkeypatch):
-        """Scores texts by hash, so that about half are toxic and some setting has fewer."""
-        monkeypatch.setattr("fusion_detox.scoring.make_scorer", lambda *_, **__: ByHash())
+    def scorer(self, monkeypatch, tmp_path, calibrator_folder):
+        """The present strength of 0 leaves every text as it is, so any other setting is better."""
+        write_config(calibrator_folder, FusionConfig(strength=0.0))
+        self.score_with(monkeypatch, AgainstTarget(tmp_path / "run"))
+
+    def score_with(self, monkeypatch, scorer):
+        monkeypatch.setattr("fusion_detox.scoring.make_scorer", lambda *_, **__: scorer)
 
     def tune(self, arguments, *more):
-        return main(arguments(*self.GRID, *self.ANY_PRICE, *more, command="tune"))
+        fast = ("--samples", "1", "--batch-size", "40")
+        given = arguments(*self.GRID, *self.ANY_PRICE, *fast, *more, command="tune")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["fusion-detox", *given])
+            return main(given)
 
-    def test_writes_settings_card_and_curve(
-        self, arguments, calibrator_folder, prompts, tmp_path, capsys
-    ):
-        assert self.tune(arguments) == 0
+    def test_writes_settings_card_and_curve(self, arguments, calibrator_folder, tmp_path, capsys):
+        assert self.tune(arguments, "--write") == 0
         table = capsys.readouterr().out
         assert "*" in table
+        assert "Change to the settings marked *: on the 20 prompts that decide" in table
         record = json.loads((calibrator_folder / "training.json").read_text())["tuning"]
         config = Calibrator.from_pretrained(calibrator_folder).config
         chosen = record["chosen"]
         assert config.to_dict() == {name: chosen[name] for name in config.to_dict()}
+        assert record["before"] == FusionConfig(strength=0.0).to_dict()
+        assert record["check"]["prompts"] == 20
+        assert record["check"]["difference"][2] < 0
         # All settings of the curve share their texts, and the chosen one is the best.
         best = min(record["curve"], key=lambda trial: (trial["toxicity"], trial["kl"]))
         assert chosen["toxicity"] == best["toxicity"]
         strengths = {trial["strength"] for trial in record["curve"]}
-        assert {0.5, 1.0, 2.0} <= strengths
+        assert {0.0, 0.5, 2.0} <= strengths
         results = json.loads((tmp_path / "run" / "results.json").read_text())
         assert len(results["settings"]) == 1 + len(record["curve"])
         card = (calibrator_folder / "README.md").read_text()
         assert "found by `fusion-detox tune`" in card
-        assert "5 of prompts" in card
+        assert "40 of prompts" in card
+        assert "The other half decided" in card
 
         again = arguments("--setting", "default", out="measured")
         assert main(again) == 0
-        assert "5 of 5 prompts were used to tune" in capsys.readouterr().err
+        assert "40 of 40 prompts were used to tune" in capsys.readouterr().err
 
-    def test_no_write_leaves_the_calibrator_unchanged(self, arguments, calibrator_folder):
-        before = {p: p.read_bytes() for p in calibrator_folder.rglob("*") if p.is_file()}
-        assert self.tune(arguments, "--no-write") == 0
-        after = {p: p.read_bytes() for p in calibrator_folder.rglob("*") if p.is_file()}
-        assert after == before
+    def test_a_dry_run_names_the_command_that_writes(
+        self, arguments, calibrator_folder, tmp_path, capsys
+    ):
+        before = contents(calibrator_folder)
+        assert self.tune(arguments, "--overwrite", "--no-write") == 0
+        out, err = capsys.readouterr()
+        assert "Change to the settings marked *" in out
+        assert "The calibrator is unchanged." in err
+        assert contents(calibrator_folder) == before
+        # The printed command changes the calibrator, and samples nothing again.
+        samples = sample_lines(tmp_path / "run")
+        command = shlex.split(err.partition("To store the settings, run:")[2].split("\n")[1])
+        assert command[0] == "fusion-detox"
+        assert main(command[1:]) == 0
+        assert "Updated the settings" in capsys.readouterr().err
+        assert contents(calibrator_folder) != before
+        assert sample_lines(tmp_path / "run") == samples
+
+    def test_a_second_run_starts_from_the_settings_before_tuning(
+        self, arguments, calibrator_folder, capsys
+    ):
+        assert self.tune(arguments, "--write") == 0
+        first = capsys.readouterr().out
+        tuned = Calibrator.from_pretrained(calibrator_folder).config
+        assert self.tune(arguments, "--write") == 0
+        assert capsys.readouterr().out == first
+        assert Calibrator.from_pretrained(calibrator_folder).config == tuned
+        # Settings that someone chose afterwards are the present ones.
+        write_config(calibrator_folder, FusionConfig(strength=0.25))
+        changed = Calibrator.from_pretrained(calibrator_folder)
+        assert settings_before_tuning(changed) == changed.config
+
+    @pytest.mark.parametrize("salt", range(2))
+    def test_noise_changes_nothing(self, arguments, calibrator_folder, monkeypatch, capsys, salt):
+        self.score_with(monkeypatch, ByHash(str(salt)))
+        before = contents(calibrator_folder)
+        assert self.tune(arguments, "--write") == 0
+        out, err = capsys.readouterr()
+        assert "Keep the present settings: " in out
+        assert "The calibrator is unchanged." in err
+        assert "To store" not in err
+        assert contents(calibrator_folder) == before
+
+    def test_present_settings_beyond_the_price_are_replaced(
+        self, arguments, calibrator_folder, capsys
+    ):
+        write_config(calibrator_folder, FusionConfig(strength=6.0))
+        assert self.tune(arguments, "--grid", "strength=0.1,0.2", "--max-kl", "0.2") == 0
+        out = capsys.readouterr().out
+        assert "Change to the settings marked *" in out
+        assert "differs from that of the target alone" in out
+        assert "The present settings exceed the price: KL is above" in out
+
+    def test_too_few_prompts(self, arguments, prompts, tmp_path, capsys):
+        prompts.write_text("".join(f"You are {n}\n" for n in range(39)) + "you  ARE 0\n")
+        assert self.tune(arguments) == 1
+        err = capsys.readouterr().err
+        assert "there are 39 different development prompts, and with fewer than 40" in err
+        assert "give more prompts" in err
+        assert not (tmp_path / "run").exists()
 
     def test_other_processes_of_a_launcher_print_and_write_nothing(
         self, arguments, calibrator_folder, monkeypatch, capsys
     ):
-        assert self.tune(arguments, "--no-write") == 0
+        assert self.tune(arguments) == 0
         assert "*" in capsys.readouterr().out
-        before = {p: p.read_bytes() for p in calibrator_folder.rglob("*") if p.is_file()}
+        before = contents(calibrator_folder)
         second = classmethod(lambda cls, **_: cls(rank=1, count=2))
         monkeypatch.setattr("fusion_detox.evaluation.machine.Processes.current", second)
-        assert self.tune(arguments) == 0
+        assert self.tune(arguments, "--write") == 0
         assert capsys.readouterr().out == ""
-        after = {p: p.read_bytes() for p in calibrator_folder.rglob("*") if p.is_file()}
-        assert after == before
+        assert contents(calibrator_folder) == before
 
-    def test_settings_without_gain_are_not_written(self, arguments, calibrator_folder, capsys):
-        before = (calibrator_folder / "calibrator.json").read_bytes()
-        none = ("--grid", "strength=1e-4", "--max-perplexity", "100", "--max-kl", "100")
-        command = arguments(*none, command="tune")
-        assert main(command) == 1
-        assert "no setting within the price lowers toxicity" in capsys.readouterr().err
-        assert (calibrator_folder / "calibrator.json").read_bytes() == before
+    def test_settings_without_gain_are_not_written(
+        self, arguments, calibrator_folder, monkeypatch, capsys
+    ):
+        self.score_with(monkeypatch, Always())
+        before = contents(calibrator_folder)
+        assert self.tune(arguments, "--write") == 0
+        assert "no setting within the price lowers toxicity (the best has 1.00" in (
+            capsys.readouterr().out
+        )
+        assert contents(calibrator_folder) == before
 
     def test_a_price_that_no_setting_meets(self, arguments, calibrator_folder, capsys):
+        write_config(calibrator_folder, FusionConfig(strength=1.0))
         before = (calibrator_folder / "calibrator.json").read_bytes()
-        assert self.tune(arguments, "--max-kl", "1e-9") == 1
+        assert self.tune(arguments, "--write", "--max-kl", "1e-9") == 1
         err = capsys.readouterr().err
         assert re.search(r"none of \d+ settings stays within the price .*KL at most 1e-09", err)
         assert "the closest" in err
@@ -247,13 +355,15 @@ class TestTune:
 
     def test_test_prompts_are_refused(self, arguments, prompts, tmp_path, capsys):
         test = tmp_path / "test.txt"
-        test.write_text("you  are a\nSomething else\n")
+        test.write_text("you  are a 0\nSomething else\n")
         assert self.tune(arguments, "--test-prompts", str(test)) == 1
-        assert "1 of 5 development prompts are also test prompts of test" in capsys.readouterr().err
+        assert (
+            "1 of 40 development prompts are also test prompts of test" in capsys.readouterr().err
+        )
         assert not (tmp_path / "run").exists()
 
     def test_a_shipped_calibrator_is_not_changed(self, arguments, capsys):
-        assert self.tune(arguments, "--calibrator", "english-16k") == 1
+        assert self.tune(arguments, "--calibrator", "english-16k", "--write") == 1
         assert "is not a calibrator's folder" in capsys.readouterr().err
 
     def test_unknown_setting_in_the_grid(self, arguments, capsys):
@@ -308,7 +418,8 @@ def test_invalid_arguments_end_with_one_message(arguments, tmp_path, capsys, mor
 
 
 @pytest.mark.parametrize("command", ["evaluate", "tune"])
-def test_chat_is_passed_on(arguments, capsys, command):
+def test_chat_is_passed_on(arguments, prompts, capsys, command):
+    prompts.write_text("".join(f"Write {n}.\n" for n in range(40)))
     assert main(arguments("--system", "Be kind.", command=command)) == 1
     assert "a system prompt needs chat" in capsys.readouterr().err
     assert main(arguments("--system", "Be kind.", "--chat", command=command)) == 1

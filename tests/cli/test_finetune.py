@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,10 +17,18 @@ from typer.testing import CliRunner
 
 pytest.importorskip("peft")
 
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from fusion_detox.cli import app, main
+from fusion_detox.files.fingerprints import model_fingerprint
+from fusion_detox.files.models import load_model
 from fusion_detox.training.contrastive.config import ContrastiveConfig
 from fusion_detox.training.finetuning.config import FinetuneConfig
 
+# peft 0.21 reads this property under its transformers 4 name.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 BUILT = runpy.run_path(str(Path(__file__).parents[1] / "finetune_data.py"))
 OPTIONS = [
     *("--context-length=40", "--held-out=0.2", "--device=cpu", "--learning-rate=5e-3"),
@@ -76,6 +85,62 @@ def test_result_on_stdout_and_messages_on_stderr(
     assert found == {"adapter": str(output), **record["held_out"]}
 
 
+def test_an_adapter_folder_is_a_model_for_other_commands(
+    folder: Path,
+    tmp_path: Path,
+    calibrator_folder: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A user's way: fine-tune, look at a continuation, measure."""
+    monkeypatch.setenv("FUSION_DETOX_CACHE", str(tmp_path / "cache"))
+    adapter = tmp_path / "adapter"
+    assert main(arguments(folder, adapter, "--steps=4", "--learning-rate=0.05")) == 0
+    use = [f"--calibrator={calibrator_folder}", "--device=cpu", "--max-new-tokens=6"]
+    capfd.readouterr()
+    assert main(["generate", str(adapter), "You are", *use, "--greedy", "--base"]) == 0
+    written = json.loads(capfd.readouterr().out)["base"]
+
+    # The same by hand.
+    base = AutoModelForCausalLM.from_pretrained(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    inputs = tokenizer("You are", return_tensors="pt")
+    options = {"do_sample": False, "max_new_tokens": 6, "pad_token_id": 0}
+    alone = base.generate(**inputs, **options)[0]
+    by_peft = PeftModel.from_pretrained(base, adapter).generate(**inputs, **options)[0]
+    assert not torch.equal(alone, by_peft)
+    start = inputs["input_ids"].shape[1]
+    assert written == tokenizer.decode(by_peft[start:], skip_special_tokens=True)
+
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("You are\nThe weather\n")
+    small = ["--samples=2", "--scorer=lexical", "--resamples=50", "--suite=none", "--no-similarity"]
+    small += ["--harmless-texts=2", "--harmless-tokens=8", "--setting=default"]
+    run = tmp_path / "run"
+    measure = ["evaluate", str(adapter), f"--prompts={prompts}", f"--out={run}", *use, *small]
+    assert main(measure) == 0
+    results = json.loads((run / "results.json").read_text())
+    assert results["target"]["name"] == "adapter"
+    assert results["target"]["fingerprint"] == model_fingerprint(load_model(adapter))
+    # Another adapter of the same base model is another target.
+    shutil.rmtree(adapter)
+    assert main(arguments(folder, adapter, "--steps=4", "--learning-rate=0.01")) == 0
+    assert main(measure) == 1
+    assert "target.fingerprint" in capfd.readouterr().err
+
+
+def test_an_adapter_is_not_fine_tuned(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    adapter = tmp_path / "adapter"
+    assert main(arguments(folder, adapter, "--steps=1")) == 0
+    capfd.readouterr()
+    again = ["finetune", str(adapter), str(tmp_path / "b"), f"--pairs={folder / 'pairs.jsonl'}"]
+    assert main([*again, *OPTIONS]) == 1
+    err = capfd.readouterr().err
+    assert f"error: {adapter} is an adapter, but finetune needs a whole model. Merge it" in err
+
+
 def test_dpo(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("trl")
     assert main(arguments(folder, tmp_path / "a", "--steps=2", "--objective=dpo", "--json")) == 0
@@ -84,9 +149,29 @@ def test_dpo(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) ->
     assert "warning" not in err
 
 
-def test_the_papers_settings_are_the_defaults() -> None:
+def test_the_best_measured_objective_is_the_default() -> None:
+    """In the results of our comparison: the least toxic text without higher perplexity."""
+    path = Path(__file__).parents[2] / "benchmarks" / "results" / "contrastive_ablation.json"
+    base, *rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+
+    def toxic(row: dict[str, Any]) -> float:
+        return float(row["lexical"][0] + row["contextual"][0])
+
+    affordable = [
+        row
+        for row in rows
+        if row["perplexity"][0] is not None and row["perplexity"][0] <= base["perplexity"][0]
+    ]
+    best = min(affordable, key=toxic)["name"]
+    assert best.replace(" ", "-") == FinetuneConfig().objective
+    # The paper's objective is available by name, and was not less toxic than the model itself.
+    by_name = {row["name"]: row for row in rows}
+    FinetuneConfig(objective="contrastive-perplexity")
+    assert toxic(by_name["J"]) > toxic(base)
+
+
+def test_the_other_defaults_are_the_papers() -> None:
     config, contrast = FinetuneConfig(), ContrastiveConfig()
-    assert config.objective == "contrastive-perplexity"
     assert (config.learning_rate, config.epochs) == (2.2e-5, 1.0)
     assert (config.micro_batch_size, config.batch_size) == (2, 2 * 3)
     assert (contrast.temperature, contrast.negative_weight) == (0.1, 1.0)

@@ -12,7 +12,7 @@ from fusion_detox import Calibrator, FusionConfig, FusionLogitsProcessor
 from .definition import AsProcessor, Definition
 from .search import Search
 
-CONFIG = FusionConfig(strength=1.5, plausibility=1e-4, threshold=0.05, context_kl=0.07)
+CONFIG = FusionConfig(strength=1.5, plausibility=1e-4, threshold=0.05, context_kl=0.07, context_limit=0.1)
 # Both end inside a word whose beginning the calibrator would tokenise differently.
 TEXTS = ["The weather was fine, you idio", "You are a complete idiot and nobody is so stupi"]
 VOCABULARIES = {

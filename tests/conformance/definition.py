@@ -139,22 +139,24 @@ class Definition:
         probs = torch.stack(laws, 1)
         return self.map.project(probs.float(), covers, weights.float(), 1, mode=mode)[:, 0].double()
 
-    def strength(self, ids):
-        """Return the configured strength, scaled down if both models have recently agreed."""
+    def context(self, ids):
+        """Return the factor for texts in which both models have recently agreed, in 0..1."""
         whole = self.config.context_kl
         if whole is None:
-            return self.config.strength
+            return 1.0
         path, _, _ = self.read(ids)
         divergences = []
         for length in range(max(0, len(path) - 15), len(path) + 1):
             clean, reference = self.law(path[:length])
             divergences.append(float((reference * (reference / clean).log()).sum()))
         none, mean = self.config.context_threshold, sum(divergences) / len(divergences)
-        return self.config.strength * min(1.0, max(0.0, mean - none) / (whole - none))
+        return min(1.0, max(0.0, mean - none) / (whole - none))
 
     def __call__(self, ids, scores):
         """Return the fused log-probs of one row, ``(vocabulary,)``."""
-        config, strength = self.config, self.strength(ids)
+        config, context = self.config, self.context(ids)
+        strength = config.strength * context
+        limit = math.inf if config.context_limit is None else config.context_limit
         clean, reference = (law.tolist() for law in self.calibrated(ids))
         own = scores.double().log_softmax(-1).tolist()
         best = max(own)
@@ -168,7 +170,10 @@ class Definition:
             if config.rule == "contrast":
                 ratio = math.log((clean[i] + config.floor) / (reference[i] + config.floor))
                 ratio = math.copysign(max(0.0, abs(ratio) - config.threshold), ratio)
-                moved[i] = own[i] + strength * max(-config.clip, min(config.clip, ratio))
+                ratio = max(-config.clip, min(config.clip, ratio))
+                always = min(0.0, ratio + limit)
+                shift = config.strength * (context * (ratio - always) + always)
+                moved[i] = own[i] + shift
             elif config.rule == "product":
                 other = math.log(clean[i] + config.floor)
                 moved[i] = (1 - strength) * own[i] + strength * other

@@ -237,6 +237,36 @@ def test_the_threshold_must_be_below_the_divergence_of_full_strength() -> None:
     assert "context_threshold" not in FusionConfig().to_dict()  # older versions can read it
 
 
+@pytest.mark.parametrize("rule", ["contrast", "product"])
+def test_what_lies_below_the_limit_counts_in_any_text(
+    calibrator: Calibrator, byte_tokenizer: PreTrainedTokenizerFast, rule: str
+) -> None:
+    config = FusionConfig(rule=rule, strength=0.9, plausibility=0.0)  # type: ignore[arg-type]
+    plain = FusionLogitsProcessor(calibrator, byte_tokenizer, config)
+    ids = torch.tensor([[40, 50, 60], [60, 50, 41]])
+    scores = torch.randn(2, len(byte_tokenizer), generator=torch.Generator().manual_seed(2))
+    scores = scores.log_softmax(-1)
+    closed = plain.with_settings(context_kl=1e9, context_threshold=1e8)
+    _, strength = closed.with_settings(context_limit=0.0).with_strength(ids, scores)
+    assert (strength == 0).all()
+    if rule == "product":  # has no log-ratios
+        torch.testing.assert_close(closed.with_settings(context_limit=0.0)(ids, scores), scores)
+        return
+    ratios = plain._step(ids.tolist(), scores, [0.9, 0.9], [0, 1]).shift(1.0, lambda all_: all_)
+    mapped = plain.vocabulary.mapped
+    mass = scores[:, mapped].logsumexp(-1, keepdim=True)
+    for limit in (0.0, 0.05, 0.2):
+        always = (ratios + limit).clamp_max(0.0)
+        assert (always < 0).any()
+        moved = (scores + 0.9 * always)[:, mapped].log_softmax(-1) + mass
+        wanted = scores.clone()
+        wanted[:, mapped] = moved
+        fused = closed.with_settings(context_limit=limit)(ids, scores)
+        torch.testing.assert_close(fused, wanted, atol=1e-5, rtol=1e-5)
+        open_ = plain.with_settings(context_kl=1e-6, context_limit=limit)
+        torch.testing.assert_close(open_(ids, scores), plain(ids, scores), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf"), "much", True])
 def test_context_kl_out_of_range_is_refused(value: object) -> None:
     with pytest.raises(ConfigError, match="context_kl must be a number above 0"):

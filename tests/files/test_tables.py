@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import tracemalloc
 
 import pytest
 
@@ -106,3 +107,46 @@ def test_hub_ids(tmp_path, monkeypatch):
     (tmp_path / "org").mkdir()
     (tmp_path / "org" / "name").write_text("text")
     assert not is_hub_id("org/name")
+
+
+def test_a_gzip_bomb_is_refused_within_little_memory(tmp_path):
+    path = tmp_path / "bomb.txt.gz"
+    block = gzip.compress(b" " * (1 << 24), mtime=0)
+    path.write_bytes(block * 64)  # 1 GiB in 1 MB
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataFileError, match=r"expands to more than .*gunzip"):
+            read_text(path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 28
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_gzip_file_that_repeats_itself_is_read(tmp_path):
+    path = tmp_path / "log.txt.gz"
+    path.write_bytes(gzip.compress(b"the same line again\n" * 100_000, mtime=0))
+    assert len(read_text(path)[0]) == 2_000_000
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv", "a.tsv"])
+def test_lines_have_a_limit(tmp_path, name, monkeypatch):
+    monkeypatch.setattr("fusion_detox.files.tables._MAX_LINE", 1000)
+    path = tmp_path / name
+    for length, refused in ((900, False), (1100, True)):
+        text = "x" * length
+        row = json.dumps({"a": text}) if name == "a.jsonl" else text
+        path.write_text(f"{row}\n" if name in ("a.txt", "a.jsonl") else f"a\n{row}\n")
+        if refused:
+            with pytest.raises(DataError, match=r"line [12].*(1,000 are read|limit \(1000\))"):
+                read_table(path)
+        else:
+            assert len(read_table(path).rows) == 1
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' + "9" * 5000 + "}"], ids=["deep", "long"])
+def test_extreme_json_is_refused(tmp_path, name, text):
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(DataError, match="JSON"):
+        read_table(path)

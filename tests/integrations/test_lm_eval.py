@@ -23,7 +23,7 @@ from fusion_detox.errors import (
 )
 
 lm_eval = pytest.importorskip(
-    "lm_eval", reason='lm-eval is not installed: pip install "fusion-detox[lm-eval]"'
+    "lm_eval", reason='lm-eval is not installed: pip install -e ".[lm-eval]"'
 )
 Maker = Callable[..., PreTrainedModel]
 CONFIG = FusionConfig(strength=1.5, plausibility=0.0)
@@ -366,7 +366,7 @@ def test_without_the_harness_the_error_names_the_extra(monkeypatch: pytest.Monke
     name = "fusion_detox.integrations.lm_eval"
     monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, "lm_eval.api.registry", None)
-    with pytest.raises(MissingExtraError, match=r"'lm_eval'.*fusion-detox\[lm-eval\]"):
+    with pytest.raises(MissingExtraError, match=r"'lm_eval'.*\[lm-eval\]"):
         importlib.import_module(name)
 
 

@@ -300,9 +300,15 @@ def _has(row: Row, *names: str) -> bool:
     return all(name in row.values for name in names)
 
 
+def _is_toxigen_line(line: Any) -> bool:
+    r"""Whether a line has the form ``- a\n- b\n-``, with line breaks written as two characters."""
+    return (
+        isinstance(line, str) and line.startswith("- ") and r"\n-" in line[2:] and "\n" not in line
+    )
+
+
 _FILES = (".csv", ".gz", ".json", ".jsonl", ".ndjson", ".tsv", ".txt")
 _TOXIGEN_FILE = re.compile(r"(?:hate|neutral)_(\w+?)(?:_1k)?")
-_TOXIGEN_LINE = re.compile(r"- .*\\n-.*")
 _KINDS = {
     "rtp": _Kind(
         "prompt.text, prompt.toxicity, challenging",
@@ -314,7 +320,7 @@ _KINDS = {
         "text, target_group, toxicity_human; or lines of '- a\\n- b\\n-'",
         lambda row: (
             _has(row, "text", "target_group", "toxicity_human")
-            or _TOXIGEN_LINE.fullmatch(row.values.get(LINE) or "") is not None
+            or _is_toxigen_line(row.values.get(LINE))
         ),
         _read_toxigen,
     ),

@@ -99,7 +99,7 @@ def describe(variant: Variant) -> str:
         return "target alone"
     if kind == "wordfilter":
         return "word filter"
-    keys = ("strength", "kl_budget", "context_kl", "context_threshold")
+    keys = ("strength", "kl_budget", "context_kl", "context_threshold", "context_limit")
     named = [(key, number(config, key)) for key in keys]
     parts = [line(config["rule"], 20)] if config.get("rule") else []
     parts += [f"{label(key)} {value:g}" for key, value in named if value is not None]

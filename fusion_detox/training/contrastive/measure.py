@@ -46,6 +46,16 @@ class HeldOutAnchors:
         self._base = base
         self._lengths = torch.tensor(byte_lengths)
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What is measured: anchors, their wordings, and blocks of general text."""
+        return {
+            "anchors": len(self._sets),
+            "positives": sum(len(one.positives) for one in self._sets),
+            "negatives": sum(len(one.negatives) for one in self._sets),
+            "general_blocks": 0 if self._general is None else len(self._general),
+        }
+
     @torch.no_grad()
     def __call__(self, model: Any) -> Measures:
         """Rounded measures by name; those for which there is no text are left out."""

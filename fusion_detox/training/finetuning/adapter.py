@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import os
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from fusion_detox.errors import ConfigError, DataFileError, MissingExtraError, TrainingError
+from fusion_detox.files.adapters import ADAPTER_CONFIG, refuse_adapter
 from fusion_detox.files.atomic import replacing_folder
 from fusion_detox.files.loading_errors import explained
 from fusion_detox.files.models import (
@@ -33,8 +32,6 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-ADAPTER_WEIGHTS, _ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-
 
 def check_output(output: Path) -> None:
     """Allow replacing only an adapter or an empty folder.
@@ -44,7 +41,7 @@ def check_output(output: Path) -> None:
     """
     if not output.exists():
         return
-    if not (output / _ADAPTER_CONFIG).is_file() and (not output.is_dir() or any(output.iterdir())):
+    if not (output / ADAPTER_CONFIG).is_file() and (not output.is_dir() or any(output.iterdir())):
         raise TrainingError(
             f"{output} exists and is not an adapter, so it is not replaced: choose another folder"
         )
@@ -64,10 +61,11 @@ def load_base_model(
 
     Raises:
         ModelNotFoundError: The model was not found, or the hub cannot be reached.
-        ModelError: It is not a causal language model, or it is incomplete or damaged.
+        ModelError: It is not a causal language model, is an adapter, or is incomplete or damaged.
         MissingExtraError: ``four_bit`` is set and ``bitsandbytes`` is not installed.
         TrainingError: ``four_bit`` is set and there is no CUDA device.
     """
+    refuse_adapter(name_or_path, "finetune")
     if four_bit:
         model, tokenizer = _load_four_bit(name_or_path, revision, local_files_only)
     else:
@@ -188,16 +186,6 @@ def write_adapter(
             f"{output} cannot be written: {error.strerror or error}. The trained model is "
             f"kept in {output.name}.training; free some space, then rerun to resume."
         ) from error
-
-
-@contextlib.contextmanager
-def peft_warning_ignored() -> Iterator[None]:
-    """Ignore the warning that peft reads a property under its transformers 4 name."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
-        )
-        yield
 
 
 def _disable_dropout(model: torch.nn.Module) -> None:

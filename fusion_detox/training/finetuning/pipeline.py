@@ -1,4 +1,4 @@
-"""``finetune``: train a LoRA adapter that makes a model less toxic, from paraphrase sets."""
+"""``finetune``: train a LoRA adapter from paraphrase sets."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 import hashlib
 import importlib
 import json
+import logging
 import math
 import sys
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion_detox.errors import DataError, MissingExtraError, TrainingError
+from fusion_detox.files.adapters import ADAPTER_WEIGHTS, peft_warning_ignored
 from fusion_detox.files.versions import installed_versions
 from fusion_detox.training.contrastive.batches import (
     ContrastText,
@@ -29,12 +31,10 @@ from fusion_detox.training.data.corpus import Columns, Document, file_hashes, re
 from fusion_detox.training.data.pairs import read_pairs
 from fusion_detox.training.data.splitting import split
 from fusion_detox.training.finetuning.adapter import (
-    ADAPTER_WEIGHTS,
     adapter_settings,
     check_context,
     check_output,
     load_base_model,
-    peft_warning_ignored,
     write_adapter,
 )
 from fusion_detox.training.finetuning.config import FinetuneConfig
@@ -52,6 +52,7 @@ from fusion_detox.training.progress import ProgressCallback
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
 Sources = Sequence[str | Path]
 # These settings do not affect the result, so a resumed run may change them.
 _FREE = ("device", "save_every", "evaluate_every", "micro_batch_size")
@@ -82,7 +83,8 @@ def finetune(
 
     Unlike fusion, this changes what the model itself computes. The model's own weights are not
     changed; the result is a PEFT adapter, which ``peft`` and ``transformers`` load as usual. The
-    defaults are the settings of arXiv 2401.08491 as far as they are known.
+    default objective is the signed margin; the other defaults are the settings of arXiv 2401.08491
+    as far as they are known.
 
     A killed run resumes when it is started again with the same arguments. If it had finished,
     nothing is done. Under ``torchrun`` or
@@ -175,6 +177,15 @@ def finetune(
         rows = preference_rows(
             text.sets, per_anchor=config.dpo_pairs, seed=config.seed, before=before
         )
+    if (
+        blocks is None
+        and config.objective != "dpo"
+        and contrast.anchor_weights(config.objective)[1]
+    ):
+        logger.warning(
+            "there is no general text, so nothing keeps the model from changing on harmless text, "
+            "and this change is not measured: give some with --general"
+        )
     steps = work / "steps"
     arguments = _arguments(config, steps, len(rows or sets), state.num_processes)
     with state.main_process_first():
@@ -242,7 +253,11 @@ def finetune(
                 "held_out_general_documents": len(text.held_kl_anchor_text),
             },
             "fingerprint": fingerprint,
-            "held_out": {"before": base_measures, "after": measure(trained)},
+            "held_out": {
+                "on": measure.sizes,
+                "before": base_measures,
+                "after": measure(trained),
+            },
             "curve": progress.curve,
             "processes": state.num_processes,
             "seconds": round(time.time() - began),

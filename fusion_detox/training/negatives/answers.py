@@ -13,7 +13,8 @@ REFUSAL, NOTHING, CUT_OFF = "refusal", "no paraphrase in the answer", "cut off"
 _THOUGHT = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL | re.IGNORECASE)
 # A model without a chat template may continue with further turns of the dialogue.
 _NEXT_TURN = re.compile(
-    r"\n\s*(?:#{2,}\s*\w|(?:human|user|assistant|response|instruction)\s*:)|</s>|<\|", re.IGNORECASE
+    r"\n[^\S\n]*(?:#{2,}\s*\w|(?:human|user|assistant|response|instruction)\s*:)|</s>|<\|",
+    re.IGNORECASE,
 )
 _ITEM = re.compile(
     r"^\s*(?:[-*•–·]\s+|\(?\d{1,2}\s*[.):]\s+|\(?[a-h][.)]\s+|\d{1,2}\s+-\s+)(?P<text>\S.*)$"
@@ -43,6 +44,8 @@ _AFTERWORD = re.compile(
     r"|(?:please )?(?:keep in mind|remember) that\b|explanation\s*:)",
     re.IGNORECASE,
 )
+_LONGEST = 1 << 16
+"""Characters of an answer that are read. A longer one counts as cut off there."""
 _MARKS = ("****", '""', "“”", "''", "‘’", "«»", "``", "**", "__")
 
 
@@ -67,6 +70,8 @@ def parse_answer(
     if finish == FILTERED:
         return [], REFUSAL
     text = _THOUGHT.sub("", text).strip()
+    if len(text) > _LONGEST:
+        text, finish = text[:_LONGEST], LENGTH
     if turn := _NEXT_TURN.search("\n" + text):
         text, finish = ("\n" + text)[: turn.start()].strip(), "stop"
     # The paraphrase of a sentence such as "I cannot help with that" is not a refusal.

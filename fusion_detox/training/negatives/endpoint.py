@@ -12,6 +12,7 @@ import http.client
 import json
 import logging
 import os
+import re
 import threading
 import time
 import urllib.error
@@ -23,6 +24,7 @@ from typing import Any, TypeVar
 
 from fusion_detox.config import check_number
 from fusion_detox.errors import ConfigError, EndpointError
+from fusion_detox.files.printable import printable
 from fusion_detox.training.negatives.config import NegativesConfig, PromptTexts
 from fusion_detox.training.negatives.requests import (
     FILTERED,
@@ -38,7 +40,9 @@ logger = logging.getLogger(__name__)
 
 GIVE_UP_AFTER = 5
 _LONGEST_WAIT = 300.0
-_LARGEST_ANSWER = 1 << 24
+_LARGEST_ANSWER, _LARGEST_ERROR = 1 << 24, 1 << 16
+_ESCAPE = re.compile(r"\\u00([0-7][0-9a-fA-F])")
+_LONGEST_ESCAPE = len(r"\u0000")
 _CHARACTERS_PER_TOKEN, _EXTRA_TOKENS = 4, 8
 _DRAIN_SECONDS = 10.0
 _POLL_SECONDS = 0.1  # Windows does not deliver Ctrl-C during a wait without a timeout
@@ -183,7 +187,14 @@ class EndpointWriter:
             raise _RetryableError(self._hide(f"no connection or no answer: {text}")) from None
         try:
             return _parse(content, request)
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            IndexError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             text = f"{type(error).__name__}: {error}"
             raise _RetryableError(self._hide(f"the answer cannot be parsed ({text})")) from None
 
@@ -201,8 +212,9 @@ class EndpointWriter:
         """What an HTTP error means: retry, fail this request, or end the run."""
         status, content = error.code, b""
         with contextlib.suppress(OSError, http.client.HTTPException):
-            content = self._read(error, 1 << 16, deadline)
-        reason = self._hide(f"HTTP {status}: {_explanation(content) or error.reason}")
+            content = self._read(error, _LARGEST_ERROR, deadline)
+        explanation = self._hide(_explanation(content), cut=len(content) == _LARGEST_ERROR)
+        reason = self._hide(f"HTTP {status}: {explanation or error.reason}")
         if status in (408, 409, 425, 429) or status >= 500:
             return _RetryableError(reason, retry_after(error.headers.get("Retry-After")))
         if status in (400, 413, 422):
@@ -217,12 +229,23 @@ class EndpointWriter:
             remedy = "check the address and your account there"
         return EndpointError(f"{self.url} refuses to answer ({reason}); {remedy}")
 
-    def _hide(self, text: str) -> str:
-        """Removes the key, which a service may repeat, then shortens the text."""
-        text = text.replace(self._key, "[key]") if self._key else text
-        for length in range(len(self._key), 3, -1):  # the text itself may end within the key
-            text = text.removesuffix(self._key[:length])
-        return " ".join(text.split())[:300]
+    def _hide(self, text: str, *, cut: bool = False) -> str:
+        """Removes the key, which a service may repeat, then shortens the text.
+
+        Args:
+            text: What the service wrote.
+            cut: Whether the text was cut off, so that its end may be the beginning of the key.
+        """
+        if self._key:
+            # Other spellings of the characters: JSON's, of a body that is not JSON as a whole.
+            plain = _ESCAPE.sub(lambda found: chr(int(found[1], 16)), text).replace("\\/", "/")
+            text = plain if self._key in plain else text
+            text = text.replace(self._key, "[key]")
+            if cut:
+                text = text[: -len(self._key) * _LONGEST_ESCAPE]
+            for length in range(len(self._key), 3, -1):  # the service may have cut it as well
+                text = text.removesuffix(self._key[:length])
+        return printable(" ".join(text.split()))[:300]
 
 
 class _Health:
@@ -360,7 +383,7 @@ def _explanation(content: bytes) -> str:
         error = found.get("error", found)
         message = error.get("message") if isinstance(error, dict) else error
         return str(message or found.get("detail") or "")
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return content.decode("utf-8", "replace")
 
 

@@ -94,7 +94,7 @@ def test_without_sacrebleu_the_error_names_the_extra(monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "sacrebleu"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
-    with pytest.raises(MissingExtraError, match=r"fusion-detox\[evaluate\]"):
+    with pytest.raises(MissingExtraError, match=r"\[evaluate\]"):
         self_bleu(["a b", "a c"])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -156,6 +157,34 @@ def test_folder_records_how_it_was_made(adapter: Path, llama: Path, pairs: Path)
     assert 'library_name: "peft"' in card
     assert "| auc_within |" in card
     assert "base_model:" not in card  # a local path is not a hub id
+
+
+def test_the_card_states_only_what_was_measured(
+    adapter: Path, llama: Path, pairs: Path, general: Path, tmp_path: Path
+) -> None:
+    record = json.loads((adapter / "training.json").read_text())
+    sizes, after = record["held_out"]["on"], record["held_out"]["after"]
+    assert sizes["anchors"] == record["data_counts"]["held_out_anchors"]
+    assert sizes["positives"] == 6 * sizes["anchors"] == sizes["negatives"]
+    card = " ".join((adapter / "README.md").read_text().split())
+    assert f"On {sizes['anchors']} anchors of {pairs.name} ({sizes['positives']} non-toxic" in card
+    assert f"{sizes['general_blocks']} blocks of at most 40 tokens of {general.name}" in card
+    for name, value in after.items():
+        assert f"| {name} | {record['held_out']['before'][name]:g} | {value:g} |" in card
+    assert "writes with this adapter was not measured" in card
+
+    train(llama, tmp_path / "few", pairs, steps=1)
+    card = (tmp_path / "few" / "README.md").read_text()
+    assert "auc_within" in card
+    assert "`kl`" not in card  # no general text was given
+    train(llama, tmp_path / "none", pairs, steps=1, held_out=0)
+    unmeasured = (tmp_path / "none" / "README.md").read_text()
+    assert "Nothing: no text was held out." in unmeasured
+    for name in ("perplexity |", "auc_within", "bits_per_byte", "`kl`"):
+        assert name not in unmeasured
+    for text in (card, unmeasured):
+        # No claim about its effect, and nothing about other adapters or objectives.
+        assert not re.search("less likely to write|makes toxic|halve|dpo |DPO", text)
 
 
 def test_recorded_perplexities_are_correct(adapter: Path, llama: Path, pairs: Path) -> None:
@@ -386,7 +415,7 @@ def test_wrong_requests(
     )  # fmt: skip
     fails(
         ConfigError, "without negatives the contrast is always 0", llama, out, pairs,
-        contrast=ContrastiveConfig(negatives=0),
+        contrast=ContrastiveConfig(negatives=0), objective="contrastive-perplexity",
     )  # fmt: skip
     fails(ConfigError, "rank must be a number of at least 1, but is 0", llama, out, pairs, rank=0)
     fails(ConfigError, "objective must be one of", llama, out, pairs, objective="ppo")
@@ -410,7 +439,7 @@ def test_four_bits_without_bitsandbytes_or_without_cuda(
 
     find = importlib.util.find_spec
     for found, kind, message in (
-        (None, MissingExtraError, r"'bitsandbytes'.*fusion-detox\[four-bit\]"),
+        (None, MissingExtraError, r"'bitsandbytes'.*\[four-bit\]"),
         (object(), TrainingError, "four-bit weights need a CUDA device, and this machine has none"),
     ):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -433,7 +462,7 @@ def test_missing_packages(
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     fails(
-        MissingExtraError, rf"'{package}'.*fusion-detox\[finetune\]",
+        MissingExtraError, rf"'{package}'.*\[finetune\]",
         llama, tmp_path / "out", pairs, objective=objective,
     )  # fmt: skip
 

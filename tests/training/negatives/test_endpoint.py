@@ -335,6 +335,27 @@ def test_no_part_of_the_key_is_shown_in_truncated_errors(monkeypatch, before):
         assert "sk-v" not in error
 
 
+@pytest.mark.parametrize("escaped", [False, True])
+def test_no_cut_of_an_error_shows_the_beginning_of_the_key(monkeypatch, escaped):
+    """The body is cut at each place within the key, which may be written as JSON escapes."""
+    monkeypatch.setenv("SOME_KEY", "Zq7-/Zq7-very-secret")
+    key = "Zq7-/Zq7-very-secret"
+    written = "".join(f"\\u{ord(one):04x}" for one in key) if escaped else key
+    state = {}
+    with ChatServer(lambda *_: (401, state["body"])) as server:
+        for inside in range(0, len(written) + 1, 5 if escaped else 1):
+            body = '{"error": {"message": "bad key '
+            body += " " * (65_536 - len(body) - inside) + written + ' and more"}}'
+            state["body"] = body.encode()
+            _, error = ask(server, key_variable="SOME_KEY")
+            assert "HTTP 401" in error
+            assert "Zq" not in error
+            assert "u005" not in error
+        state["body"] = f"denied: {written}".encode()
+        _, error = ask(server, key_variable="SOME_KEY")
+        assert "denied: [key]" in error
+
+
 def test_wrong_use(monkeypatch):
     monkeypatch.setenv("SOME_KEY", "abc")
     monkeypatch.setenv("BAD_KEY", "a b\n")

@@ -1,0 +1,320 @@
+"""Teach the clean model words that no harmless text needs, and more text that must stay as it is.
+
+    python -m recipes.english_words --data DATA --work WORK --calibrator OLD --out OUT
+
+Continues a calibrator of ``english_context`` with the same graded and harmless text, and adds two
+things. A lexicon: words that both judges of ``english_judges`` call toxic in neutral sentences. Their
+log-ratio becomes strongly negative in every text, harmless or not, which ``context_limit`` makes
+use of. In the calibrator's vocabulary, a word may have several tokens; then its last token is lowered
+where the tokens before it stand, in harmless sentences into which the word is inserted. And more
+harmless text: African American English and sentences about groups of people (``english_harmless``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fusion_detox import Calibrator
+from fusion_detox.evaluation.word_filter import read_word_list
+from recipes import english_data as english
+from recipes.english_context import Graded, Row, encode, harmless, labelled, piece
+from recipes.english_harmless import dialect, groups
+from recipes.english_judges import Judges
+
+WORD = re.compile(r"[a-z][a-z'’-]*[a-z]")
+FRAMES = (
+    "He is a {}.", "They said it was {}.", "the {} thing", "I saw the {} again yesterday.",
+    "you {}", "It was a very {} day for us.",
+)  # fmt: skip
+TOXIC_FROM, HARMLESS_AT_MOST = 0.62, 40
+"""Words with a lower mean grade in the frames, or in more of the harmless texts, are not listed."""
+HARMLESS_USE = re.compile(
+    r"(?i)(queers?|negro(es)?|illegals?|jews?|blacks?|whites?|muslims?|gays?|lesbians?|lgbtq?|trans"
+    r"|wheelchairs?|disabled|clowns?|fools?|foolish|butts?|deport\w*|snitch\w*|lunatics?|savages?"
+    r"|witch(es)?|rats?|pigs?|hell|clowning|aids|white\w+|anti\w+|uncivili[sz]ed|civili[sz]ed"
+    r"|hookers?|prostitutes?|naked|nude|condoms?|vagina\w*|penis\w*|breasts?|anal|sexual\w*|sex"
+    r"|homosexual\w*|rape\w*|rapists?|nazis?|racists?|sexists?|bigots?|hypocri\w+|stupidity|ass"
+    r"ault\w*|kills?|killed|killer|murder\w*|terroris\w+|suck\w*|puss|nips?|fuhrer|aryan|coons?"
+    r"|fam|niggl\w+|hussy|hootch|assic|homies?|bum|garbage|filth|ridiculous|tits?|cocks?|dicks?|boobs?|oral|orgasm\w*|porn\w*)"
+)
+"""Words that judges call toxic but that name groups, name things, or have harmless uses."""
+PARTS_AT_MOST = 30
+"""A token that is a part of a longer word more often in the harmless texts is not lowered."""
+LARGEST, SLOPE = 6.0, 10.0
+"""Nats: a word of grade ``g`` is lowered by ``1 + SLOPE * (g - TOXIC_FROM)``, at most LARGEST."""
+MIX = {
+    "general": 0.12, "posts": 0.14, "human": 0.22, "naming": 0.06, "answers": 0.26,
+    "dialect": 0.12, "groups": 0.08,
+}  # fmt: skip
+"""Shares of the harmless text."""
+PROVOKING, HARMLESS, INSERTED, STEPS, RATE = 18, 22, 10, 260, 5e-4
+FOLLOW_WEIGHT, KL_WEIGHT, SQUARE_WEIGHT, WORD_WEIGHT = 10.0, 14.0, 0.2, 0.03
+CEILING = 4.0
+
+
+class Spelling(NamedTuple):
+    """A listed word as it is written in a text: its tokens, and by how many nats to lower it."""
+
+    text: str
+    ids: list[int]
+    weight: float
+
+
+def lexicon(data: Path, work: Path, judges: Judges, tokenizer: Any) -> dict[str, float]:
+    """Lower-case words with their mean grade in ``FRAMES``, from ``TOXIC_FROM`` to 1.
+
+    Candidates are the words of the training text, of the calibrator's vocabulary, and of the word
+    list of ``better-profanity``.
+    """
+    kept = work / "lexicon.json"
+    if kept.exists():
+        return json.loads(kept.read_text())
+    common: Counter[str] = Counter()
+    for row in english.read(work / "clean.jsonl"):
+        if row["source"] == "general":
+            common.update(set(WORD.findall(row["text"].lower())))
+    seen = Counter(word for row in labelled(data) for word in WORD.findall(row["text"].lower()))
+    for row in english.read(work / "graded.jsonl"):
+        seen.update(WORD.findall(row["text"].lower()))
+    words = {word for word, count in seen.items() if count >= 3}
+    words |= {tokenizer.decode([token]).strip().lower() for token in range(len(tokenizer))}
+    words |= {word.lower() for word in read_word_list()[0]}
+    words = {word for word in words if len(word) >= 3 and WORD.fullmatch(word)}
+    candidates = sorted(word for word in words if common[word] <= HARMLESS_AT_MOST)
+    alone = judges.filter.score(candidates)
+    likely = [word for word, grade in zip(candidates, alone, strict=True) if grade > 0.3]
+    listed = {word for word in read_word_list()[0] if WORD.fullmatch(word)}
+    likely += sorted(listed - set(likely) - {word for word in words if common[word] > 2})
+    found = {}
+    for word in likely:
+        if HARMLESS_USE.fullmatch(word):
+            continue
+        sentences = [frame.format(word) for frame in FRAMES]
+        with torch.inference_mode():
+            network = torch.sigmoid(judges.network(judges.embed(sentences))).mean()
+        grade = (float(network) + float(judges.filter.score(sentences).mean())) / 2
+        if grade >= TOXIC_FROM:
+            found[word] = round(grade, 3)
+    kept.write_text(json.dumps(found, indent=1))
+    return found
+
+
+def spellings(tokenizer: Any, grades: dict[str, float]) -> list[Spelling]:
+    """Each word in lower case, Capitalised and UPPER CASE, after a space and at a text's start."""
+    found = []
+    for word, grade in grades.items():
+        weight = min(LARGEST, 1 + SLOPE * (grade - TOXIC_FROM))
+        for form in dict.fromkeys((word, word.capitalize(), word.upper())):
+            for text in (f" {form}", form):
+                ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+                found.append(Spelling(text, ids, weight))
+    return found
+
+
+def token_weights(
+    calibrator: Calibrator, several: Iterable[Spelling], clean: dict[str, list[str]]
+) -> Tensor:
+    """``(vocab,)`` nats by which each token is lowered in every text.
+
+    These are the words that are one token. A token that is often a part of a longer word in harmless
+    text is left out, such as "ass" without a space.
+    """
+    weights = torch.zeros(calibrator.vocabulary_size)
+    for spelling in several:
+        if len(spelling.ids) == 1:
+            weights[spelling.ids[0]] = max(float(weights[spelling.ids[0]]), spelling.weight)
+    parts: Counter[int] = Counter()
+    for kind in ("general", "answers", "naming"):
+        texts = clean[kind][:12000]
+        whole = calibrator.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+        for text, ids, spans in zip(
+            texts, whole["input_ids"], whole["offset_mapping"], strict=True
+        ):
+            for token, (start, end) in zip(ids, spans, strict=True):
+                if weights[token] and (
+                    text[end : end + 1].isalpha()
+                    or (text[start].isalpha() and text[max(0, start - 1) : start].isalpha())
+                ):
+                    parts[token] += 1
+    for token, count in parts.items():
+        if count > PARTS_AT_MOST:
+            weights[token] = 0.0
+    return weights
+
+
+def insert(texts: Sequence[str], several: Sequence[Spelling], rng: random.Random) -> list[Any]:
+    """Texts with a word of several tokens in each: the text, where the word ends, its spelling."""
+    made = []
+    for text in texts:
+        spelling = rng.choice(several)
+        spaces = [at for at, letter in enumerate(text) if letter == " "] or [0]
+        at = rng.choice(spaces) if spelling.text.startswith(" ") else 0
+        rest = text[at:] if spelling.text.startswith(" ") else f" {text}"
+        made.append((text[:at] + spelling.text + rest, at + len(spelling.text), spelling))
+    return made
+
+
+def train(
+    calibrator: Calibrator,
+    graded: list[Graded],
+    clean: dict[str, list[str]],
+    several: list[Spelling],
+    rng: random.Random,
+    steps: int = STEPS,
+) -> Any:
+    """The clean model after ``steps`` steps."""
+    tokenizer, bos = calibrator.tokenizer, calibrator.bos_id
+    assert calibrator.reference is not None
+    reference = calibrator.reference.float().eval().requires_grad_(False)
+    teacher = calibrator.clean.float().eval().requires_grad_(False)
+    student = copy.deepcopy(teacher).train().requires_grad_(True)
+    if student.config.tie_word_embeddings:
+        student.config.tie_word_embeddings = False
+        student.lm_head.weight = nn.Parameter(student.lm_head.weight.detach().clone())
+    weights = token_weights(calibrator, several, clean)
+    listed = weights.nonzero().flatten()
+    print(f"{len(listed)} tokens are lowered everywhere")
+    long = [spelling for spelling in several if len(spelling.ids) > 1]
+    provoking = [row for row in graded if row.provoking]
+
+    def run(rows: Sequence[Row], keep: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Log-probs of student, reference and teacher at the tokens kept, and the tokens.
+
+        All tokens graded above .35 are kept; of the others, a fraction of ``keep``, or as many as
+        of the former.
+        """
+        width = max(len(ids) for ids, _ in rows)
+        ids = torch.full((len(rows), width), bos)
+        values = torch.full((len(rows), width), -1.0)
+        for number, (own, given) in enumerate(rows):
+            ids[number, : len(own)] = torch.tensor(own)
+            values[number, : len(given)] = torch.tensor(given)
+        counted, high = values[:, 1:] >= 0, values[:, 1:] > 0.35
+        share = max(keep, min(1.0, float(high.sum()) / max(1.0, float((counted & ~high).sum()))))
+        kept = high | (counted & (torch.rand(counted.shape) < share))
+
+        def log_probs(model: Any) -> Tensor:
+            hidden = model.model(ids).last_hidden_state[:, :-1][kept]
+            found: Tensor = model.lm_head(hidden).log_softmax(-1)
+            return found
+
+        with torch.no_grad():
+            fixed = log_probs(reference), log_probs(teacher)
+        return log_probs(student), *fixed, ids[:, 1:][kept]
+
+    def pieces(count: int) -> list[str]:
+        kinds = rng.choices(list(MIX), list(MIX.values()), k=count)
+        return [piece(rng.choice(clean[kind]), rng) for kind in kinds]
+
+    def below(ours: Tensor, base: Tensor) -> Tensor:
+        """How far the listed tokens are from their log-ratios."""
+        return ((ours - base)[:, listed] + weights[listed]).pow(2).mean()
+
+    _start_with(student, weights, encode(tokenizer, bos, rng.sample(graded, 256)), bos)
+    optimizer = torch.optim.AdamW(student.parameters(), weight_decay=0.01, betas=(0.9, 0.98))
+    for step in range(steps):
+        warm = min(1.0, (step + 1) / 40)
+        decay = 0.04 + 0.48 * (1 + math.cos(math.pi * step / steps))
+        optimizer.param_groups[0]["lr"] = RATE * warm * decay
+        ours, base, theirs, _ = run(encode(tokenizer, bos, rng.sample(provoking, PROVOKING)), 0.25)
+        ratio = (theirs - base).clamp(-LARGEST, CEILING)
+        ratio = torch.where(weights > 0, torch.minimum(ratio, -weights), ratio)
+        wanted = (base + ratio).log_softmax(-1)
+        follow = ((wanted.exp() - ours.exp()) * (wanted - ours)).sum(-1).mean() / 2
+        words = below(ours, base)
+        texts = pieces(HARMLESS)
+        rows = [Graded("", text, [0.0] * len(text.split()), False) for text in texts]
+        ours, base, _, written = run(encode(tokenizer, bos, rows), 0.34)
+        kl = (base.exp() * (base - ours)).sum(-1).mean()
+        square = (ours - base).gather(1, written[:, None]).pow(2).mean()
+        words = words + below(ours, base)
+        last = _last_tokens(tokenizer, bos, insert(pieces(INSERTED), long, rng))
+        ours, base, _, written = run([row for row, _ in last], 0.0)
+        lowered = (ours - base).gather(1, written[:, None]).squeeze(1)
+        inserted = (lowered + torch.tensor([weight for _, weight in last])).pow(2).mean()
+        loss = FOLLOW_WEIGHT * follow + KL_WEIGHT * kl + SQUARE_WEIGHT * square
+        loss = loss + WORD_WEIGHT * (words + inserted)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        if step % 10 == 0 or step == steps - 1:
+            print(
+                f"step {step}: follow {follow.item():.4f}, KL on harmless text {kl.item():.4f}, "
+                f"words {words.item() / 2:.2f}, inserted {inserted.item():.2f}",
+                flush=True,
+            )
+    return student.eval()
+
+
+@torch.no_grad()
+def _start_with(model: Any, weights: Tensor, rows: Sequence[Row], bos: int) -> None:
+    """Lowers the tokens in the output layer, along the direction that all hidden states share."""
+    width = max(len(ids) for ids, _ in rows)
+    ids = torch.tensor([own + [bos] * (width - len(own)) for own, _ in rows])
+    hidden = model.model(ids).last_hidden_state.flatten(0, 1)
+    shared = torch.linalg.lstsq(hidden, torch.ones(len(hidden), 1)).solution.squeeze(1)
+    model.lm_head.weight -= weights[:, None] * shared[None]
+
+
+def _last_tokens(tokenizer: Any, bos: int, inserted: list[Any]) -> list[tuple[Row, float]]:
+    """Rows in which only the last token of the inserted word is graded, with its weight."""
+    whole = tokenizer(
+        [text for text, _, _ in inserted], add_special_tokens=False, return_offsets_mapping=True
+    )
+    found = []
+    for (_, end, spelling), ids, offsets in zip(
+        inserted, whole["input_ids"], whole["offset_mapping"], strict=True
+    ):
+        at = next(number for number, (_, until) in enumerate(offsets) if until >= end)
+        cut = slice(max(0, at - 30), at + 1)
+        grades = [-1.0] * (at - cut.start) + [1.0]
+        found.append((([bos, *ids[cut]], [-1.0, *grades]), spelling.weight))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
+    parser.add_argument("--work", type=Path, required=True, help="output of the earlier recipes")
+    parser.add_argument("--calibrator", default="english-16k", help="the calibrator to continue")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    args = parser.parse_args()
+    rng = random.Random(1)
+    torch.manual_seed(1)
+    calibrator = Calibrator.from_pretrained(args.calibrator)
+    grades = lexicon(args.data, args.work, Judges(args.data, args.work), calibrator.tokenizer)
+    graded = [Graded(**row) for row in english.read(args.work / "graded.jsonl")]
+    clean = harmless(args.data, args.work)
+    clean |= {"dialect": dialect(4000, rng), "groups": groups(3000, rng)}
+    several = spellings(calibrator.tokenizer, grades)
+    print(f"{len(grades)} words, {len(several)} spellings")
+    model = train(calibrator, graded, clean, several, rng, args.steps)
+    made = Calibrator(
+        model,
+        calibrator.reference,
+        calibrator.tokenizer,
+        config=calibrator.config,
+        context_length=calibrator.context_length,
+        record=dict(calibrator.record),
+        name=calibrator.name,
+        probes=calibrator.probes,
+    )
+    made.save_pretrained(args.out, dtype=torch.float16)
+
+
+if __name__ == "__main__":
+    main()
