@@ -10,7 +10,7 @@ import pytest
 
 SIZES = {
     "damaged_caches": ("--cases", "66"),
-    "kills": ("--kills", "15", "--seed", "3"),
+    "kills": ("--kills", "10", "--seed", "3"),
     "pairs": ("--pairs", "8"),
 }
 
