@@ -32,6 +32,7 @@ from fusion_detox.errors import AlignmentError, ConfigError, DataFileError
 from fusion_detox.files.atomic import UNFINISHED, recover, replacing_folder
 from fusion_detox.files.cache_root import cache_root
 from fusion_detox.files.loading_errors import first_line
+from fusion_detox.files.untrusted import read_json
 
 if TYPE_CHECKING:
     from fusion_detox.calibrator.calibrator import Calibrator
@@ -144,7 +145,7 @@ def load_alignment(directory: str | os.PathLike[str]) -> Alignment:
                 f"{file} {problem}, so {folder} holds no complete alignment. {_REMEDY}"
             )
     try:
-        values, data = json.loads(json_file.read_text(encoding="utf-8")), tensors_file.read_bytes()
+        values, data = read_json(json_file), tensors_file.read_bytes()
         version, digest = values["format_version"], values.pop("sha256", None)
         if version not in (1, FORMAT_VERSION):
             raise AlignmentError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import typer
 from fusion_detox.cli.console import quiet_libraries, write_line
 from fusion_detox.cli.options import with_options
 from fusion_detox.errors import DataError, DataFileError
+from fusion_detox.files.untrusted import read_json
 from fusion_detox.training.config import TrainingConfig
 from fusion_detox.training.contrastive.config import ContrastiveConfig
 
@@ -200,7 +200,7 @@ def _read_probes(path: Path) -> list[Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except OSError as error:
         raise DataFileError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:

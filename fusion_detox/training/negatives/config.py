@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from fusion_detox.config import check_settings, setting
 from fusion_detox.errors import ConfigError, DataError, DataFileError
+from fusion_detox.files.untrusted import read_json
 
 POSITIVE, NEGATIVE = "positive", "negative"
 SIDES = (POSITIVE, NEGATIVE)
@@ -138,7 +138,7 @@ class PromptTexts:
             ConfigError: A prompt lacks its placeholder.
         """
         try:
-            found = json.loads(Path(path).read_text(encoding="utf-8"))
+            found = read_json(Path(path))
         except OSError as error:
             raise DataFileError(f"cannot read {path}: {error.strerror}") from error
         except ValueError as error:

@@ -482,6 +482,7 @@ def test_prompts_from_a_file(tmp_path):
         ('{"negative": 3}', DataError, "negative must be a string, but is 3"),
         ("[]", DataError, "must contain one JSON object with some of"),
         ("{", DataError, "is not JSON"),
+        ("[" * 100_000, DataError, "is not JSON: it is nested deeper than 100 levels"),
         ('{"positive": "no mark"}', ConfigError, "'positive' must contain {sentence}: 'no mark'"),
         ('{"frame": "x"}', ConfigError, "'frame' must contain {request}"),
     ):
