@@ -80,6 +80,11 @@ def explained(source: str, what: str, local_files_only: bool) -> Iterator[None]:
                 raise _missing(source) from error
             if "safetensors" not in reason:
                 raise _unreachable(source, what, offline) from error
+        if local and (Path(source) / "calibrator.json").is_file():
+            raise ModelError(
+                f"{source} is a calibrator, but a target model is needed here. Give the model to "
+                "detoxify, and name the calibrator with --calibrator."
+            ) from error
         if local and what == "model" and not any(Path(source).glob("*.safetensors")):
             raise ModelError(f"{source} holds no *.safetensors file. {_SAFETENSORS}") from error
         if "safetensors" in reason and isinstance(error, OSError):

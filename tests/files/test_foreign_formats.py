@@ -54,6 +54,11 @@ def test_a_folder_with_only_another_format(tmp_path, name, message, configured):
             load(tmp_path)
 
 
+def test_a_calibrator_is_no_target(calibrator_folder):
+    with pytest.raises(ModelError, match=r"is a calibrator.*name the calibrator with --calibrator"):
+        load_model(calibrator_folder)
+
+
 def test_a_gguf_beside_a_model_is_ignored(target_folder, tmp_path):
     folder = shutil.copytree(target_folder, tmp_path / "both")
     (folder / "model.gguf").write_bytes(GGUF)
