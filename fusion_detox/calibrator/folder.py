@@ -645,8 +645,8 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _write_text(path: Path, text: str) -> None:
-    # Half a surrogate pair, from a path that is not UTF-8, becomes an escape that JSON reads back.
-    write_whole(path, text.encode("utf-8", "backslashreplace"))
+    # The name of a source that is not UTF-8 has half characters, which become question marks.
+    write_whole(path, text.encode("utf-8", "replace"))
 
 
 def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -123,10 +123,12 @@ def test_a_path_that_is_not_utf8(corpus: Path, tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
     source = odd.with_suffix(".jsonl")
     source.write_bytes(corpus.read_bytes())
-    train(tmp_path / "toy", source, command=f"train {source}")
+    made = train(tmp_path / "toy", source, command=f"train {source}")
+    train(tmp_path / "toy", source)  # is finished
+    assert Calibrator.from_pretrained(tmp_path / "toy").tokens == made.tokens
     record = json.loads((tmp_path / "toy" / "training.json").read_text())
-    assert record["command"] == f"train {source}"
-    assert "caf" in (tmp_path / "toy" / "README.md").read_text()
+    assert record["command"] == f"train {tmp_path / 'caf?.jsonl'}"
+    assert "caf?" in (tmp_path / "toy" / "README.md").read_text()
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")

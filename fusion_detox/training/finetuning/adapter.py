@@ -177,7 +177,7 @@ def write_adapter(
                 ("training.json", text),
                 ("README.md", render_adapter_card(record)),
             ):
-                (folder / file).write_text(content, encoding="utf-8", errors="backslashreplace")
+                (folder / file).write_text(content, encoding="utf-8", errors="replace")
             # safetensors files are readable only by their owner unless changed.
             for path in folder.glob("*.safetensors"):
                 path.chmod((folder / "README.md").stat().st_mode)
