@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import weakref
 from typing import Protocol
 
@@ -20,6 +21,24 @@ _objects: weakref.WeakSet[Forked] = weakref.WeakSet()
 def renew_after_fork(owner: Forked) -> None:
     """Calls ``owner.after_fork()`` in every child process that is forked from now on."""
     _objects.add(owner)
+
+
+class RenewedLock:
+    """A lock for a module, which is free in a forked child."""
+
+    def __init__(self) -> None:
+        self.after_fork()
+        renew_after_fork(self)
+
+    def after_fork(self) -> None:
+        """Replaces the lock."""
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
 
 
 def _renew() -> None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
 
+from fusion_detox.files.forks import RenewedLock
+
 _TIMEOUT = 5.0
 _ASK_AGAIN = 60.0
-_lock = threading.Lock()
+_lock = RenewedLock()
 _asked: tuple[float, bool] | None = None
 
 

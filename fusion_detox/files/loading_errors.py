@@ -80,16 +80,23 @@ def explained(source: str, what: str, local_files_only: bool) -> Iterator[None]:
                 raise _missing(source) from error
             if "safetensors" not in reason:
                 raise _unreachable(source, what, offline) from error
-        if local and (Path(source) / "calibrator.json").is_file():
-            raise ModelError(
-                f"{source} is a calibrator, but a target model is needed here. Give the model to "
-                "detoxify, and name the calibrator with --calibrator."
-            ) from error
-        if local and what == "model" and not any(Path(source).glob("*.safetensors")):
-            raise ModelError(f"{source} holds no *.safetensors file. {_SAFETENSORS}") from error
+        if local and (problem := _no_model(Path(source), what)):
+            raise ModelError(f"{source} {problem}") from error
         if "safetensors" in reason and isinstance(error, OSError):
             raise ModelError(f"{source} cannot be loaded: {reason}. {_SAFETENSORS}") from error
         raise ModelError(f"{source}: the {what} cannot be loaded: {_reason(error)}") from error
+
+
+def _no_model(folder: Path, what: str) -> str | None:
+    """What a folder is if it holds no model's weights."""
+    if (folder / "calibrator.json").is_file():
+        return (
+            "is a calibrator, but a target model is needed here. Give the model to detoxify, and "
+            "name the calibrator with --calibrator."
+        )
+    if what == "model" and not any(folder.glob("*.safetensors")):
+        return f"holds no *.safetensors file. {_SAFETENSORS}"
+    return None
 
 
 def check_positions(settings: Any, source: str) -> None:

@@ -10,7 +10,6 @@ import functools
 import logging as standard_logging
 import os
 import re
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from fusion_detox.files.adapters import (
     refuse_adapter,
 )
 from fusion_detox.files.foreign_formats import check_format, check_tokenizer_files, not_a_folder
+from fusion_detox.files.forks import RenewedLock
 from fusion_detox.files.hub import stay_local
 from fusion_detox.files.loading_errors import check_positions, describe, explained, first_line
 from fusion_detox.files.packaged_targets import PREFIX, packaged_target
@@ -263,7 +263,7 @@ def download(
     return Path(folder)
 
 
-_quiet_lock = threading.Lock()
+_quiet_lock = RenewedLock()
 _quiet_users = 0
 _loud: tuple[int, bool] = (standard_logging.WARNING, True)
 

@@ -23,6 +23,7 @@ from fusion_detox.calibrator.folder import read_settings, write_config
 from fusion_detox.calibrator.lookup import find_calibrator
 from fusion_detox.config import FusionConfig
 from fusion_detox.errors import ConfigError, ModelError, ModelNotFoundError, VocabularyError
+from fusion_detox.files import hub
 from fusion_detox.files.models import load_target, load_tokenizer
 
 
@@ -211,6 +212,7 @@ def test_download_requests_only_calibrator_files(calibrator_folder, monkeypatch)
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(hub, "hub_answers", lambda: True)
     calibrator = Calibrator.from_pretrained(
         "someone/calm", revision="v2", token="secret", cache_dir=Path("cache")
     )

@@ -25,7 +25,7 @@ from fusion_detox.errors import (
     DataFileError,
     ModelError,
 )
-from fusion_detox.files import atomic
+from fusion_detox.files import atomic, hub
 
 
 def edit(path, **changes):
@@ -331,9 +331,9 @@ class NoRepositoryError(RepositoryNotFoundError):
 @pytest.mark.parametrize(
     ("failure", "expected"),
     [
-        (LocalEntryNotFoundError("no connection"), "the hub did not answer"),
+        (LocalEntryNotFoundError("no connection"), "the hub does not answer"),
         (ConnectionError("no route"), "Check the spelling and the network"),
-        (TimeoutError("timed out"), "the hub did not answer"),
+        (TimeoutError("timed out"), "the hub does not answer"),
         (NoRepositoryError(), "no hub repository 'a/b'. Check the spelling; for a private one"),
     ],
 )
@@ -343,6 +343,7 @@ def test_a_hub_that_does_not_answer(monkeypatch, failure, expected):
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(hub, "hub_answers", lambda: True)
     with pytest.raises(CalibratorNotFoundError) as raised:
         Calibrator.from_pretrained("a/b")
     assert expected in str(raised.value)
