@@ -56,9 +56,15 @@ WORST = {
     r"files.cards:[\ufeff\ud800-\udfff]": ["\ufeff", "a"],
     "files.cards:`+": ["`", "` "],
     r"files.cards:\n{3,}": ["\n", "\n\n ", "\n\na"],
+    r"files.config_checks:\d{1,18}": ["1"],
+    "files.config_checks:_COUNTS": ["n", "num_", "moe_intermediate_", "shared_expert_"],
+    "files.config_checks:_SHARES": ["dropout", "_pdrop", ("dropout", "_prob", "x")],
+    "files.config_checks:_SMALL": ["_eps", "_epsilon", ("_eps", "_theta", "x")],
+    "files.config_checks:_TOKENIZER_TYPES": ["add_", "_token", ("_token", "_token", "x")],
     "files.models:_MODEL_ID": ["a", ("", "a", "/"), ("a/", "b", "/")],
     "files.tables:_HUB_ID": ["a", ("", "a", "/"), ("a/b:", "c", ":"), "a/", "a:"],
     "files.tables:_LINE_END": ["\r", "\n", "\r\n"],
+    "files.untrusted:_HALF_CHARACTER": ["\\u", "\\ud", "\\ud7"],
     "generation.chat:_CHAT_NAME": ["instruc", "-_", "cha", "-i", "_it", "a"],
     r"generation.chat:[/\\]": ["/", "a/", "a"],
     "generation.chat:^# (.*)$": ["# ", "# \n", "#", "\n"],
@@ -155,6 +161,7 @@ WORST = {
     r"training.negatives.filters:\w+": ["a", "a ", " "],
     "vocabulary.token_table:_BYTE": ["<0x0", "<", ("<0x", "0", ">")],
     "vocabulary.token_table:_UNUSED": ["[unused", ("[unused", "1", ""), "<"],
+    "training.output:_WRITING": ["os error ", ("os error ", "1", "x"), "PyTorch", "No space "],
 }
 
 
@@ -216,7 +223,8 @@ def patterns_of(module):
                     assert used & METHODS, f"{module}: {target.id} is not used"
                     yield f"{short}:{target.id}", [value], used & METHODS
                 else:
-                    yield f"{short}:{target.id}", [one for one, _ in value], {"sub"}
+                    kinds = {"sub"} if len(value[0]) == 2 else {"fullmatch"}
+                    yield f"{short}:{target.id}", [one[0] for one in value], kinds
     for node in ast.walk(tree):
         if is_re(node, METHODS | {"compile"}) and node not in named:
             pattern = node.args[0]

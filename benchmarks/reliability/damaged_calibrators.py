@@ -345,6 +345,11 @@ def without_digests(folder: Path) -> None:
     path.write_text(json.dumps(values, indent=2), encoding="utf-8")
 
 
+def _peak() -> int:
+    """The most memory that this process has used, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def run_case(number: int, seed: int, bases: list[Path], healthy: list[Any]) -> dict[str, Any]:
     """Damage a copy of the first base, load it, and tell what happened.
 
@@ -357,6 +362,7 @@ def run_case(number: int, seed: int, bases: list[Path], healthy: list[Any]) -> d
     rng = random.Random(f"{seed}/{number}")
     kind = list(DAMAGES)[number % len(DAMAGES)]
     mode = MODES[number // len(DAMAGES) % len(MODES)]
+    peak = _peak()
     with tempfile.TemporaryDirectory() as temporary:
         folder = shutil.copytree(bases[0], Path(temporary) / "calibrator")
         if mode == "no digests":
@@ -374,7 +380,7 @@ def run_case(number: int, seed: int, bases: list[Path], healthy: list[Any]) -> d
             message += " | " + " | ".join(traceback.format_exc().splitlines()[-7:-1])
         message = message.replace(str(folder), "CALIBRATOR")
         message = message.replace(str(Path(__file__).parents[2]), "REPOSITORY")
-    if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 > 2 * _GIB:
+    if _peak() - peak > 2 * _GIB:
         outcome = "memory"
     return {
         "number": number,

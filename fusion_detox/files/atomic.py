@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import re
 import shutil
 import tempfile
 import uuid
@@ -151,9 +150,9 @@ def _lock_of(path: Path) -> Lock:
 
 
 def _clear(path: Path) -> None:
-    pattern = re.compile(re.escape(f".{path.name}{UNFINISHED}") + r"\w{8}")
+    prefix = f".{path.name}{UNFINISHED}"
     for beside in path.parent.iterdir():
-        if pattern.fullmatch(beside.name):
+        if beside.name.startswith(prefix) and len(beside.name) == len(prefix) + 8:
             old = beside / "old"
             if old.exists() and not os.path.lexists(path):
                 os.rename(old, path)

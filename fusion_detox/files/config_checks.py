@@ -33,11 +33,11 @@ _IMPLEMENTATIONS = {
     *("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"),
     *("batched_mm", "grouped_mm"),
 }
-_TOKENIZER_TYPES: tuple[tuple[str, tuple[type, ...], str], ...] = (
-    (r"(add|clean|split|strip)_.*|legacy|do_lower_case", (bool,), "true or false"),
-    (r".*_token", (str, dict, bool), "a token"),
-    (r"(padding|truncation)_side", (str,), "a string"),
-    (r"model_input_names", (list,), "a list"),
+_TOKENIZER_TYPES: tuple[tuple[re.Pattern[str], tuple[type, ...], str], ...] = (
+    (re.compile(r"(add|clean|split|strip)_.*|legacy|do_lower_case"), (bool,), "true or false"),
+    (re.compile(r".*_token"), (str, dict, bool), "a token"),
+    (re.compile(r"(padding|truncation)_side"), (str,), "a string"),
+    (re.compile(r"model_input_names"), (list,), "a list"),
 )
 # They change how weights are read, or name other files.
 _FORBIDDEN = {"quantization_config", "compression_config", "transformers_weights"}
@@ -81,7 +81,7 @@ def check_tokenizer_config(values: Mapping[str, Any], source: Path) -> None:
     """
     for name, value in values.items():
         for pattern, types, what in _TOKENIZER_TYPES:
-            if re.fullmatch(pattern, name) and not isinstance(value, (*types, type(None))):
+            if pattern.fullmatch(name) and not isinstance(value, (*types, type(None))):
                 raise ModelError(
                     f"{source}: {name} must be {what}, but is {_shown(value)}. {_REMEDY}"
                 )
