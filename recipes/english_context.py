@@ -210,25 +210,28 @@ def word_weights(
     return weights
 
 
-def train(
-    calibrator: Calibrator,
-    graded: list[Graded],
-    clean: dict[str, list[str]],
-    weights: Tensor,
-    rng: random.Random,
-) -> Any:
-    """The clean model after ``STEPS`` steps."""
-    tokenizer, bos = calibrator.tokenizer, calibrator.bos_id
-    assert calibrator.reference is not None
-    reference = calibrator.reference.float().eval().requires_grad_(False)
-    teacher = calibrator.clean.float().eval().requires_grad_(False)
-    student = copy.deepcopy(teacher).train().requires_grad_(True)
-    student.config.tie_word_embeddings = False
-    student.lm_head.weight = nn.Parameter(student.lm_head.weight.detach().clone())
-    optimizer = torch.optim.AdamW(student.parameters(), weight_decay=0.01, betas=(0.9, 0.98))
-    provoking = [row for row in graded if row.provoking]
+class Models(NamedTuple):
+    """The clean model that is trained, and what it is compared with."""
 
-    def run(rows: Sequence[Row], keep: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    student: Any
+    reference: Any
+    teacher: Any
+
+    @classmethod
+    def of(cls, calibrator: Calibrator) -> Models:
+        """The student starts as the calibrator's clean model, with an output layer of its own."""
+        assert calibrator.reference is not None
+        reference = calibrator.reference.float().eval().requires_grad_(False)
+        teacher = calibrator.clean.float().eval().requires_grad_(False)
+        student = copy.deepcopy(teacher).train().requires_grad_(True)
+        if student.config.tie_word_embeddings:
+            student.config.tie_word_embeddings = False
+            student.lm_head.weight = nn.Parameter(student.lm_head.weight.detach().clone())
+        return cls(student, reference, teacher)
+
+    def log_probs(
+        self, rows: Sequence[Row], bos: int, keep: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Log-probs of student, reference and teacher at the tokens kept, and the tokens.
 
         All tokens graded above .35 are kept; of the others, a fraction of ``keep``, or as many as
@@ -244,27 +247,42 @@ def train(
         share = max(keep, min(1.0, float(high.sum()) / max(1.0, float((counted & ~high).sum()))))
         kept = high | (counted & (torch.rand(counted.shape) < share))
 
-        def log_probs(model: Any) -> Tensor:
+        def of(model: Any) -> Tensor:
             hidden = model.model(ids).last_hidden_state[:, :-1][kept]
             found: Tensor = model.lm_head(hidden).log_softmax(-1)
             return found
 
         with torch.no_grad():
-            fixed = log_probs(reference), log_probs(teacher)
-        return log_probs(student), *fixed, ids[:, 1:][kept]
+            fixed = of(self.reference), of(self.teacher)
+        return of(self.student), *fixed, ids[:, 1:][kept]
 
+
+def train(
+    calibrator: Calibrator,
+    graded: list[Graded],
+    clean: dict[str, list[str]],
+    weights: Tensor,
+    rng: random.Random,
+) -> Any:
+    """The clean model after ``STEPS`` steps."""
+    tokenizer, bos = calibrator.tokenizer, calibrator.bos_id
+    models = Models.of(calibrator)
+    student = models.student
+    optimizer = torch.optim.AdamW(student.parameters(), weight_decay=0.01, betas=(0.9, 0.98))
+    provoking = [row for row in graded if row.provoking]
     for step in range(STEPS):
         warm = min(1.0, (step + 1) / 40)
         decay = 0.05 + 0.475 * (1 + math.cos(math.pi * step / STEPS))
         optimizer.param_groups[0]["lr"] = RATE * warm * decay
-        ours, base, theirs, _ = run(encode(tokenizer, bos, rng.sample(provoking, PROVOKING)), 0.25)
+        rows = encode(tokenizer, bos, rng.sample(provoking, PROVOKING))
+        ours, base, theirs, _ = models.log_probs(rows, bos, 0.25)
         ratio = SHARPEN * (theirs - base).clamp(-LARGEST, LARGEST)
         wanted = (base + ratio + WORD_SHARE * weights).log_softmax(-1)
         follow = ((wanted.exp() - ours.exp()) * (wanted - ours)).sum(-1).mean() / 2
         kinds = rng.choices(list(MIX), list(MIX.values()), k=HARMLESS)
         pieces = [piece(rng.choice(clean[kind]), rng) for kind in kinds]
-        rows = [Graded("", text, [0.0] * len(WORDS.findall(text)), False) for text in pieces]
-        ours, base, _, written = run(encode(tokenizer, bos, rows), 0.34)
+        plain = [Graded("", text, [0.0] * len(WORDS.findall(text)), False) for text in pieces]
+        ours, base, _, written = models.log_probs(encode(tokenizer, bos, plain), bos, 0.34)
         kl = (base.exp() * (base - ours)).sum(-1).mean()
         square = (ours - base).gather(1, written[:, None]).pow(2).mean()
         loss = FOLLOW_WEIGHT * follow + KL_WEIGHT * kl + SQUARE_WEIGHT * square
@@ -282,6 +300,21 @@ def piece(text: str, rng: random.Random) -> str:
         return text
     start = text.find(" ", rng.randrange(len(text) - 250)) + 1
     return text[start : start + 320]
+
+
+def save(calibrator: Calibrator, clean: Any, folder: Path) -> None:
+    """Write a calibrator with another clean model."""
+    made = Calibrator(
+        clean,
+        calibrator.reference,
+        calibrator.tokenizer,
+        config=calibrator.config,
+        context_length=calibrator.context_length,
+        record=dict(calibrator.record),
+        name=calibrator.name,
+        probes=calibrator.probes,
+    )
+    made.save_pretrained(folder, dtype=torch.float16)
 
 
 def main() -> None:
@@ -303,17 +336,7 @@ def main() -> None:
     clean = harmless(args.data, args.work)
     weights = word_weights(calibrator, graded, clean, judges)
     model = train(calibrator, graded, clean, weights, rng)
-    made = Calibrator(
-        model,
-        calibrator.reference,
-        calibrator.tokenizer,
-        config=calibrator.config,
-        context_length=calibrator.context_length,
-        record=dict(calibrator.record),
-        name=calibrator.name,
-        probes=calibrator.probes,
-    )
-    made.save_pretrained(args.out, dtype=torch.float16)
+    save(calibrator, model, args.out)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ American English and sentences about groups of people (``english_harmless``).
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import math
 import random
@@ -29,7 +28,16 @@ from torch import Tensor, nn
 from fusion_detox import Calibrator
 from fusion_detox.evaluation.word_filter import read_word_list
 from recipes import english_data as english
-from recipes.english_context import Graded, Row, encode, harmless, labelled, piece
+from recipes.english_context import (
+    Graded,
+    Models,
+    Row,
+    encode,
+    harmless,
+    labelled,
+    piece,
+    save,
+)
 from recipes.english_harmless import dialect, groups
 from recipes.english_judges import Judges
 
@@ -176,43 +184,13 @@ def train(
 ) -> Any:
     """The clean model after ``steps`` steps."""
     tokenizer, bos = calibrator.tokenizer, calibrator.bos_id
-    assert calibrator.reference is not None
-    reference = calibrator.reference.float().eval().requires_grad_(False)
-    teacher = calibrator.clean.float().eval().requires_grad_(False)
-    student = copy.deepcopy(teacher).train().requires_grad_(True)
-    if student.config.tie_word_embeddings:
-        student.config.tie_word_embeddings = False
-        student.lm_head.weight = nn.Parameter(student.lm_head.weight.detach().clone())
+    models = Models.of(calibrator)
+    student = models.student
     weights = token_weights(calibrator, several, clean)
     listed = weights.nonzero().flatten()
     print(f"{len(listed)} tokens are lowered everywhere")
     long = [spelling for spelling in several if len(spelling.ids) > 1]
     provoking = [row for row in graded if row.provoking]
-
-    def run(rows: Sequence[Row], keep: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Log-probs of student, reference and teacher at the tokens kept, and the tokens.
-
-        All tokens graded above .35 are kept; of the others, a fraction of ``keep``, or as many as
-        of the former.
-        """
-        width = max(len(ids) for ids, _ in rows)
-        ids = torch.full((len(rows), width), bos)
-        values = torch.full((len(rows), width), -1.0)
-        for number, (own, given) in enumerate(rows):
-            ids[number, : len(own)] = torch.tensor(own)
-            values[number, : len(given)] = torch.tensor(given)
-        counted, high = values[:, 1:] >= 0, values[:, 1:] > 0.35
-        share = max(keep, min(1.0, float(high.sum()) / max(1.0, float((counted & ~high).sum()))))
-        kept = high | (counted & (torch.rand(counted.shape) < share))
-
-        def log_probs(model: Any) -> Tensor:
-            hidden = model.model(ids).last_hidden_state[:, :-1][kept]
-            found: Tensor = model.lm_head(hidden).log_softmax(-1)
-            return found
-
-        with torch.no_grad():
-            fixed = log_probs(reference), log_probs(teacher)
-        return log_probs(student), *fixed, ids[:, 1:][kept]
 
     def pieces(count: int) -> list[str]:
         kinds = rng.choices(list(MIX), list(MIX.values()), k=count)
@@ -228,20 +206,21 @@ def train(
         warm = min(1.0, (step + 1) / 40)
         decay = 0.04 + 0.48 * (1 + math.cos(math.pi * step / steps))
         optimizer.param_groups[0]["lr"] = RATE * warm * decay
-        ours, base, theirs, _ = run(encode(tokenizer, bos, rng.sample(provoking, PROVOKING)), 0.25)
+        rows = encode(tokenizer, bos, rng.sample(provoking, PROVOKING))
+        ours, base, theirs, _ = models.log_probs(rows, bos, 0.25)
         ratio = (theirs - base).clamp(-LARGEST, CEILING)
         ratio = torch.where(weights > 0, torch.minimum(ratio, -weights), ratio)
         wanted = (base + ratio).log_softmax(-1)
         follow = ((wanted.exp() - ours.exp()) * (wanted - ours)).sum(-1).mean() / 2
         words = below(ours, base)
         texts = pieces(HARMLESS)
-        rows = [Graded("", text, [0.0] * len(text.split()), False) for text in texts]
-        ours, base, _, written = run(encode(tokenizer, bos, rows), 0.34)
+        plain = [Graded("", text, [0.0] * len(text.split()), False) for text in texts]
+        ours, base, _, written = models.log_probs(encode(tokenizer, bos, plain), bos, 0.34)
         kl = (base.exp() * (base - ours)).sum(-1).mean()
         square = (ours - base).gather(1, written[:, None]).pow(2).mean()
         words = words + below(ours, base)
         last = _last_tokens(tokenizer, bos, insert(pieces(INSERTED), long, rng))
-        ours, base, _, written = run([row for row, _ in last], 0.0)
+        ours, base, _, written = models.log_probs([row for row, _ in last], bos, 0.0)
         lowered = (ours - base).gather(1, written[:, None]).squeeze(1)
         inserted = (lowered + torch.tensor([weight for _, weight in last])).pow(2).mean()
         loss = FOLLOW_WEIGHT * follow + KL_WEIGHT * kl + SQUARE_WEIGHT * square
@@ -303,17 +282,7 @@ def main() -> None:
     several = spellings(calibrator.tokenizer, grades)
     print(f"{len(grades)} words, {len(several)} spellings")
     model = train(calibrator, graded, clean, several, rng, args.steps)
-    made = Calibrator(
-        model,
-        calibrator.reference,
-        calibrator.tokenizer,
-        config=calibrator.config,
-        context_length=calibrator.context_length,
-        record=dict(calibrator.record),
-        name=calibrator.name,
-        probes=calibrator.probes,
-    )
-    made.save_pretrained(args.out, dtype=torch.float16)
+    save(calibrator, model, args.out)
 
 
 if __name__ == "__main__":
