@@ -8,30 +8,24 @@ four of them, the same command runs to the end. Nothing may be lost, doubled or 
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
 import shutil
 import sys
-import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.reliability.commands import (
-    RESULTS,
-    SEED,
     Command,
     World,
-    commands,
     import_what_is_used,
     leftovers,
-    make_world,
     problem_of,
     run_child,
 )
-from fusion_detox.files.atomic import write_whole
+from benchmarks.reliability.record import run
 
 NAMES = ("generate", "evaluate", "train-calibrator", "tune", "make-negatives")
 MORE = ("finetune", "align")
@@ -86,32 +80,10 @@ def audit(command: Command, world: World, folder: Path, kills: int, seed: int) -
     return {**counts, "file operations": ended.changes, "problems": problems}
 
 
-def main() -> int:
-    """Runs the audit; returns 1 if there is a problem."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=500)
-    parser.add_argument("--only", choices=(*NAMES, *MORE), action="append")
-    parser.add_argument("--seed", type=int, default=SEED)
-    parser.add_argument("--out", type=Path, default=RESULTS / "kills.json")
-    args = parser.parse_args()
-    names = args.only or NAMES
-    record: dict[str, Any] = {"seed": args.seed, "commands": {}}
-    if args.only and args.out.exists():  # the other commands stay
-        record = json.loads(args.out.read_text())
-    folder = Path(tempfile.mkdtemp(prefix="kills-"))
-    world = make_world(folder / "world")
-    for name in names:
-        found = audit(commands()[name], world, folder / name, args.kills // len(names), args.seed)
-        record["commands"][name] = found
-        record["kills"] = sum(one["kills"] for one in record["commands"].values())
-        print(name, json.dumps(found)[:3000], flush=True)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(args.out, json.dumps(record, indent=1).encode() + b"\n")
-    failed = any(found["problems"] for found in record["commands"].values())
-    if not failed:
-        shutil.rmtree(folder)
-    return int(failed)
+def cases(total: int, names: Sequence[str]) -> dict[str, int]:
+    """The same number for each command."""
+    return dict.fromkeys(names, total // len(names))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(audit, "kills", 500, NAMES, cases, more=MORE, about=__doc__))

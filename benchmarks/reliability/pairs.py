@@ -8,32 +8,26 @@ succeed, and the output must be that of a single run.
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
 import shutil
 import sys
-import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.reliability.commands import (
-    RESULTS,
-    SEED,
     Command,
     World,
-    commands,
     end_child,
     import_what_is_used,
     leftovers,
-    make_world,
     problem_of,
     run_child,
     start_child,
 )
-from fusion_detox.files.atomic import write_whole
+from benchmarks.reliability.record import run
 
 SHARES = {
     "generate": 30,
@@ -82,33 +76,11 @@ def audit(command: Command, world: World, folder: Path, pairs: int, seed: int) -
     return {**counts, "problems": problems}
 
 
-def main() -> int:
-    """Runs the audit; returns 1 if there is a problem."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=100)
-    parser.add_argument("--only", choices=SHARES, action="append")
-    parser.add_argument("--seed", type=int, default=SEED)
-    parser.add_argument("--out", type=Path, default=RESULTS / "pairs.json")
-    args = parser.parse_args()
-    record: dict[str, Any] = {"seed": args.seed, "commands": {}}
-    if args.only and args.out.exists():  # the other commands stay
-        record = json.loads(args.out.read_text())
-    folder = Path(tempfile.mkdtemp(prefix="pairs-"))
-    world = make_world(folder / "world")
-    shares = {name: SHARES[name] for name in args.only or SHARES}
-    for name, share in shares.items():
-        pairs = round(args.pairs * share / sum(shares.values()))
-        found = audit(commands()[name], world, folder / name, pairs, args.seed)
-        record["commands"][name] = found
-        record["pairs"] = sum(one["pairs"] for one in record["commands"].values())
-        print(name, json.dumps(found)[:3000], flush=True)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(args.out, json.dumps(record, indent=1).encode() + b"\n")
-    failed = any(found["problems"] for found in record["commands"].values())
-    if not failed:
-        shutil.rmtree(folder)
-    return int(failed)
+def cases(total: int, names: Sequence[str]) -> dict[str, int]:
+    """More for the commands that take less time."""
+    whole = sum(SHARES[name] for name in names)
+    return {name: round(total * SHARES[name] / whole) for name in names}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(audit, "pairs", 100, tuple(SHARES), cases, about=__doc__))
