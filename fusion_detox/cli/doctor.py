@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import typer
 
 from fusion_detox.cli.console import quiet_libraries, results
+from fusion_detox.cli.shared_options import CalibratorArgument
 from fusion_detox.errors import (
     CalibratorError,
     FusionDetoxError,
@@ -36,12 +37,7 @@ def register(app: typer.Typer) -> None:
 
 
 def doctor(
-    calibrator: Annotated[
-        str,
-        typer.Argument(
-            help="Name of a shipped calibrator, a folder, or a hub id.", metavar="CALIBRATOR"
-        ),
-    ],
+    calibrator: CalibratorArgument,
     target: Annotated[
         str | None,
         typer.Option(
@@ -166,6 +162,7 @@ def _models(calibrator: Calibrator) -> str:
     """Runs both models on a text."""
     import torch
 
+    from fusion_detox.cli.info import parameter_count
     from fusion_detox.vocabulary.token_table import encode
 
     ids = [calibrator.bos_id, *encode(calibrator.tokenizer, [_SAMPLE])[0]]
@@ -184,9 +181,8 @@ def _models(calibrator: Calibrator) -> str:
             "The clean and the reference model are equal, so their difference is zero. One of them "
             "is in the wrong place, or was never trained further."
         )
-    counts = (sum(p.numel() for p in model.parameters()) for model in calibrator.models.values())
-    sizes = zip(calibrator.models, counts, strict=True)
-    return "; ".join(f"{part}: {count:,} parameters, finite" for part, count in sizes)
+    sizes = {part: parameter_count(model) for part, model in calibrator.models.items()}
+    return "; ".join(f"{part}: {count:,} parameters, finite" for part, count in sizes.items())
 
 
 def _effect(calibrator: Calibrator, target: str | None) -> str:
@@ -233,4 +229,4 @@ def _print_table(name: str, checks: list[Check]) -> None:
 
 
 def _say(text: str) -> None:
-    results().print(text, markup=False, soft_wrap=True)
+    results().print(text, soft_wrap=True)

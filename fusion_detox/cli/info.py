@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fusion_detox.cli.console import quiet_libraries, results, write_json
+from fusion_detox.cli.shared_options import CalibratorArgument
 
 if TYPE_CHECKING:
     from fusion_detox.calibrator.calibrator import Calibrator
@@ -21,12 +22,7 @@ def register(app: typer.Typer) -> None:
 
 
 def info(
-    calibrator: Annotated[
-        str,
-        typer.Argument(
-            help="Name of a shipped calibrator, a folder, or a hub id.", metavar="CALIBRATOR"
-        ),
-    ],
+    calibrator: CalibratorArgument,
     target: Annotated[
         str | None,
         typer.Option(
@@ -66,7 +62,7 @@ def describe(calibrator: Calibrator, name: str) -> dict[str, Any]:
         "folder": str(folder.resolve()),
         "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
         "distributions": list(calibrator.models),
-        "parameters": {kind: _parameters(model) for kind, model in calibrator.models.items()},
+        "parameters": {kind: parameter_count(model) for kind, model in calibrator.models.items()},
         "vocabulary_size": calibrator.vocabulary_size,
         "tokenizer": calibrator.tokens.kind,
         "context_length": calibrator.context_length,
@@ -102,7 +98,8 @@ def describe_map(calibrator: Calibrator, target: str) -> dict[str, Any]:
     }
 
 
-def _parameters(model: Any) -> int:
+def parameter_count(model: Any) -> int:
+    """The number of values in a model's weights."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 MEASURES = "Measures"
 RUNNING = "Running"
 
-CalibratorName = Annotated[
-    str, typer.Option(help="Name of a shipped calibrator, a folder, or a hub id.")
-]
+_CALIBRATOR = "Name of a shipped calibrator, a folder, or a hub id."
+CalibratorName = Annotated[str, typer.Option(help=_CALIBRATOR)]
+CalibratorArgument = Annotated[str, typer.Argument(help=_CALIBRATOR, metavar="CALIBRATOR")]
 
 Target = Annotated[
     str,

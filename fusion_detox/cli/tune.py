@@ -209,7 +209,7 @@ def _show(found: Tuning) -> None:
         mark = "*" * (trial is found.chosen) + "=" * (trial is found.present)
         table.add_row(mark, *(_cell(row[name]) for name in columns))
     results().print(table)
-    results().print(found.verdict(), soft_wrap=True, markup=False)
+    results().print(found.verdict(), soft_wrap=True)
 
 
 def _cell(value: Any) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from safetensors.torch import load_file
 
 from fusion_detox.errors import MissingExtraError, ModelError, ModelNotFoundError
 from fusion_detox.files.loading_errors import LOADING_ERRORS, describe, explained, first_line
+from fusion_detox.files.untrusted import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,8 +61,8 @@ def find_adapter(name_or_path: str | os.PathLike[str]) -> Adapter | None:
     if not path.is_file():
         return None
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        values = read_json(path, finite=False)
+    except (OSError, ValueError) as error:
         raise ModelError(
             f"{path} cannot be read: {first_line(error)}. Copy the adapter's folder again."
         ) from error

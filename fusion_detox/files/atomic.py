@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from fusion_detox.files.locks import Lock
+from fusion_detox.files.locks import Lock, parents_of
 
 UNFINISHED = ".new-"
 """Part of the name of what is still being written; the name starts with a dot."""
@@ -70,27 +70,17 @@ def replacing_folder(folder: Path, *, keep: Callable[[str], bool] | None = None)
     Raises:
         OSError: The folder cannot be created or moved to its place.
     """
-    for parent in folder.parents:
-        if parent.exists() and not parent.is_dir():
-            raise NotADirectoryError(f"{parent} is not a folder")
-    created = [parent for parent in folder.parents if not parent.exists()]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with _sole_writer(folder):
-            beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}{UNFINISHED}"))
-            try:
-                new = beside / "new" / folder.name
-                new.mkdir(parents=True)  # with the usual permissions, unlike mkdtemp's
-                yield new
-                if keep is not None and folder.is_dir():
-                    link_entries(folder, new, keep)
-                _replace(folder, new)
-            finally:
-                shutil.rmtree(beside, ignore_errors=True)
-    finally:
-        for parent in created:
-            with contextlib.suppress(OSError):  # it is not empty
-                parent.rmdir()
+    with parents_of(folder), _sole_writer(folder):
+        beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}{UNFINISHED}"))
+        try:
+            new = beside / "new" / folder.name
+            new.mkdir(parents=True)  # with the usual permissions, unlike mkdtemp's
+            yield new
+            if keep is not None and folder.is_dir():
+                link_entries(folder, new, keep)
+            _replace(folder, new)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
 
 
 def link_entries(source: Path, target: Path, wanted: Callable[[str], bool]) -> None:

@@ -122,6 +122,27 @@ def sole_process(path: Path, what: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def parents_of(path: Path) -> Iterator[None]:
+    """Create the folders above ``path``, and afterwards remove those that stayed empty.
+
+    Raises:
+        NotADirectoryError: One of them is a file.
+        OSError: They cannot be created.
+    """
+    for parent in path.parents:
+        if parent.exists() and not parent.is_dir():
+            raise NotADirectoryError(f"{parent} is not a folder")
+    created = [parent for parent in path.parents if not parent.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        for parent in created:
+            with contextlib.suppress(OSError):  # it is not empty
+                parent.rmdir()
+
+
+@contextlib.contextmanager
 def claimed(output: Path) -> Iterator[None]:
     """Be the only process that writes ``output``, a file or folder that need not exist yet.
 
@@ -131,23 +152,17 @@ def claimed(output: Path) -> Iterator[None]:
         DataFileError: Another process holds the lock, or the folder cannot be written.
     """
     output = Path(os.path.realpath(output))
-    for parent in output.parents:
-        if parent.exists() and not parent.is_dir():
-            raise DataFileError(f"{parent} is not a folder; choose another output")
-    created = [parent for parent in output.parents if not parent.exists()]
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataFileError(
-            f"cannot create the folder {output.parent}: {error.strerror}; choose another output"
-        ) from error
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(parents_of(output))
+        except NotADirectoryError as error:
+            raise DataFileError(f"{error}; choose another output") from error
+        except OSError as error:
+            raise DataFileError(
+                f"cannot create the folder {output.parent}: {error.strerror}; choose another output"
+            ) from error
         with sole_process(output.with_name(f".{output.name}.lock"), str(output)):
             yield
-    finally:
-        for parent in created:
-            with contextlib.suppress(OSError):  # it is not empty
-                parent.rmdir()
 
 
 def claims(parameter: str) -> Callable[[Callable[P, R]], Callable[P, R]]:

@@ -20,6 +20,7 @@ from fusion_detox.errors import DataFileError, FusionDetoxError, TrainingError
 from fusion_detox.files.atomic import recover
 from fusion_detox.files.loading_errors import first_line
 from fusion_detox.files.locks import claims
+from fusion_detox.files.untrusted import read_json
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -98,8 +99,8 @@ def finished_record(output: Path) -> dict[str, Any]:
     """The record of a finished training run in ``output``; empty if there is none."""
     recover(output)
     try:
-        record = json.loads((output / "training.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        record = read_json(output / "training.json", finite=False)
+    except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) and "fingerprint" in record else {}
 
