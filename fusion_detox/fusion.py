@@ -8,8 +8,10 @@ keep their probability, so end-of-text becomes neither more nor less likely.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,15 +19,40 @@ from torch import Tensor
 from fusion_detox.config import FusionConfig
 from fusion_detox.errors import DataError
 
-Columns = Callable[[Tensor], Tensor]
-"""Selects the needed columns of a ``(batch, vocab)`` tensor."""
-
 _MAX_LOG = 104.0
 """In nats: no finite ratio of two float32 numbers is larger than e to this power."""
+_HUGE = 1e30
+"""Scores up to this size stay finite in float32 when another one is subtracted."""
 _MAX_SHIFT = 1e30
 """In nats: sums of it stay finite in float32."""
 _SATURATED = 1 - 1e-6
 """Scores up to this fraction of a soft cap are inverted; float32 cannot separate higher ones."""
+
+
+class Selection(NamedTuple):
+    """The tokens that may move, a few hundred of tens of thousands.
+
+    Attributes:
+        log_probs: ``(batch, vocab)`` float32, of the target. Its candidates are overwritten.
+        broken: ``(batch, 1)`` bool, rows with NaN, with a score of +inf or with only -inf.
+        ordinary: Whether no log-prob leaves the range of float32 when scores are normalised.
+        tokens: ``(batch, candidates)`` ids. Shorter rows end with copies of their first one.
+        present: ``(batch, candidates)`` bool, ``False`` for those copies.
+        logs: ``(batch, candidates)`` log-probs of the candidates, and -inf for copies.
+        removed: ``(batch, vocab)`` bool, the tokens that lose all their probability, if any.
+    """
+
+    log_probs: Tensor
+    broken: Tensor
+    ordinary: bool
+    tokens: Tensor
+    present: Tensor
+    logs: Tensor
+    removed: Tensor | None
+
+    def at(self, values: Tensor) -> Tensor:
+        """``(batch, candidates)`` columns of a ``(batch, vocab)`` tensor."""
+        return values.gather(-1, self.tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +61,9 @@ class Fusion:
 
     Attributes:
         scores: ``(batch, vocab)`` logits or log-probs of the target.
-        log_probs: The same, normalised, in float32.
-        candidates: ``(batch, vocab)`` bool, the tokens that may move.
-        removed: ``(batch, vocab)`` bool, the tokens that lose all their probability, if any.
-        shift: Given a strength and the columns wanted, how far log-probs move, in nats, up to a
-            constant per row.
+        chosen: The candidates and the target's log-probs.
+        shift: Given a strength, how far the candidates' log-probs move, ``(batch, candidates)`` in
+            nats, up to a constant per row.
         config: The rule and its settings.
         strength_scale: ``(batch,)`` factors of the strength; ``None`` for 1.
         context: ``(batch,)`` factors of all log-ratios within ``context_limit``, already in
@@ -46,10 +71,8 @@ class Fusion:
     """
 
     scores: Tensor
-    log_probs: Tensor
-    candidates: Tensor
-    removed: Tensor | None
-    shift: Callable[[Tensor | float, Columns], Tensor]
+    chosen: Selection
+    shift: Callable[[Tensor | float], Tensor]
     config: FusionConfig
     strength_scale: Tensor | None = None
     context: Tensor | None = None
@@ -59,51 +82,76 @@ class Fusion:
 
         It is 0 for rows with NaN, which are returned unchanged.
         """
-        strength = torch.where(_broken(self.log_probs), 0.0, self._within_budget()[0])
+        strength = torch.where(self.chosen.broken, 0.0, self._within_budget()[0])
         if self.context is not None:
             strength = strength * self.context[:, None]
-        return strength.squeeze(-1).to(self.log_probs.dtype)
+        return strength.squeeze(-1).to(torch.float32)
 
     def fused(self) -> Tensor:
-        """``(batch, vocab)`` normalised log-probs in the dtype of the scores."""
-        strength, removed = self._within_budget()
-        log_probs, candidates = self.log_probs, self.candidates
-        moved = _move(log_probs, self.shift(strength, _all_columns), candidates, removed)
-        moved = torch.where(candidates.any(-1, keepdim=True), moved, log_probs)
-        scores = self.scores
-        moved = torch.where(_broken(log_probs), scores.float(), moved)
-        forbidden = torch.isneginf(scores)
-        if removed is not None:
-            forbidden |= removed & torch.isneginf(moved)
+        """``(batch, vocab)`` normalised log-probs in the dtype of the scores.
+
+        The candidates keep their mass as a group; that of removed tokens goes to them too. A group
+        that would lose everything is left as it is.
+        """
+        strength, removes = self._within_budget()
+        scores, chosen, dtype = self.scores, self.chosen, self.scores.dtype
+        mass = torch.logsumexp(chosen.logs, -1, keepdim=True)
+        if removes is not None:
+            mass = torch.where(removes, torch.logaddexp(mass, self._removed_mass), mass)
+        shifted = (chosen.logs + self.shift(strength)).masked_fill(~chosen.present, -math.inf)
+        total = torch.logsumexp(shifted, -1, keepdim=True)
+        moves = ~torch.isneginf(total)
         # A log-prob below the smallest number of the dtype must not become -inf, which forbids it.
-        smallest = max(torch.finfo(scores.dtype).min, torch.finfo(torch.float32).min)
-        return moved.clamp_min(smallest).masked_fill(forbidden, -math.inf).to(scores.dtype)
+        smallest = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
+        new = (shifted + (mass - total)).clamp_min(smallest)
+        new = torch.where(moves, new, chosen.at(chosen.log_probs))
+        new = torch.where(chosen.present, new, new[:, :1])
+        # Writing in place saves a copy, and a second call writes the same; autograd forbids it.
+        write = torch.Tensor.scatter if chosen.log_probs.requires_grad else torch.Tensor.scatter_
+        result = write(chosen.log_probs, -1, chosen.tokens, new)
+        removed = None
+        if chosen.removed is not None and removes is not None:
+            removed = chosen.removed & removes & moves
+            result = result.masked_fill(removed, -math.inf)
+        if dtype != torch.float32 or not chosen.ordinary:
+            forbidden = torch.isneginf(scores)
+            forbidden = forbidden if removed is None else forbidden | removed
+            result = result.clamp_min(smallest).masked_fill(forbidden, -math.inf)
+        if bool(chosen.broken.any()):
+            result = torch.where(chosen.broken, scores.float(), result)
+        return result.to(dtype)
+
+    @functools.cached_property
+    def _removed_mass(self) -> Tensor:
+        """``(batch, 1)`` log of the mass of the removed tokens, before any is removed."""
+        assert self.chosen.removed is not None
+        removed = self.chosen.log_probs.masked_fill(~self.chosen.removed, -math.inf)
+        return torch.logsumexp(removed, -1, keepdim=True)
 
     def _within_budget(self) -> tuple[Tensor | float, Tensor | None]:
-        """``(batch, 1)`` largest strengths within the KL budget, and the tokens to remove.
+        """``(batch, 1)`` largest strengths within the KL budget, and the rows to remove tokens in.
 
         ``KL(f_a ‖ p)`` grows with ``a`` for every rule except under a soft-capped head, where
         bisection still ends within the budget. If removing the implausible tokens would by itself
         exceed the budget, they stay.
         """
-        config, candidates, removed = self.config, self.candidates, self.removed
+        config, chosen = self.config, self.chosen
+        removes = None if chosen.removed is None else torch.ones_like(chosen.broken)
         max_strength: Tensor | float = config.strength
         if self.strength_scale is not None:
             max_strength = config.strength * self.strength_scale[:, None]
-        count = int(candidates.sum(-1).max()) if config.kl_budget is not None else 0
-        if config.kl_budget is None or count == 0:
-            return max_strength, removed
-        logs, index = self.log_probs.masked_fill(~candidates, -math.inf).topk(count, dim=-1)
-        present = torch.isfinite(logs)
+        if config.kl_budget is None or not bool(chosen.present.any()):
+            return max_strength, removes
+        logs, present = chosen.logs, chosen.present
         own = torch.logsumexp(logs, -1, keepdim=True).exp()
         group = own
-        if removed is not None:
-            group = own + self.log_probs.exp().masked_fill(~removed, 0.0).sum(-1, keepdim=True)
-            affordable = group * torch.log(group / own.clamp_min(1e-30)) <= config.kl_budget
-            removed, group = removed & affordable, torch.where(affordable, group, own)
+        if removes is not None:
+            group = own + self._removed_mass.exp()
+            removes = group * torch.log(group / own.clamp_min(1e-30)) <= config.kl_budget
+            group = torch.where(removes, group, own)
 
         def divergence(strength: Tensor) -> Tensor:
-            steps = self.shift(strength, lambda values: values.gather(-1, index))
+            steps = self.shift(strength)
             tilted = (logs + steps).masked_fill(~present, -math.inf)
             total = torch.logsumexp(tilted, -1, keepdim=True)
             distribution = (tilted - total).exp().nan_to_num(nan=0.0)
@@ -117,7 +165,7 @@ class Fusion:
             middle = (low + high) / 2
             fits = divergence(middle) <= config.kl_budget
             low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
-        return torch.where(within, largest, low), removed
+        return torch.where(within, largest, low), removes
 
 
 def fuse(
@@ -182,30 +230,29 @@ def prepare(
     context: Tensor | None = None,
 ) -> Fusion:
     """Prepares a step of a rule that works on distributions; arguments as in :func:`fuse`."""
-    log_probs, candidates, removed = _select(scores, mapped, config)
+    chosen = _select(scores, mapped, config)
     limited = config.contrasts and config.context_limit is not None and context is not None
     if context is not None and not limited:
         strength_scale, context = times(strength_scale, context), None
+    clean, logs, present = chosen.at(clean), chosen.logs, chosen.present
     if config.contrasts:
         assert reference is not None
-        difference = log_ratio(clean, reference, config).masked_fill(~candidates, 0.0)
+        difference = log_ratio(clean, chosen.at(reference), config).masked_fill(~present, 0.0)
         if context is not None and config.context_limit is not None:
             always = (difference + config.context_limit).clamp_max(0.0)
             difference = context[:, None] * (difference - always) + always
         shift = _times(difference)
     elif config.rule == "product":
-        shift = _times(torch.log(clean + config.floor) - log_probs)
+        shift = _times(torch.log(clean + config.floor) - logs)
     else:
-        inside = log_probs.masked_fill(~candidates, -math.inf)
-        inside = inside - torch.logsumexp(inside, dim=-1, keepdim=True)
-        own = clean.masked_fill(~candidates, 0.0)
+        inside = logs - torch.logsumexp(logs, dim=-1, keepdim=True)
+        own = clean.masked_fill(~present, 0.0)
         own = own / own.sum(-1, keepdim=True).clamp_min(1e-30)
 
-        def shift(strength: Tensor | float, columns: Columns) -> Tensor:
-            target = columns(inside)
-            return torch.log((1 - strength) * target.exp() + strength * columns(own)) - target
+        def shift(strength: Tensor | float) -> Tensor:
+            return torch.log((1 - strength) * inside.exp() + strength * own) - inside
 
-    return Fusion(scores, log_probs, candidates, removed, shift, config, strength_scale, context)
+    return Fusion(scores, chosen, shift, config, strength_scale, context)
 
 
 def prepare_aligned(
@@ -231,21 +278,22 @@ def prepare_aligned(
         config: The settings.
         strength_scale: As in :func:`fuse`.
     """
-    log_probs, candidates, removed = _select(scores, known, config)
+    chosen = _select(scores, known, config)._replace(ordinary=False)
+    projected, logs = chosen.at(projected), chosen.logs
     if cap is None:
-        shift = _times((projected - log_probs).clamp(-_MAX_SHIFT, _MAX_SHIFT))
+        shift = _times((projected - logs).clamp(-_MAX_SHIFT, _MAX_SHIFT))
     else:
-        bounded = (scores.float() / cap).clamp(-_SATURATED, _SATURATED)
+        given = chosen.at(scores).float()
+        bounded = (given / cap).clamp(-_SATURATED, _SATURATED)
         raw = cap * torch.atanh(bounded)
         # An earlier processor may have moved scores beyond the cap; keep that excess.
-        rest = scores.float() - cap * bounded
+        rest = given - cap * bounded
 
-        def shift(strength: Tensor | float, columns: Columns) -> Tensor:
-            mixed = (1 - strength) * columns(raw) + strength * columns(projected)
-            fused = cap * torch.tanh(mixed / cap) + (1 - strength) * columns(rest)
-            return fused - columns(log_probs)
+        def shift(strength: Tensor | float) -> Tensor:
+            mixed = (1 - strength) * raw + strength * projected
+            return cap * torch.tanh(mixed / cap) + (1 - strength) * rest - logs
 
-    return Fusion(scores, log_probs, candidates, removed, shift, config, strength_scale)
+    return Fusion(scores, chosen, shift, config, strength_scale)
 
 
 def log_ratio(clean: Tensor, reference: Tensor, config: FusionConfig) -> Tensor:
@@ -286,48 +334,37 @@ def fit(tensor: Tensor, width: int) -> Tensor:
     return torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor
 
 
-def _select(
-    scores: Tensor, mapped: Tensor, config: FusionConfig
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Log-probs, the candidates, and the tokens to remove.
+def _select(scores: Tensor, mapped: Tensor, config: FusionConfig) -> Selection:
+    """Chooses the candidates: the plausible tokens that the map reaches.
 
     Plausible tokens reach a given fraction of the top probability (Li et al. 2023, eq. 3).
     """
     log_probs = torch.log_softmax(scores.float(), dim=-1)
-    plausible = log_probs > -math.inf
+    best, top = log_probs.max(-1, keepdim=True)
+    # Only a huge sum of scores can take a log-prob out of the range of float32.
+    ordinary = not bool((scores.gather(-1, top).abs() > _HUGE).any())
     if config.plausibility > 0:
-        best = log_probs.amax(-1, keepdim=True)
-        plausible = plausible & (log_probs >= best + math.log(config.plausibility))
-    candidates = mapped & plausible
-    return log_probs, candidates, mapped & ~candidates if config.outside == "remove" else None
+        plausible = log_probs >= best + math.log(config.plausibility)
+    else:
+        plausible = log_probs > -math.inf
+    candidates = plausible & mapped
+    removed = mapped & ~candidates if config.outside == "remove" else None
+    rows, found = candidates.nonzero().unbind(-1)
+    counts = torch.bincount(rows, minlength=len(scores))
+    widest = max(1, int(counts.max())) if len(scores) else 1
+    columns = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
+    tokens = found.new_zeros(len(scores), widest)
+    tokens[rows, columns] = found
+    present = torch.arange(widest, device=rows.device) < counts[:, None]
+    tokens = torch.where(present, tokens, tokens[:, :1])
+    logs = log_probs.gather(-1, tokens).masked_fill(~present, -math.inf)
+    return Selection(log_probs, torch.isnan(best), ordinary, tokens, present, logs, removed)
 
 
-def _times(difference: Tensor) -> Callable[[Tensor | float, Columns], Tensor]:
-    def shift(strength: Tensor | float, columns: Columns) -> Tensor:
-        steps = strength * columns(difference)
+def _times(difference: Tensor) -> Callable[[Tensor | float], Tensor]:
+    def shift(strength: Tensor | float) -> Tensor:
+        steps = strength * difference
         # A strength of 0 times a log-ratio of -inf moves nothing.
         return torch.where(steps.isnan(), 0.0, steps) if isinstance(strength, Tensor) else steps
 
     return shift
-
-
-def _all_columns(values: Tensor) -> Tensor:
-    return values
-
-
-def _broken(log_probs: Tensor) -> Tensor:
-    """``(batch, 1)`` rows with NaN; a score of +inf, or only scores of -inf, also cause NaN."""
-    return torch.isnan(log_probs).any(-1, keepdim=True)
-
-
-def _move(log_probs: Tensor, shift: Tensor, candidates: Tensor, removed: Tensor | None) -> Tensor:
-    """Adds ``shift`` to the candidates and rescales them to the mass they had as a group.
-
-    The mass of ``removed`` tokens goes to the group too. A group that would lose everything is left
-    as it is.
-    """
-    group = candidates if removed is None else candidates | removed
-    mass = torch.logsumexp(log_probs.masked_fill(~group, -math.inf), -1, keepdim=True)
-    shifted = (log_probs + shift).masked_fill(~candidates, -math.inf)
-    total = torch.logsumexp(shifted, -1, keepdim=True)
-    return torch.where(group & ~torch.isneginf(total), shifted + (mass - total), log_probs)

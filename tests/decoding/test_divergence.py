@@ -252,7 +252,8 @@ def test_what_lies_below_the_limit_counts_in_any_text(
     if rule == "product":  # has no log-ratios
         torch.testing.assert_close(closed.with_settings(context_limit=0.0)(ids, scores), scores)
         return
-    ratios = plain._step(ids.tolist(), scores, [0.9, 0.9], [0, 1]).shift(1.0, lambda all_: all_)
+    step = plain._step(ids.tolist(), scores, [0.9, 0.9], [0, 1])
+    ratios = torch.zeros_like(scores).scatter(-1, step.chosen.tokens, step.shift(1.0))
     mapped = plain.vocabulary.mapped
     mass = scores[:, mapped].logsumexp(-1, keepdim=True)
     for limit in (0.0, 0.05, 0.2):
