@@ -36,8 +36,11 @@ class Selection(NamedTuple):
         log_probs: ``(batch, vocab)`` float32, of the target. Its candidates are overwritten.
         broken: ``(batch, 1)`` bool, rows with NaN, with a score of +inf or with only -inf.
         ordinary: Whether no log-prob leaves the range of float32 when scores are normalised.
-        tokens: ``(batch, candidates)`` ids. Shorter rows end with copies of their first one.
-        present: ``(batch, candidates)`` bool, ``False`` for those copies.
+        places: ``(total,)`` ascending ``row * vocab + token`` of all candidates of all rows.
+        columns: ``(batch, candidates)`` indices into ``places``. Shorter rows end with copies of
+            their first candidate.
+        tokens: ``(batch, candidates)`` ids.
+        present: ``(batch, candidates)`` bool, ``False`` for the copies.
         logs: ``(batch, candidates)`` log-probs of the candidates, and -inf for copies.
         removed: ``(batch, vocab)`` bool, the tokens that lose all their probability, if any.
     """
@@ -45,6 +48,8 @@ class Selection(NamedTuple):
     log_probs: Tensor
     broken: Tensor
     ordinary: bool
+    places: Tensor
+    columns: Tensor
     tokens: Tensor
     present: Tensor
     logs: Tensor
@@ -220,6 +225,45 @@ def strength_used(
     return prepare(scores, clean, reference, mapped, config).strength()
 
 
+def select(scores: Tensor, mapped: Tensor, config: FusionConfig) -> Selection:
+    """Chooses the candidates: the plausible tokens that the map reaches.
+
+    Plausible tokens reach a given fraction of the top probability (Li et al. 2023, eq. 3).
+
+    Args:
+        scores: ``(batch, vocab)`` logits or log-probs.
+        mapped: ``(vocab,)`` or ``(batch, vocab)`` bool, the tokens that may move.
+        config: ``plausibility`` and ``outside`` are used.
+    """
+    batch, vocab = scores.shape
+    log_probs = torch.log_softmax(scores.float(), dim=-1)
+    best = log_probs.amax(-1, keepdim=True)
+    # Only a huge sum of scores can take a log-prob out of the range of float32.
+    ordinary = not bool((scores.amax(-1).abs() > _HUGE).any())
+    if config.plausibility > 0:
+        plausible = log_probs >= best + math.log(config.plausibility)
+    else:
+        plausible = log_probs > -math.inf
+    removed = mapped & ~plausible if config.outside == "remove" else None
+    # Flat, since a two-dimensional nonzero is slower.
+    places = plausible.view(-1).nonzero().view(-1)
+    rows, tokens = places // vocab, places % vocab
+    reached = mapped.expand_as(plausible)[rows, tokens]
+    places, rows = places[reached], rows[reached]
+    counts = torch.bincount(rows, minlength=batch)
+    widest = max(1, int(counts.max())) if batch else 1
+    if not len(places):
+        places = places.new_zeros(1)  # something to point to
+    order = torch.arange(widest, device=places.device)
+    present = order < counts[:, None]
+    columns = torch.where(present, order, 0) + (counts.cumsum(0) - counts)[:, None]
+    columns = columns.clamp_max(len(places) - 1)
+    tokens = places[columns] % vocab
+    logs = log_probs.gather(-1, tokens).masked_fill(~present, -math.inf)
+    broken = torch.isnan(best)
+    return Selection(log_probs, broken, ordinary, places, columns, tokens, present, logs, removed)
+
+
 def prepare(
     scores: Tensor,
     clean: Tensor,
@@ -230,14 +274,39 @@ def prepare(
     context: Tensor | None = None,
 ) -> Fusion:
     """Prepares a step of a rule that works on distributions; arguments as in :func:`fuse`."""
-    chosen = _select(scores, mapped, config)
+    chosen = select(scores, mapped, config)
+    at_reference = None if reference is None else chosen.at(reference)
+    clean = chosen.at(clean)
+    return prepare_candidates(scores, chosen, clean, at_reference, config, strength_scale, context)
+
+
+def prepare_candidates(
+    scores: Tensor,
+    chosen: Selection,
+    clean: Tensor,
+    reference: Tensor | None,
+    config: FusionConfig,
+    strength_scale: Tensor | None = None,
+    context: Tensor | None = None,
+) -> Fusion:
+    """Prepares a step from the candidates' probabilities alone.
+
+    Args:
+        scores: See :func:`fuse`.
+        chosen: What :func:`select` chose from the scores.
+        clean: ``(batch, candidates)`` probabilities of the clean model.
+        reference: The same for the reference model; only the contrast rules read it.
+        config: See :func:`fuse`.
+        strength_scale: See :func:`fuse`.
+        context: See :func:`fuse`.
+    """
     limited = config.contrasts and config.context_limit is not None and context is not None
     if context is not None and not limited:
         strength_scale, context = times(strength_scale, context), None
-    clean, logs, present = chosen.at(clean), chosen.logs, chosen.present
+    logs, present = chosen.logs, chosen.present
     if config.contrasts:
         assert reference is not None
-        difference = log_ratio(clean, chosen.at(reference), config).masked_fill(~present, 0.0)
+        difference = log_ratio(clean, reference, config).masked_fill(~present, 0.0)
         if context is not None and config.context_limit is not None:
             always = (difference + config.context_limit).clamp_max(0.0)
             difference = context[:, None] * (difference - always) + always
@@ -278,7 +347,7 @@ def prepare_aligned(
         config: The settings.
         strength_scale: As in :func:`fuse`.
     """
-    chosen = _select(scores, known, config)._replace(ordinary=False)
+    chosen = select(scores, known, config)._replace(ordinary=False)
     projected, logs = chosen.at(projected), chosen.logs
     if cap is None:
         shift = _times((projected - logs).clamp(-_MAX_SHIFT, _MAX_SHIFT))
@@ -332,33 +401,6 @@ def fit(tensor: Tensor, width: int) -> Tensor:
     """Cuts the last dimension to ``width``, or pads it with zeros."""
     missing = width - tensor.shape[-1]
     return torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor
-
-
-def _select(scores: Tensor, mapped: Tensor, config: FusionConfig) -> Selection:
-    """Chooses the candidates: the plausible tokens that the map reaches.
-
-    Plausible tokens reach a given fraction of the top probability (Li et al. 2023, eq. 3).
-    """
-    log_probs = torch.log_softmax(scores.float(), dim=-1)
-    best, top = log_probs.max(-1, keepdim=True)
-    # Only a huge sum of scores can take a log-prob out of the range of float32.
-    ordinary = not bool((scores.gather(-1, top).abs() > _HUGE).any())
-    if config.plausibility > 0:
-        plausible = log_probs >= best + math.log(config.plausibility)
-    else:
-        plausible = log_probs > -math.inf
-    candidates = plausible & mapped
-    removed = mapped & ~candidates if config.outside == "remove" else None
-    rows, found = candidates.nonzero().unbind(-1)
-    counts = torch.bincount(rows, minlength=len(scores))
-    widest = max(1, int(counts.max())) if len(scores) else 1
-    columns = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
-    tokens = found.new_zeros(len(scores), widest)
-    tokens[rows, columns] = found
-    present = torch.arange(widest, device=rows.device) < counts[:, None]
-    tokens = torch.where(present, tokens, tokens[:, :1])
-    logs = log_probs.gather(-1, tokens).masked_fill(~present, -math.inf)
-    return Selection(log_probs, torch.isnan(best), ordinary, tokens, present, logs, removed)
 
 
 def _times(difference: Tensor) -> Callable[[Tensor | float], Tensor]:

@@ -24,7 +24,7 @@ from fusion_detox.decoding.target_columns import TargetColumns
 from fusion_detox.decoding.text_context import Covers, TextContext
 from fusion_detox.errors import ConfigError, DataError, InertError
 from fusion_detox.files.models import load_tokenizer
-from fusion_detox.fusion import Fusion, fit, prepare
+from fusion_detox.fusion import Fusion, fit, prepare_candidates, select
 from fusion_detox.vocabulary.map import VocabularyMap
 from fusion_detox.vocabulary.token_table import TokenTable, encode
 
@@ -342,21 +342,23 @@ class FusionLogitsProcessor(LogitsProcessor):
             return self._aligned.prepare(scores, hidden, config, scale, context)
         covers = Covers.of(positions)
         reading = session.read(covers.prefixes, divergence_of=divergence_of)
+        mapped = fit(self.vocabulary.mapped.to(scores.device), scores.shape[-1])
+        chosen = select(scores, mapped, config)
         with plain_mode(reading.values.device):
-            projected = self.vocabulary.project(
+            gathered = self.vocabulary.gather(
                 reading.values.exp(),
                 covers.covers,
                 covers.weights(reading.values),
-                len(positions),
+                chosen.places.to(reading.values.device),
+                (len(scores), scores.shape[-1]),
                 mode="prefix" if self.config.contrasts else "transfer",
             )
-        clean, *reference = fit(projected, scores.shape[-1]).to(scores.device)
-        mapped = fit(self.vocabulary.mapped.to(scores.device), scores.shape[-1])
-        return prepare(
+            clean, *reference = gathered[:, chosen.columns.to(gathered.device)].to(scores.device)
+        return prepare_candidates(
             scores,
+            chosen,
             clean,
             reference[0] if reference else None,
-            mapped,
             config,
             scale,
             self._context_factors(reading, scores),

@@ -74,23 +74,26 @@ def test_the_same_vocabulary_uses_the_calibrator_directly(
     assert processor.vocabulary.kind == "identity"
     ids = byte_tokenizer("You are a complete", return_tensors="pt")["input_ids"]
     scores = torch.randn(1, len(byte_tokenizer))
-    projected, project = [], processor.vocabulary.project
+    seen, gather = [], processor.vocabulary.gather
     monkeypatch.setattr(
         processor.vocabulary,
-        "project",
-        lambda *args, **kwargs: projected.append(project(*args, **kwargs)) or projected[-1],
+        "gather",
+        lambda *args, **kwargs: seen.append((args[3], gather(*args, **kwargs))) or seen[-1][1],
     )
     fused = processor(ids, scores)
-    ((clean, reference),) = projected
+    ((places, found),) = seen
+    clean, reference = torch.zeros(2, 1, scores.shape[-1]).index_copy(2, places, found[:, None])
     bos = torch.tensor([[calibrator.bos_id]])
     with torch.no_grad():
         logits = calibrator.clean(input_ids=torch.cat([bos, ids], 1)).logits[:, -1]
-    torch.testing.assert_close(clean, torch.softmax(logits, -1), atol=1e-6, rtol=1e-5)
+    mapped = processor.vocabulary.mapped
+    assert torch.equal(places, mapped.nonzero().view(-1))
+    own = torch.softmax(logits, -1)[:, mapped]
+    torch.testing.assert_close(clean[:, mapped], own, atol=1e-6, rtol=1e-5)
     wanted = torch.log_softmax(scores, -1) + 1.5 * torch.nn.functional.softshrink(
         torch.log((clean + CONFIG.floor) / (reference + CONFIG.floor)), 0.05
     ).clamp(-3, 3)
     # Special tokens are not candidates and keep their probability.
-    mapped = processor.vocabulary.mapped
     mass = torch.log_softmax(scores, -1)[:, mapped].exp().sum()
     torch.testing.assert_close(
         fused[:, mapped].exp(), torch.softmax(wanted[:, mapped], -1) * mass, atol=1e-5, rtol=1e-4

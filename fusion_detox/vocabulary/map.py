@@ -32,6 +32,9 @@ Mode = Literal["prefix", "transfer"]
 
 # Numbers that a sparse product transposes at a time, so that they stay in the CPU's cache.
 _BLOCK = 1 << 18
+# The few tokens that very many calibrator tokens begin with, such as " ", are mapped by a dense
+# product: at most this many, and those with more than this many calibrator tokens.
+_DENSE_TOKENS, _DENSE_FROM = 32, 64
 
 
 class Cover(NamedTuple):
@@ -77,6 +80,21 @@ class _Matrix(NamedTuple):
         return result
 
 
+class _Dense(NamedTuple):
+    """What a dense product computes.
+
+    Attributes:
+        weights: ``(calibrator tokens, 1 + tokens)``: first 1 for each usable calibrator token, then
+            the rows of the sparse matrix that have the most entries.
+        column: ``(target tokens,)`` the column of each token; 0 for those that have none.
+        lengths: ``(target tokens,)`` entries of the other rows of the sparse matrix.
+    """
+
+    weights: Tensor
+    column: Tensor
+    lengths: Tensor
+
+
 class VocabularyMap:
     """Projects next-token distributions of a calibrator to a target's tokens.
 
@@ -101,6 +119,7 @@ class VocabularyMap:
         self._size = len(target.token_bytes)
         self._static = static or {}
         self._on_device: dict[torch.device, tuple[dict[str, _Matrix], Tensor]] = {}
+        self._dense_on: dict[tuple[torch.device, Mode], _Dense] = {}
         self.from_cache = False
         self.coverage = self.build_seconds = 0.0
         self.kind: Literal["identity", "projection"] = "projection" if static else "identity"
@@ -198,8 +217,7 @@ class VocabularyMap:
             zeros if the target is wider.
         """
         device = probs.device
-        columns = [(n, *cover[:2]) for n, cover in enumerate(covers) if not cover.remainder]
-        kept, row, positions = torch.tensor(columns, device=device).long().view(-1, 3).unbind(1)
+        kept, row, positions = _whole(covers, device)
         if self.kind == "identity":
             result = probs.new_zeros(probs.shape[0], rows, self._size)
             width = min(self._size, probs.shape[-1])
@@ -218,10 +236,88 @@ class VocabularyMap:
         if healed is not None:
             row_of, targets, values = healed
             where = row_of * self._size + targets
-            # index_add_ along an inner dimension is far slower than in one dimension.
-            for d in range(len(probs)):
-                result[d].view(-1).index_add_(0, where, values[d] * scale[d, row_of])
+            _add(result.flatten(1), where, values * scale[:, row_of])
         return result
+
+    def gather(
+        self,
+        probs: Tensor,
+        covers: Sequence[Cover],
+        weights: Tensor,
+        places: Tensor,
+        shape: tuple[int, int],
+        *,
+        mode: Mode,
+    ) -> Tensor:
+        """The columns of ``project`` for some tokens of each row, at the cost of those alone.
+
+        Args:
+            probs: See :meth:`project`.
+            covers: See :meth:`project`.
+            weights: See :meth:`project`.
+            places: ``(n,)`` ascending ``row * vocab + token``; only mapped tokens.
+            shape: ``(rows, vocab)``; the vocabulary may be wider or narrower than the map.
+            mode: See :meth:`project`.
+
+        Returns:
+            ``(distributions, n)`` float32 on the device of ``probs``.
+        """
+        device, (rows, width) = probs.device, shape
+        row, token = places // width, places % width
+        kept, whole, positions = _whole(covers, device)
+        at = torch.zeros(rows, device=device, dtype=torch.long).index_copy(0, whole, positions)
+        share = weights.new_zeros(len(probs), rows).index_copy(1, whole, weights[:, kept])
+        start = at[row] * probs.shape[-1]
+        flat = probs.flatten(1)
+        if self.kind == "identity":
+            known = (token < probs.shape[-1]) & torch.zeros_like(at, dtype=torch.bool).index_fill(
+                0, whole, True
+            )[row]
+            return flat[:, torch.where(known, start + token, 0)] * known
+
+        matrices, _ = self._matrices(device)
+        matrix, dense = matrices[mode], self._dense(device, mode)
+        sums = (probs.flatten(0, 1) @ dense.weights).view(*probs.shape[:2], -1)
+        total = sums[:, at, 0] * share
+        healed = self._heal(total, probs, covers, weights, mode)
+        scale = torch.where(total > torch.finfo(total.dtype).tiny, 1 / total, 0.0)
+        result = sums[:, at[row], dense.column[token]] * (dense.column[token] > 0)
+
+        lengths = dense.lengths[token]
+        ends = lengths.cumsum(0)
+        owner = torch.repeat_interleave(lengths)
+        entry = torch.arange(len(owner), device=device) - (ends - lengths)[owner]
+        entry += matrix.pointers[token][owner]
+        found = flat[:, start[owner] + matrix.columns[entry]] * matrix.values[entry]
+        _add(result, owner, found)
+        result *= share[:, row]
+        if healed is not None:
+            row_of, targets, values = healed
+            wanted = row_of * width + targets
+            place = torch.searchsorted(places, wanted).clamp_max(len(places) - 1)
+            match = ((places[place] == wanted) & (targets < width)).nonzero().view(-1)
+            _add(result, place[match], values[:, match])
+        return result * scale[:, row]
+
+    def _dense(self, device: torch.device, mode: Mode) -> _Dense:
+        """The dense part of ``gather``, made on first use."""
+        found = self._dense_on.get((device, mode))
+        if found is None:
+            matrices, usable = self._matrices(device)
+            pointers, columns, values = matrices[mode]
+            lengths = pointers.diff()
+            most = lengths.topk(min(_DENSE_TOKENS, len(lengths))).indices
+            most = most[lengths[most] > _DENSE_FROM]
+            weights = usable.new_zeros(1 + len(most), len(usable))
+            weights[0] = usable
+            for column, token in enumerate(most.tolist(), 1):
+                part = slice(int(pointers[token]), int(pointers[token + 1]))
+                weights[column].index_add_(0, columns[part].long(), values[part])
+            column = torch.zeros_like(lengths, dtype=torch.long)
+            column[most] = torch.arange(1, 1 + len(most), device=device)
+            found = _Dense(weights.t().contiguous(), column, torch.where(column > 0, 0, lengths))
+            self._dense_on[device, mode] = found
+        return found
 
     def _heal(
         self, total: Tensor, probs: Tensor, covers: Sequence[Cover], weights: Tensor, mode: Mode
@@ -246,8 +342,7 @@ class VocabularyMap:
         gather = (position_of * probs.shape[-1] + tokens).to(device)
         cover_of, row_of = cover_of.to(device), row_of.to(device)
         values = probs.flatten(1)[:, gather] * weights[:, cover_of]
-        for d in range(len(probs)):
-            total[d].index_add_(0, row_of, values[d])
+        _add(total, row_of, values)
         if mode == "transfer":
             return row_of, torch.cat([healing.following for healing in healings]).to(device), values
         starts = (lengths.cumsum(0) - lengths).tolist()
@@ -273,6 +368,20 @@ class VocabularyMap:
             usable[matrices["transfer"].columns.long()] = 1.0
             self._on_device[device] = matrices, usable
         return self._on_device[device]
+
+
+def _whole(covers: Sequence[Cover], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The covers without a remainder: their indices, rows and positions."""
+    found = [(n, *cover[:2]) for n, cover in enumerate(covers) if not cover.remainder]
+    index, row, position = torch.tensor(found).long().view(-1, 3).to(device).unbind(1)
+    return index, row, position
+
+
+def _add(sums: Tensor, index: Tensor, values: Tensor) -> None:
+    """Adds columns of ``values`` to the indexed columns of ``sums``, both of two dimensions."""
+    # index_add_ along an inner dimension is far slower than in one dimension.
+    for own, added in zip(sums, values, strict=True):
+        own.index_add_(0, index, added)
 
 
 def _agree(own: tuple[bytes | None, ...], target: tuple[bytes | None, ...]) -> bool:

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from fusion_detox.errors import VocabularyError
+from fusion_detox.vocabulary import map as vocabulary_map
 from fusion_detox.vocabulary.map import Cover, VocabularyMap
 from fusion_detox.vocabulary.token_table import ENGLISH, TokenTable
 
@@ -256,6 +257,31 @@ def test_a_row_does_not_depend_on_its_neighbours(own, target):
                 mode=mode,
             )
             assert torch.allclose(alone[:, 0], together[:, row], rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("dense", [(0, 0), (32, 0), (32, 8)])
+@pytest.mark.parametrize("mode", ["prefix", "transfer"])
+def test_gathered_columns_are_those_of_the_whole_projection(own, target, mode, dense, monkeypatch):
+    monkeypatch.setattr(vocabulary_map, "_DENSE_TOKENS", dense[0])
+    monkeypatch.setattr(vocabulary_map, "_DENSE_FROM", dense[1])
+    found = build(own, target)
+    probs = distributions(2, 20, own.vocabulary_size)
+    covers, weights = some_covers(own, 16)
+    del covers[0]  # a row that ends inside a character
+    weights = weights[:, 1:]
+    wanted = found.project(probs, covers, weights, 16, mode=mode)
+    generator = torch.Generator().manual_seed(4)
+    size = len(found.mapped)
+    for width, share in ((size, 0.02), (size + 9, 0.5), (size - 3, 1.0), (size, 0.0)):
+        reached = found.mapped[:width]
+        reached = torch.nn.functional.pad(reached, (0, width - len(reached)))
+        chosen = reached & (torch.rand(16, width, generator=generator) < share)
+        places = chosen.view(-1).nonzero().view(-1)
+        if not len(places):
+            places = torch.zeros(1, dtype=torch.long)
+        got = found.gather(probs, covers, weights, places, (16, width), mode=mode)
+        columns = wanted[:, places // width, places % width]
+        torch.testing.assert_close(got, columns, rtol=2e-6, atol=1e-12)
 
 
 def test_only_proportions_of_weights_matter_and_inputs_are_unchanged(own, other_tokenizer):
