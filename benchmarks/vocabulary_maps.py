@@ -79,9 +79,10 @@ def score_text(calibrator, session, vocabulary, tokens, tokenizer, text):
         for mode, depth in VARIANTS:
             cut = [p._replace(word=p.word[len(p.word) - depth :]) for p in positions]
             covers = Covers.of(cut)
-            logs = session.log_probs(covers.prefixes)[:1]
-            weights = covers.weights(logs)
-            mass = vocabulary.project(logs.exp(), covers.covers, weights, len(cut), mode=mode)
+            probs = session.read(covers.prefixes).values
+            weights = covers.weights(probs)
+            every = probs.rows(range(len(covers.prefixes)))
+            mass = vocabulary.project(every, covers.covers, weights, len(cut), mode=mode)
             mass = mass[0].cpu()
             chosen = mass[torch.arange(len(cut)), following].clamp_min(1e-10)
             bits[mode, depth] += (-chosen.log2()).tolist()

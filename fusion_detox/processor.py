@@ -337,19 +337,21 @@ class FusionLogitsProcessor(LogitsProcessor):
         if self._aligned is not None and self.config.aligned:
             # No healing here: a partial word keeps its current tokens.
             reading = session.read(paths, divergence_of=divergence_of, hidden=True)
-            hidden = reading.values if self.config.contrasts else reading.values[:1]
+            hidden = reading.values.rows(range(len(paths)))
+            hidden = hidden if self.config.contrasts else hidden[:1]
             context = self._context_factors(reading, scores)
             return self._aligned.prepare(scores, hidden, config, scale, context)
         covers = Covers.of(positions)
         reading = session.read(covers.prefixes, divergence_of=divergence_of)
         mapped = fit(self.vocabulary.mapped.to(scores.device), scores.shape[-1])
         chosen = select(scores, mapped, config)
-        with plain_mode(reading.values.device):
+        probs = reading.values
+        with plain_mode(probs.device):
             gathered = self.vocabulary.gather(
-                reading.values.exp(),
+                probs,
                 covers.covers,
-                covers.weights(reading.values),
-                chosen.places.to(reading.values.device),
+                covers.weights(probs),
+                chosen.places.to(probs.device),
                 (len(scores), scores.shape[-1]),
                 mode="prefix" if self.config.contrasts else "transfer",
             )

@@ -36,7 +36,7 @@ class Decoder(ABC):
 
         Returns:
             ``(distributions, asked, vocab)``: the asked positions of the first row, then those
-            of the second, and so on.
+            of the second, and so on. The next call may overwrite it.
         """
 
     @abstractmethod

@@ -1,7 +1,7 @@
-"""``CalibratorSession``: a calibrator's log-probs after any texts, and the KV cache behind them.
+"""``CalibratorSession``: a calibrator's distributions after any texts, and its KV cache.
 
-From top to bottom: the session, the log-probs that it keeps, the recent divergence between the two
-models, and the planner that decides which slot of the KV cache serves which text.
+From top to bottom: the session, the distributions that it keeps, the recent divergence between the
+two models, and the planner that decides which slot of the KV cache serves which text.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fusion_detox.decoding.build_decoder import build_decoder
 from fusion_detox.decoding.kv_cache import Row
 from fusion_detox.errors import ConfigError
 from fusion_detox.files.forks import renew_after_fork
-from fusion_detox.fusion import kl_divergence
+from fusion_detox.vocabulary.map import Distributions
 
 if TYPE_CHECKING:
     from fusion_detox.calibrator.calibrator import Calibrator
@@ -30,35 +30,37 @@ Ids = tuple[int, ...]
 
 RECENT = 16
 """Number of positions that the divergence averages; 32, or all, separate toxic text no better."""
-# Minimum number of texts whose log-probs are kept in memory, and maximum bytes.
+# Minimum number of texts whose distributions are kept in memory, and maximum bytes.
 _MEMO_ENTRIES, _MEMO_BYTES = 64, 256 * 2**20
 _DIVERGENCE_ENTRIES, _DIVERGENCE_PARENTS = 4096, 4
 # Rows with more new tokens than this are run apart from rows with few.
 _FEW_TOKENS = 8
-# Bounds of one forward pass: tokens fed, and bytes of log-probs returned.
-_FORWARD_TOKENS, _FORWARD_BYTES = 8192, 128 * 2**20
+# Bounds of one forward pass: tokens fed, and bytes of logits returned.
+_FORWARD_TOKENS, _FORWARD_BYTES = 8192, 32 * 2**20
 # A slot may be taken over if at most this many of its tokens are lost.
 _EXPENDABLE = 16
 _PARENTS = 4
 # Slots that this many calls have not used are reused before the cache grows.
 _IDLE_CALLS = 8
+# Differences of logits are cut to this size, in nats, so that they stay finite.
+_MAX_LOG = 1e4
 
 
 class Reading(NamedTuple):
     """A session's results for the texts of one step.
 
     Attributes:
-        values: ``(distributions, prefixes, vocabulary_size)`` float32 log-probs, or hidden states
-            ``(distributions, prefixes, width)``; the clean model first, then the reference.
+        values: At each prefix, float32 next-token probabilities, ``vocabulary_size`` wide, or the
+            last hidden state; the clean model first, then the reference.
         divergence: Mean ``KL(reference ‖ clean)`` of each text for which it was requested, in nats.
     """
 
-    values: Tensor
+    values: Distributions
     divergence: list[float]
 
 
 class CalibratorSession:
-    """Next-token log-probs of a calibrator's distributions, computed incrementally.
+    """Next-token probabilities of a calibrator's models, computed incrementally.
 
     The result is a pure function of each prefix; the cache only saves time. A prefix that extends,
     shortens or branches off an earlier one costs only its new tokens, and a recently requested one
@@ -115,7 +117,7 @@ class CalibratorSession:
             prefixes: Calibrator ids without BOS. Equal prefixes, and prefixes of others, cost
                 nothing extra.
             divergence_of: Texts whose recent divergence to return; this needs the reference.
-            hidden: Return last hidden states (the output layer's inputs) instead of log-probs.
+            hidden: Return last hidden states (the output layer's inputs) instead.
 
         Returns:
             See :class:`Reading`; the values are on the session's device.
@@ -134,15 +136,15 @@ class CalibratorSession:
                 found, nats = self._compute(texts, self._memo, measured)
             values = {one: nats[window] for one, window in unknown.items()}
             divergence = self._recent.means(divergence_of, values)
-            return Reading(self._gather([found[text] for text in texts]), divergence)
+            return Reading(self._values([found[text] for text in texts]), divergence)
 
     def log_probs(self, prefixes: Sequence[Ids]) -> Tensor:
-        """The log-probs alone; see :meth:`read`."""
-        return self.read(prefixes).values
+        """``(distributions, prefixes, vocabulary_size)`` log-probs; see :meth:`read`."""
+        return self.read(prefixes).values.rows(range(len(prefixes))).log()
 
     def hidden(self, prefixes: Sequence[Ids]) -> Tensor:
-        """The last hidden states alone; see :meth:`read`."""
-        return self.read(prefixes, hidden=True).values
+        """``(distributions, prefixes, width)`` last hidden states; see :meth:`read`."""
+        return self.read(prefixes, hidden=True).values.rows(range(len(prefixes))).clone()
 
     def recent_divergence(self, texts: Sequence[Ids]) -> list[float]:
         """The divergence alone; see :meth:`read`."""
@@ -186,28 +188,33 @@ class CalibratorSession:
                 missing.add(text)
             else:
                 found[text] = entry
-        if known := [text for text in measured if text in found]:
-            nats.update(_measure(known, self._gather([found[text] for text in known])))
         paths = split_into_paths(missing)
         kept = set(texts)
         for start in range(0, len(paths), self._max_rows):
             run = self._run(paths[start : start + self._max_rows], memo is self._hidden_memo)
-            for asked, values in run:
-                columns = [column for column, text in enumerate(asked) if text in measured]
-                if columns:
-                    nats.update(_measure([asked[n] for n in columns], values[:, columns]))
-                # Log-probs needed only for the divergence are not worth keeping in memory.
+            for asked, values, divergence in run:
+                # What is needed only for the divergence is not worth keeping in memory.
                 columns = [column for column, text in enumerate(asked) if text in kept]
-                block = _Block(values if len(columns) == len(asked) else values[:, columns])
+                if len(columns) < len(asked):
+                    block = _Block(values[:, columns], divergence)
+                else:
+                    block = _Block(values, divergence)
                 for number, column in enumerate(columns):
-                    entry = _Entry(block, number)
+                    entry = _Entry(block, number, column)
                     memo.put(asked[column], entry)
                     found[asked[column]] = entry
+                if divergence is not None and measured:
+                    nats.update(zip(asked, divergence.tolist(), strict=True))
+        for text in measured:
+            if text not in nats:
+                nats[text] = found[text].nats()
         memo.trim(max(_MEMO_ENTRIES, 8 * len(found)), _MEMO_BYTES)
         return found, nats
 
-    def _run(self, wanted: list[Path], hidden: bool) -> Iterator[tuple[list[Ids], Tensor]]:
-        """Yields the requested texts of each forward pass, and their values."""
+    def _run(
+        self, wanted: list[Path], hidden: bool
+    ) -> Iterator[tuple[list[Ids], Tensor, Tensor | None]]:
+        """Yields the requested texts of each forward pass, their values and their divergence."""
         planner = self._planner
         plan = planner.plan(wanted)
         if self._allocated != len(planner):
@@ -218,26 +225,31 @@ class CalibratorSession:
         texts = {row.slot: path.text for row, path in zip(plan.rows, wanted, strict=True)}
         size = self._decoder.distributions * self._calibrator.vocabulary_size * 4
         for rows in _batches(plan.rows, max(1, _FORWARD_BYTES // size)):
+            divergence = None
             if hidden:
                 values = self._decoder.hidden(rows).float()
             else:
                 logits = self._decoder.logits(rows)[..., : self._calibrator.vocabulary_size]
-                values = torch.log_softmax(logits, -1, dtype=torch.float32)
+                values = torch.softmax(logits, -1, dtype=torch.float32)
+                if self._decoder.distributions == 2:
+                    divergence = _divergence(logits, values)
             for row in rows:
                 planner.hold(row.slot, plan.texts[row.slot])
             asked = [texts[row.slot][: row.start + at + 1] for row in rows for at in row.asked]
-            yield asked, values
+            yield asked, values, divergence
 
-    def _gather(self, entries: list[_Entry]) -> Tensor:
-        """The entries' values, copied to a new tensor."""
+    def _values(self, entries: list[_Entry]) -> Distributions:
+        """The values of some entries, where they are."""
         if not entries:
             size = (self._decoder.distributions, 0, self._calibrator.vocabulary_size)
-            return torch.empty(size, device=self._device)
-        block = entries[0].block
-        if all(entry.block is block for entry in entries):
-            columns = torch.tensor([entry.column for entry in entries], device=self._device)
-            return block.values.index_select(1, columns)
-        return torch.stack([entry.block.values[:, entry.column] for entry in entries], 1)
+            return Distributions.of(torch.empty(size, device=self._device))
+        blocks = {id(entry.block): entry.block.values for entry in entries}
+        number = {key: index for index, key in enumerate(blocks)}
+        return Distributions(
+            list(blocks.values()),
+            [number[id(entry.block)] for entry in entries],
+            [entry.column for entry in entries],
+        )
 
     def __reduce__(self) -> tuple[Callable[..., CalibratorSession], tuple[Any, ...]]:
         """Rebuild without the cache, for ``copy``, ``deepcopy`` and ``pickle``."""
@@ -285,24 +297,45 @@ def _count(row: Row) -> int:
     return len(row.tokens)
 
 
-def _measure(texts: Sequence[Ids], values: Tensor) -> Iterator[tuple[Ids, float]]:
-    """Each text with its ``KL(reference ‖ clean)``; ``values`` is ``(2, texts, vocab)``."""
-    clean, reference = values
-    nats: list[float] = kl_divergence(reference, clean).clamp_min(0.0).tolist()
-    return zip(texts, nats, strict=True)
+def _divergence(logits: Tensor, probs: Tensor) -> Tensor:
+    """``(texts,)`` nats, ``KL(reference ‖ clean)``.
+
+    Args:
+        logits: ``(2, texts, vocab)``, clean before reference.
+        probs: Their softmax.
+    """
+    difference = (logits[1].float() - logits[0].float()).nan_to_num_(0.0, _MAX_LOG, -_MAX_LOG)
+    mean = torch.bmm(probs[1, :, None], difference[:, :, None]).view(-1)
+    # The normalisers' difference, from the token where the reference is most precise.
+    top = probs[1].argmax(-1, keepdim=True)
+    clean, reference = (own.gather(-1, top).clamp_min(1e-38).log() for own in probs)
+    normalisers: Tensor = difference.gather(-1, top) + clean - reference
+    return (mean - normalisers.view(-1)).clamp_min(0.0)
 
 
 class _Block:
-    """The values of one forward pass, ``(distributions, asked, vocab or width)``."""
+    """The values of one forward pass, ``(distributions, kept, vocab or width)``.
 
-    def __init__(self, values: Tensor) -> None:
+    Attributes:
+        values: The values.
+        divergence: ``(asked,)`` nats, of all texts of that pass; ``None`` without a reference.
+        users: Number of entries that use it.
+    """
+
+    def __init__(self, values: Tensor, divergence: Tensor | None) -> None:
         self.values = values
+        self.divergence = divergence
         self.users = 0
 
 
 class _Entry(NamedTuple):
     block: _Block
-    column: int
+    column: int  # of the values
+    asked: int  # index of its divergence
+
+    def nats(self) -> float:
+        assert self.block.divergence is not None
+        return float(self.block.divergence[self.asked])
 
 
 class _Memo:
@@ -332,7 +365,7 @@ class _Memo:
 
     def trim(self, entries: int, size: int) -> None:
         while self._entries and (len(self._entries) > entries or self.bytes > size):
-            _, (block, _) = self._entries.popitem(last=False)
+            block = self._entries.popitem(last=False)[1].block
             block.users -= 1
             if block.users == 0:
                 self.bytes -= block.values.nbytes

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fusion_detox.files.forks import renew_after_fork
-from fusion_detox.vocabulary.map import Cover
+from fusion_detox.vocabulary.map import Cover, Distributions
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -34,6 +34,7 @@ _LONGEST_WORD = 4  # tokens
 _UNSETTLED = 3
 _ENTRIES, _ENTRY_IDS = 4096, 2**21
 _PARENTS = 4
+_SMALLEST = torch.finfo(torch.float32).tiny
 
 # Patterns under which more text changes at most the last two pre-tokens. The first is GPT-2's, the
 # next that of Llama 3, Qwen 2 and cl100k, the last that of o200k and Tekken. Any other pattern
@@ -109,29 +110,30 @@ class Covers(NamedTuple):
                     taken.append((prefix, position.path[cut]))
         return cls(list(index), covers, steps)
 
-    def weights(self, log_probs: Tensor) -> Tensor:
+    def weights(self, probs: Distributions) -> Tensor:
         """The weight of each cover: the probability of the tokens that lead to its boundary.
 
         Args:
-            log_probs: ``(distributions, prefixes, vocab)`` of the next token.
+            probs: Of the next token after each prefix.
 
         Returns:
             ``(distributions, covers)``; only the proportions within a row matter.
         """
-        longest = max(map(len, self.steps))
-        if longest == 0:
-            return log_probs.new_ones(len(log_probs), len(self.covers))
-        # The ragged lists are padded with entries that are masked.
-        padded = [steps + [(0, 0)] * (longest - len(steps)) for steps in self.steps]
-        used = [[True] * len(steps) + [False] * (longest - len(steps)) for steps in self.steps]
-        device = log_probs.device
-        prefix, token = torch.tensor(padded).to(device).unbind(-1)
-        unused = ~torch.tensor(used).to(device)
-        weights = log_probs[:, prefix, token].masked_fill(unused, 0.0).sum(-1)
+        device = probs.device
+        lengths = torch.tensor([len(steps) for steps in self.steps])
+        led = [step for steps in self.steps for step in steps]
+        count = len(probs.blocks[0])
+        if not led:
+            return probs.blocks[0].new_ones(count, len(self.covers))
+        prefix, token = torch.tensor(led).unbind(-1)
+        # Nothing is known of a probability of 0 but that it is below the smallest number.
+        steps = probs.at(prefix, token).clamp_min(_SMALLEST).log()
+        owner = torch.repeat_interleave(lengths).to(device)
+        weights = steps.new_zeros(count, len(self.covers)).index_add_(1, owner, steps)
         # Divide by the row's largest weight, so that not all of them underflow.
         row_of = torch.tensor([cover.row for cover in self.covers], device=device)
         row_of = row_of.expand_as(weights)
-        largest = weights.new_full((len(weights), self.covers[-1].row + 1), -torch.inf)
+        largest = weights.new_full((count, self.covers[-1].row + 1), -torch.inf)
         largest = largest.scatter_reduce(1, row_of, weights, "amax")
         return (weights - largest.gather(1, row_of)).exp()
 

@@ -51,6 +51,67 @@ class Cover(NamedTuple):
     remainder: bytes
 
 
+class Distributions(NamedTuple):
+    """Values at numbered positions, such as next-token probabilities, without copying them.
+
+    Attributes:
+        blocks: Each ``(distributions, columns, width)``, all on one device.
+        block: Of each position, the index of its block.
+        column: Of each position, its column in that block.
+    """
+
+    blocks: list[Tensor]
+    block: list[int]
+    column: list[int]
+
+    @classmethod
+    def of(cls, values: Tensor) -> Distributions:
+        """Positions in the order of the columns of one ``(distributions, positions, width)``."""
+        count = values.shape[1]
+        return cls([values], [0] * count, list(range(count)))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the blocks are."""
+        return self.blocks[0].device
+
+    def rows(self, positions: Sequence[int]) -> Tensor:
+        """``(distributions, positions, width)``; a view of a block if possible."""
+        blocks = [self.block[position] for position in positions]
+        columns = [self.column[position] for position in positions]
+        if not columns:
+            return self.blocks[0][:, :0]
+        if blocks.count(blocks[0]) < len(blocks):
+            pairs = zip(blocks, columns, strict=True)
+            return torch.stack([self.blocks[block][:, column] for block, column in pairs], 1)
+        held, first = self.blocks[blocks[0]], columns[0]
+        if columns == list(range(first, first + len(columns))):
+            return held[:, first : first + len(columns)]
+        return held.index_select(1, torch.tensor(columns, device=held.device))
+
+    def at(self, positions: Tensor, indices: Tensor) -> Tensor:
+        """Single values.
+
+        Args:
+            positions: ``(n,)`` on the CPU.
+            indices: ``(n,)`` indices into the blocks' last dimension, on the CPU.
+
+        Returns:
+            ``(distributions, n)``.
+        """
+        blocks, columns = torch.tensor(self.block)[positions], torch.tensor(self.column)[positions]
+        flat = columns * self.blocks[0].shape[-1] + indices
+        if len(self.blocks) == 1:
+            return self.blocks[0].flatten(1)[:, flat.to(self.device)]
+        result = self.blocks[0].new_empty(len(self.blocks[0]), len(flat))
+        for number, held in enumerate(self.blocks):
+            (here,) = torch.where(blocks == number)
+            if len(here):
+                values = held.flatten(1)[:, flat[here].to(held.device)]
+                result[:, here.to(held.device)] = values
+        return result
+
+
 class _Matrix(NamedTuple):
     """A sparse matrix ``(target tokens, calibrator tokens)`` by rows."""
 
@@ -217,7 +278,7 @@ class VocabularyMap:
             zeros if the target is wider.
         """
         device = probs.device
-        kept, row, positions = _whole(covers, device)
+        kept, row, positions = _whole(covers)
         if self.kind == "identity":
             result = probs.new_zeros(probs.shape[0], rows, self._size)
             width = min(self._size, probs.shape[-1])
@@ -226,9 +287,10 @@ class VocabularyMap:
 
         matrices, usable = self._matrices(device)
         mixed = probs.new_zeros(len(probs), rows, probs.shape[-1])
-        mixed.index_add_(1, row, probs[:, positions] * weights[:, kept, None])
+        weighted = probs[:, positions] * weights[:, kept, None]
+        mixed.index_add_(1, torch.tensor(row, device=device, dtype=torch.long), weighted)
         total = mixed @ usable
-        healed = self._heal(total, probs, covers, weights, mode)
+        healed = self._heal(total, Distributions.of(probs), covers, weights, mode)
         # Scale here: the target's vocabulary is usually many times larger.
         scale = torch.where(total > torch.finfo(total.dtype).tiny, 1 / total, 0.0)
         result = matrices[mode].apply((mixed * scale[..., None]).flatten(0, 1))
@@ -241,7 +303,7 @@ class VocabularyMap:
 
     def gather(
         self,
-        probs: Tensor,
+        probs: Distributions,
         covers: Sequence[Cover],
         weights: Tensor,
         places: Tensor,
@@ -252,7 +314,7 @@ class VocabularyMap:
         """The columns of ``project`` for some tokens of each row, at the cost of those alone.
 
         Args:
-            probs: See :meth:`project`.
+            probs: Float32 next-token probabilities over the calibrator's tokens.
             covers: See :meth:`project`.
             weights: See :meth:`project`.
             places: ``(n,)`` ascending ``row * vocab + token``; only mapped tokens.
@@ -264,30 +326,32 @@ class VocabularyMap:
         """
         device, (rows, width) = probs.device, shape
         row, token = places // width, places % width
-        kept, whole, positions = _whole(covers, device)
-        at = torch.zeros(rows, device=device, dtype=torch.long).index_copy(0, whole, positions)
-        share = weights.new_zeros(len(probs), rows).index_copy(1, whole, weights[:, kept])
-        start = at[row] * probs.shape[-1]
-        flat = probs.flatten(1)
+        kept, whole, positions = _whole(covers)
+        own = probs.rows(positions)  # of the rows that have a cover without remainder
+        order = torch.zeros(rows, dtype=torch.long)
+        order[whole] = torch.arange(len(whole))
+        order = order.to(device)
+        share = weights.new_zeros(len(weights), rows)
+        share[:, whole] = weights[:, kept] if self.kind == "projection" else 1.0
+        if not whole:
+            own = own.new_zeros(len(own), 1, own.shape[-1])
+        size = own.shape[-1]
+        start = order[row] * size
+        flat = own.flatten(1)
         if self.kind == "identity":
-            known = (token < probs.shape[-1]) & torch.zeros_like(at, dtype=torch.bool).index_fill(
-                0, whole, True
-            )[row]
-            return flat[:, torch.where(known, start + token, 0)] * known
+            return flat[:, start + token.clamp_max(size - 1)] * share[:, row] * (token < size)
 
-        matrices, _ = self._matrices(device)
-        matrix, dense = matrices[mode], self._dense(device, mode)
-        sums = (probs.flatten(0, 1) @ dense.weights).view(*probs.shape[:2], -1)
-        total = sums[:, at, 0] * share
+        matrix, dense = self._matrices(device)[0][mode], self._dense(device, mode)
+        sums = (own.flatten(0, 1) @ dense.weights).view(*own.shape[:2], -1)
+        total = sums[:, order, 0] * share
         healed = self._heal(total, probs, covers, weights, mode)
         scale = torch.where(total > torch.finfo(total.dtype).tiny, 1 / total, 0.0)
-        result = sums[:, at[row], dense.column[token]] * (dense.column[token] > 0)
-
+        column = dense.column[token]
+        result = sums[:, order[row], column] * (column > 0)
         lengths = dense.lengths[token]
-        ends = lengths.cumsum(0)
         owner = torch.repeat_interleave(lengths)
-        entry = torch.arange(len(owner), device=device) - (ends - lengths)[owner]
-        entry += matrix.pointers[token][owner]
+        first = matrix.pointers[token] - lengths.cumsum(0) + lengths
+        entry = torch.arange(len(owner), device=device) + first[owner]
         found = flat[:, start[owner] + matrix.columns[entry]] * matrix.values[entry]
         _add(result, owner, found)
         result *= share[:, row]
@@ -310,9 +374,9 @@ class VocabularyMap:
             most = most[lengths[most] > _DENSE_FROM]
             weights = usable.new_zeros(1 + len(most), len(usable))
             weights[0] = usable
-            for column, token in enumerate(most.tolist(), 1):
+            for number, token in enumerate(most.tolist(), 1):
                 part = slice(int(pointers[token]), int(pointers[token + 1]))
-                weights[column].index_add_(0, columns[part].long(), values[part])
+                weights[number].index_add_(0, columns[part].long(), values[part])
             column = torch.zeros_like(lengths, dtype=torch.long)
             column[most] = torch.arange(1, 1 + len(most), device=device)
             found = _Dense(weights.t().contiguous(), column, torch.where(column > 0, 0, lengths))
@@ -320,7 +384,12 @@ class VocabularyMap:
         return found
 
     def _heal(
-        self, total: Tensor, probs: Tensor, covers: Sequence[Cover], weights: Tensor, mode: Mode
+        self,
+        total: Tensor,
+        probs: Distributions,
+        covers: Sequence[Cover],
+        weights: Tensor,
+        mode: Mode,
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """The contribution of covers with a remainder: rows, target ids, and masses.
 
@@ -333,15 +402,13 @@ class VocabularyMap:
                 healings.append(healing)
         if not chosen:
             return None
-        device = probs.device
+        device = total.device
         lengths = torch.tensor([len(healing.tokens) for healing in healings])
         cover_of = torch.repeat_interleave(torch.tensor(chosen), lengths)
-        row_of = torch.tensor([cover.row for cover in covers])[cover_of]
+        row_of = torch.tensor([cover.row for cover in covers])[cover_of].to(device)
         position_of = torch.tensor([cover.position for cover in covers])[cover_of]
         tokens = torch.cat([healing.tokens for healing in healings])
-        gather = (position_of * probs.shape[-1] + tokens).to(device)
-        cover_of, row_of = cover_of.to(device), row_of.to(device)
-        values = probs.flatten(1)[:, gather] * weights[:, cover_of]
+        values = probs.at(position_of, tokens) * weights[:, cover_of.to(device)]
         _add(total, row_of, values)
         if mode == "transfer":
             return row_of, torch.cat([healing.following for healing in healings]).to(device), values
@@ -370,11 +437,11 @@ class VocabularyMap:
         return self._on_device[device]
 
 
-def _whole(covers: Sequence[Cover], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _whole(covers: Sequence[Cover]) -> tuple[list[int], list[int], list[int]]:
     """The covers without a remainder: their indices, rows and positions."""
     found = [(n, *cover[:2]) for n, cover in enumerate(covers) if not cover.remainder]
-    index, row, position = torch.tensor(found).long().view(-1, 3).to(device).unbind(1)
-    return index, row, position
+    index, rows, positions = ([each[part] for each in found] for part in range(3))
+    return index, rows, positions
 
 
 def _add(sums: Tensor, index: Tensor, values: Tensor) -> None:

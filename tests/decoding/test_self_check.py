@@ -96,10 +96,15 @@ def test_the_shipped_calibrator_passes_on_real_tokenizers(english: Calibrator, n
 def test_swapped_ids_in_the_vocabulary_map(
     english: Calibrator, demo: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    project = VocabularyMap.project
-    monkeypatch.setattr(
-        VocabularyMap, "project", lambda *args, **how: project(*args, **how).flip(-1)
-    )
+    gather = VocabularyMap.gather
+
+    def mirrored(map_: Any, *args: Any, mode: Any) -> torch.Tensor:
+        *others, places, (rows, width) = args
+        swapped, order = (places + width - 1 - 2 * (places % width)).sort()
+        found = gather(map_, *others, swapped, (rows, width), mode=mode)
+        return torch.empty_like(found).index_copy(1, order, found)
+
+    monkeypatch.setattr(VocabularyMap, "gather", mirrored)
     with pytest.raises(InertError, match=r"words to avoid move by .* the vocabulary map belongs"):
         FusionLogitsProcessor(english, demo)
 
@@ -218,13 +223,13 @@ def test_what_to_do_is_a_choice(
 def test_a_calibrator_without_probes_costs_one_small_step(
     calibrator: Calibrator, other_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    calls: list[torch.Size] = []
-    project = VocabularyMap.project
+    calls: list[int] = []
+    gather = VocabularyMap.gather
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             VocabularyMap,
-            "project",
-            lambda *args, **how: calls.append(args[1].shape) or project(*args, **how),
+            "gather",
+            lambda *args, **how: calls.append(len(args[1].block)) or gather(*args, **how),
         )
         FusionLogitsProcessor(calibrator, other_tokenizer)
     assert len(calls) == 1

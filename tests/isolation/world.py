@@ -94,7 +94,7 @@ class BrokenError(Exception):
 def inner_parts(processor):
     """Yield where a call can be interrupted: object, method, and whether its work is done first."""
     session = next(iter(processor._sessions.values()), None)
-    yield processor.vocabulary, "project", False
+    yield processor.vocabulary, "gather", False
     yield processor._context, "read", True
     yield processor._context, "_advance", False
     if session is not None:
@@ -102,7 +102,7 @@ def inner_parts(processor):
             yield session._decoder, "logits", done
             yield session._decoder, "resize", done
             yield session._decoder, "copy", done
-        yield session, "_gather", True
+        yield session, "_values", True
         yield session._planner, "plan", True
         yield session._planner, "hold", False
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fusion_detox.errors import VocabularyError
 from fusion_detox.vocabulary import map as vocabulary_map
-from fusion_detox.vocabulary.map import Cover, VocabularyMap
+from fusion_detox.vocabulary.map import Cover, Distributions, VocabularyMap
 from fusion_detox.vocabulary.token_table import ENGLISH, TokenTable
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"
@@ -279,7 +279,7 @@ def test_gathered_columns_are_those_of_the_whole_projection(own, target, mode, d
         places = chosen.view(-1).nonzero().view(-1)
         if not len(places):
             places = torch.zeros(1, dtype=torch.long)
-        got = found.gather(probs, covers, weights, places, (16, width), mode=mode)
+        got = found.gather(Distributions.of(probs), covers, weights, places, (16, width), mode=mode)
         columns = wanted[:, places // width, places % width]
         torch.testing.assert_close(got, columns, rtol=2e-6, atol=1e-12)
 
