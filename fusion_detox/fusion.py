@@ -25,6 +25,9 @@ _HUGE = 1e30
 """Scores up to this size stay finite in float32 when another one is subtracted."""
 _MAX_SHIFT = 1e30
 """In nats: sums of it stay finite in float32."""
+_FADE = 1.0
+"""In nats: how far above the edge of what is plausible a candidate gets its whole shift."""
+_NEWTON_STEPS = 3
 _SATURATED = 1 - 1e-6
 """Scores up to this fraction of a soft cap are inverted; float32 cannot separate higher ones."""
 
@@ -42,6 +45,8 @@ class Selection(NamedTuple):
         tokens: ``(batch, candidates)`` ids.
         present: ``(batch, candidates)`` bool, ``False`` for the copies.
         logs: ``(batch, candidates)`` log-probs of the candidates, and -inf for copies.
+        share: ``(batch, candidates)`` in 0..1, how much of its shift a candidate gets: less than 1
+            near the edge of what is plausible; ``None`` if all get the whole.
         removed: ``(batch, vocab)`` bool, the tokens that lose all their probability, if any.
     """
 
@@ -53,6 +58,7 @@ class Selection(NamedTuple):
     tokens: Tensor
     present: Tensor
     logs: Tensor
+    share: Tensor | None
     removed: Tensor | None
 
     def at(self, values: Tensor) -> Tensor:
@@ -103,13 +109,10 @@ class Fusion:
         mass = torch.logsumexp(chosen.logs, -1, keepdim=True)
         if removes is not None:
             mass = torch.where(removes, torch.logaddexp(mass, self._removed_mass), mass)
-        shifted = (chosen.logs + self.shift(strength)).masked_fill(~chosen.present, -math.inf)
-        total = torch.logsumexp(shifted, -1, keepdim=True)
-        moves = ~torch.isneginf(total)
+        new, moves = self._moved(strength, mass)
         # A log-prob below the smallest number of the dtype must not become -inf, which forbids it.
         smallest = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
-        new = (shifted + (mass - total)).clamp_min(smallest)
-        new = torch.where(moves, new, chosen.at(chosen.log_probs))
+        new = torch.where(moves, new.clamp_min(smallest), chosen.at(chosen.log_probs))
         new = torch.where(chosen.present, new, new[:, :1])
         # Writing in place saves a copy, and a second call writes the same; autograd forbids it.
         write = torch.Tensor.scatter if chosen.log_probs.requires_grad else torch.Tensor.scatter_
@@ -133,12 +136,41 @@ class Fusion:
         removed = self.chosen.log_probs.masked_fill(~self.chosen.removed, -math.inf)
         return torch.logsumexp(removed, -1, keepdim=True)
 
+    def _moved(self, strength: Tensor | float, mass: Tensor) -> tuple[Tensor, Tensor]:
+        """The candidates' new log-probs, and which rows have any: all others keep theirs.
+
+        A candidate's log-prob moves by ``share * (shift + c)``. The constant ``c`` of a row gives
+        the group its mass; without shares it has a closed form, and a few Newton steps find it
+        otherwise, since the log of the mass is convex in ``c``.
+
+        Args:
+            strength: ``(batch, 1)`` or one for all rows.
+            mass: ``(batch, 1)`` log of the mass of the group.
+        """
+        logs, share, present = self.chosen.logs, self.chosen.share, self.chosen.present
+        steps = self.shift(strength)
+        new = (logs + steps).masked_fill(~present, -math.inf)
+        total = torch.logsumexp(new, -1, keepdim=True)
+        moves = ~torch.isneginf(total)
+        if share is None:
+            return new + (mass - total), moves
+        partial = (logs + share * steps).masked_fill(~present | (share == 0), -math.inf)
+        new = torch.where(share == 0, logs, partial)
+        constant = mass - total
+        for _ in range(_NEWTON_STEPS):
+            new = torch.where(share == 0, logs, partial + share * constant)
+            total = torch.logsumexp(new, -1, keepdim=True)
+            slope = ((new - total).exp() * share).sum(-1, keepdim=True)
+            constant = constant + (mass - total) / slope.clamp_min(1e-6)
+        new = torch.where(share == 0, logs, partial + share * constant)
+        return new + (mass - torch.logsumexp(new, -1, keepdim=True)), moves
+
     def _within_budget(self) -> tuple[Tensor | float, Tensor | None]:
         """``(batch, 1)`` largest strengths within the KL budget, and the rows to remove tokens in.
 
-        ``KL(f_a ‖ p)`` grows with ``a`` for every rule except under a soft-capped head, where
-        bisection still ends within the budget. If removing the implausible tokens would by itself
-        exceed the budget, they stay.
+        ``KL(f_a ‖ p)`` grows with ``a``, apart from small effects of shares and soft-capped heads,
+        under which bisection still ends within the budget. If removing the implausible tokens
+        would by itself exceed the budget, they stay.
         """
         config, chosen = self.config, self.chosen
         removes = None if chosen.removed is None else torch.ones_like(chosen.broken)
@@ -147,7 +179,7 @@ class Fusion:
             max_strength = config.strength * self.strength_scale[:, None]
         if config.kl_budget is None or not bool(chosen.present.any()):
             return max_strength, removes
-        logs, present = chosen.logs, chosen.present
+        logs = chosen.logs
         own = torch.logsumexp(logs, -1, keepdim=True).exp()
         group = own
         if removes is not None:
@@ -156,12 +188,10 @@ class Fusion:
             group = torch.where(removes, group, own)
 
         def divergence(strength: Tensor) -> Tensor:
-            steps = self.shift(strength)
-            tilted = (logs + steps).masked_fill(~present, -math.inf)
-            total = torch.logsumexp(tilted, -1, keepdim=True)
-            distribution = (tilted - total).exp().nan_to_num(nan=0.0)
-            mean = torch.where(distribution > 0, distribution * steps, 0.0).sum(-1, keepdim=True)
-            return (group * (mean - total + group.clamp_min(1e-30).log())).nan_to_num(nan=0.0)
+            new, moves = self._moved(strength, group.log())
+            probs = new.exp()
+            moved = torch.where(probs > 0, probs * (new - logs), 0.0).sum(-1, keepdim=True)
+            return torch.where(moves, moved, 0.0).nan_to_num(nan=0.0)
 
         low = torch.zeros_like(own)
         high = largest = torch.zeros_like(own) + max_strength
@@ -240,8 +270,10 @@ def select(scores: Tensor, mapped: Tensor, config: FusionConfig) -> Selection:
     best = log_probs.amax(-1, keepdim=True)
     # Only a huge sum of scores can take a log-prob out of the range of float32.
     ordinary = not bool((scores.amax(-1).abs() > _HUGE).any())
+    edge = None
     if config.plausibility > 0:
-        plausible = log_probs >= best + math.log(config.plausibility)
+        edge = best + math.log(config.plausibility)
+        plausible = log_probs >= edge
     else:
         plausible = log_probs > -math.inf
     removed = mapped & ~plausible if config.outside == "remove" else None
@@ -260,8 +292,15 @@ def select(scores: Tensor, mapped: Tensor, config: FusionConfig) -> Selection:
     columns = columns.clamp_max(len(places) - 1)
     tokens = places[columns] % vocab
     logs = log_probs.gather(-1, tokens).masked_fill(~present, -math.inf)
+    share = None
+    # What is removed is gone at once, so a candidate cannot lose its shift gradually.
+    if edge is not None and config.outside == "keep" and config.plausibility < 1:
+        width = min(_FADE, -math.log(config.plausibility))
+        share = ((logs - edge) / width).clamp(0.0, 1.0).nan_to_num(nan=1.0)
     broken = torch.isnan(best)
-    return Selection(log_probs, broken, ordinary, places, columns, tokens, present, logs, removed)
+    return Selection(
+        log_probs, broken, ordinary, places, columns, tokens, present, logs, share, removed
+    )
 
 
 def prepare(
@@ -314,8 +353,10 @@ def prepare_candidates(
     elif config.rule == "product":
         shift = _times(torch.log(clean + config.floor) - logs)
     else:
-        inside = logs - torch.logsumexp(logs, dim=-1, keepdim=True)
-        own = clean.masked_fill(~present, 0.0)
+        # Weighted, so that a candidate at the edge changes neither distribution by coming or going.
+        share = present if chosen.share is None else chosen.share.masked_fill(~present, 0.0)
+        inside = logs - torch.logsumexp(logs + share.log(), dim=-1, keepdim=True)
+        own = clean * share
         own = own / own.sum(-1, keepdim=True).clamp_min(1e-30)
 
         def shift(strength: Tensor | float) -> Tensor:

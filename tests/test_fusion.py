@@ -101,15 +101,64 @@ def test_contrast_equals_its_definition() -> None:
         judged = [
             v for v in range(VOCABULARY) if mapped[v] and p[v] >= 0.01 * p.max() * (1 - 1e-12)
         ]
-        weight = {}
+        step, share = {}, {}
         for v in judged:
             ratio = math.log((float(clean[row, v]) + 1e-6) / (float(reference[row, v]) + 1e-6))
             shrunk = math.copysign(max(abs(ratio) - 0.2, 0.0), ratio)
-            weight[v] = float(p[v]) * math.exp(1.7 * max(-2.0, min(2.0, shrunk)))
+            step[v] = 1.7 * max(-2.0, min(2.0, shrunk))
+            share[v] = min(1.0, math.log(float(p[v] / p.max()) / 0.01))
+        assert 0 < min(share.values()) < 0.9
         group = sum(float(p[v]) for v in judged)
+
+        low, high = -50.0, 50.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            moved = {v: float(p[v]) * math.exp(share[v] * (step[v] + middle)) for v in judged}
+            low, high = (middle, high) if sum(moved.values()) < group else (low, middle)
         for v in range(VOCABULARY):
-            wanted = weight[v] / sum(weight.values()) * group if v in weight else float(p[v])
-            assert fused[row, v].exp() == pytest.approx(wanted, abs=1e-6)
+            wanted = moved.get(v, float(p[v]))
+            assert fused[row, v].exp() == pytest.approx(wanted, rel=2e-5, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        FusionConfig(strength=4.0, plausibility=0.02),
+        FusionConfig(strength=4.0, plausibility=0.02, kl_budget=0.3),
+        FusionConfig(rule="product", strength=0.9, plausibility=0.02),
+        FusionConfig(rule="mixture", strength=0.9, plausibility=0.1),
+    ],
+    ids=str,
+)
+def test_nearby_scores_give_nearby_results(config: FusionConfig) -> None:
+    """Rounding the scores must not move a token across an edge and so by its whole shift."""
+    for seed in range(20):
+        scores, clean, reference, mapped = case(seed, rows=8)
+        noise = torch.randn(scores.shape, generator=torch.Generator().manual_seed(seed))
+        fused = fuse(scores, clean, reference, mapped, config)
+        largest = float((fused - scores.log_softmax(-1)).abs().max())
+        assert largest > 0.5
+        slope = 4 * (1 + largest) / min(1.0, -math.log(config.plausibility))
+        for size in (1e-3, 1e-2):
+            near = scores + size * noise.clamp(-1, 1)
+            moved = (fuse(near, clean, reference, mapped, config) - fused).abs().max()
+            assert moved < size * slope
+
+
+def test_the_share_grows_from_the_edge_up() -> None:
+    """From the edge of plausibility to a nat above it, a token's shift grows to the whole."""
+    scores = torch.tensor([[0.0, -2.99, -2.5, -2.01, -1.0, -3.01]])
+    clean, mapped = torch.full((1, 6), 1e-3), torch.ones(6, dtype=torch.bool)
+    reference = clean * math.e
+    reference[0, 0] = 1e-3
+    config = FusionConfig(strength=2.0, plausibility=math.exp(-3.0), clip=5.0, floor=0.0)
+    fused = fuse(scores, clean, reference, mapped, config)
+    moved = (fused - scores.log_softmax(-1))[0]
+    constant = float(moved[0])  # its log-ratio is 0
+    wanted = [share * (constant - 2.0) for share in (0.01, 0.5, 0.99, 1.0)]
+    assert moved[1:5].tolist() == pytest.approx(wanted, abs=1e-5)
+    assert float(moved[5]) == pytest.approx(0.0, abs=1e-6)
+    assert float(fused.logsumexp(-1)) == pytest.approx(0.0, abs=1e-6)
 
 
 def test_product_and_mixture_equal_their_definitions() -> None:

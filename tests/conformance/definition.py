@@ -163,9 +163,13 @@ class Definition:
         mapped = self.map.mapped.tolist()
         line = best + math.log(config.plausibility) if config.plausibility else -math.inf
         judged = [i for i, on in enumerate(mapped) if on and own[i] > -math.inf and own[i] >= line]
+        # Within a nat of the line, a token gets a part of its shift only.
+        width = min(1.0, best - line)
+        share = {i: min(1.0, (own[i] - line) / width) if width else 1.0 for i in judged}
         mass = math.fsum(math.exp(own[i]) for i in judged)
         moved = {}
-        group = math.fsum(clean[i] for i in judged)
+        group = math.fsum(share[i] * clean[i] for i in judged)
+        whole = math.fsum(share[i] * math.exp(own[i]) for i in judged)
         for i in judged:
             if config.rule == "contrast":
                 ratio = math.log((clean[i] + config.floor) / (reference[i] + config.floor))
@@ -178,14 +182,24 @@ class Definition:
                 other = math.log(clean[i] + config.floor)
                 moved[i] = (1 - strength) * own[i] + strength * other
             else:
-                inside = math.exp(own[i]) / mass
+                inside = math.exp(own[i]) / whole
                 # If the calibrator gives none of the candidates any probability, it has no effect.
-                other = clean[i] / group if group else inside
+                other = share[i] * clean[i] / group if group else inside
                 mixed = (1 - strength) * inside + strength * other
-                moved[i] = math.log(mixed)
-        total = math.fsum(map(math.exp, moved.values()))
-        for i, value in moved.items():
-            own[i] = value + math.log(mass / total)
+                moved[i] = own[i] + math.log(mixed) - math.log(inside)
+
+        def placed(constant):
+            return {i: own[i] + share[i] * (moved[i] - own[i] + constant) for i in judged}
+
+        low, high = -1e3, 1e3
+        for _ in range(60):
+            middle = (low + high) / 2
+            if math.fsum(map(math.exp, placed(middle).values())) < mass:
+                low = middle
+            else:
+                high = middle
+        for i, value in placed(low).items():
+            own[i] = value
         return torch.tensor(own)
 
 
