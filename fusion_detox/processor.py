@@ -9,7 +9,9 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
@@ -21,7 +23,7 @@ from fusion_detox.decoding.build_decoder import check_calibrator
 from fusion_detox.decoding.self_check import find_fault
 from fusion_detox.decoding.session import CalibratorSession, Reading, plain_mode
 from fusion_detox.decoding.target_columns import TargetColumns
-from fusion_detox.decoding.text_context import Covers, TextContext
+from fusion_detox.decoding.text_context import Covers, Row, TextContext
 from fusion_detox.errors import ConfigError, DataError, InertError
 from fusion_detox.files.models import load_tokenizer
 from fusion_detox.fusion import Fusion, fit, prepare_candidates, select
@@ -37,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 Verify = Literal["raise", "warn", "off"]
 Strengths = float | Sequence[float] | Tensor
+Rows = Sequence[Sequence[int]] | Sequence[NDArray[np.int64]]
 
 # The settings that can switch fusion off.
 _DECISIVE = ("rule", "plausibility", "outside", "clip", "threshold", "floor")
@@ -169,14 +172,15 @@ class FusionLogitsProcessor(LogitsProcessor):
 
     def fuse_rows(
         self,
-        rows: Sequence[Sequence[int]],
+        rows: Rows,
         scores: Tensor,
         strength: Strengths | None = None,
     ) -> Tensor:
         """Fuses one step for rows of any lengths, for engines other than ``generate``.
 
         Args:
-            rows: For each row, all ids of its text so far; padding is not needed.
+            rows: For each row, all ids of its text so far; padding is not needed. An int64 array of
+                numpy is faster to look up than a list if a text is long.
             scores: See ``__call__``.
             strength: The strength, or one for each row; by default, that of the settings. The
                 calibrator does not run for rows of strength 0, and their scores stay as they are.
@@ -309,7 +313,7 @@ class FusionLogitsProcessor(LogitsProcessor):
 
     def _step(
         self,
-        rows: Sequence[Sequence[int]],
+        rows: Rows,
         scores: Tensor,
         strengths: Sequence[float],
         active: Sequence[int],
@@ -423,7 +427,7 @@ class FusionLogitsProcessor(LogitsProcessor):
             self._width = width
         return matches
 
-    def _rows(self, input_ids: Tensor) -> list[list[int]]:
+    def _rows(self, input_ids: Tensor) -> list[NDArray[np.int64]]:
         if input_ids.dim() != 2:
             raise DataError(
                 f"input_ids have shape {tuple(input_ids.shape)}, but must be (batch, length): for "
@@ -436,17 +440,21 @@ class FusionLogitsProcessor(LogitsProcessor):
                 "and the calibrator sees only what is generated from here on. Pass input_ids with "
                 "inputs_embeds, or use processor.following(text)"
             )
-        rows: list[list[int]] = input_ids.tolist()
-        return rows
+        return list(input_ids.to("cpu", torch.int64).numpy())
 
-    def _texts(self, rows: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+    def _texts(self, rows: Rows) -> Sequence[Row]:
         """The rows' ids, preceded by the ids of the text that they follow."""
-        try:
-            texts = [tuple(row) for row in rows]
-        except TypeError as error:
-            raise DataError(
-                "rows must hold one sequence of ids for each row: for a single row, pass [ids]"
-            ) from error
+        texts: list[Row] = []
+        for row in rows:
+            if isinstance(row, np.ndarray) and row.dtype == np.int64 and not self._before:
+                texts.append(row.tobytes())
+                continue
+            try:
+                texts.append(tuple(row.tolist() if isinstance(row, np.ndarray) else row))
+            except TypeError as error:
+                raise DataError(
+                    "rows must hold one sequence of ids for each row: for a single row, pass [ids]"
+                ) from error
         if not self._before:
             return texts
         count = len(self._before)
@@ -456,7 +464,7 @@ class FusionLogitsProcessor(LogitsProcessor):
         for index, ids in enumerate(texts):
             # A token that starts a text would hide the text before it.
             start = next((i for i, id in enumerate(ids) if id not in self._starts), len(ids))
-            texts[index] = self._before[index // rows_per_text] + ids[start:]
+            texts[index] = (*self._before[index // rows_per_text], *ids[start:])
         return texts
 
     def _check_acts(self) -> None:
@@ -502,7 +510,7 @@ class FusionLogitsProcessor(LogitsProcessor):
 
     def _read(self, ids: Sequence[int]) -> bytes:
         """The text that the calibrator reads in a row."""
-        position = self._context.read(tuple(ids))
+        position = self._context.read_uncached(tuple(ids))
         return b"".join(self._read_bytes[id] or b"" for id in position.path) + position.pending
 
     def _check_rule(self) -> None:

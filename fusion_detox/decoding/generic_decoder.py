@@ -157,6 +157,7 @@ class _CachedModel:
 
     def _keep(self, cache: DynamicCache, rows: Sequence[Row], held: int) -> None:
         """Stores the columns that a forward pass added, without fillers."""
+        self.store.reserve(max(row.stop for row in rows))
         columns = self.store.columns
         where: list[int] = []
         index: list[int] = []
@@ -194,7 +195,7 @@ class _CachedModel:
 
         Both are continued from a cache; the short one is rolled back first.
         """
-        model, longest = self._model, self.store.columns
+        model, longest = self._model, self.store.longest
         known = min(50, logits_width(model))
         lengths, kept = [longest, min(5, longest)], [longest - 1, max(1, min(5, longest) - 3)]
         texts = [tuple((3 + 7 * i + n) % known for i in range(n)) for n in lengths]

@@ -8,6 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# Slots grow by this many columns.
+_COLUMNS = 32
+
 
 class Row(NamedTuple):
     """Work to do on one slot.
@@ -37,7 +40,7 @@ class SlotStore:
 
     Args:
         shapes: For each layer, ``(heads, head_dim)`` of its keys and of its values.
-        columns: Longest text in tokens.
+        longest: Longest text in tokens.
         device: Where to keep them.
         dtype: Dtype of keys and values.
     """
@@ -45,14 +48,14 @@ class SlotStore:
     def __init__(
         self,
         shapes: Sequence[tuple[tuple[int, int], tuple[int, int]]],
-        columns: int,
+        longest: int,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self.columns = columns
+        self.longest = longest
 
         def empty(shape: tuple[int, int]) -> Tensor:
-            return torch.zeros(0, columns, *shape, device=device, dtype=dtype)
+            return torch.zeros(0, min(_COLUMNS, longest), *shape, device=device, dtype=dtype)
 
         # By layer, (slots, columns, heads, head_dim).
         self.keys = [empty(keys) for keys, _ in shapes]
@@ -63,14 +66,28 @@ class SlotStore:
         """Number of slots."""
         return len(self.keys[0])
 
+    @property
+    def columns(self) -> int:
+        """Number of columns of each slot so far."""
+        return self.keys[0].shape[1]
+
     def resize(self, slots: int) -> None:
         """Changes the number of slots; the first ones keep what they hold."""
+        self._reshape(slots, self.columns if slots else min(_COLUMNS, self.longest))
+
+    def reserve(self, columns: int) -> None:
+        """Makes room for texts of this length, since most are far shorter than the longest."""
+        if columns > self.columns:
+            more = -(-columns // _COLUMNS) * _COLUMNS
+            self._reshape(self.slots, min(self.longest, more))
+
+    def _reshape(self, slots: int, columns: int) -> None:
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):
                 # Zeros, because masked values are multiplied by 0, and 0 * NaN is NaN.
-                new = old.new_zeros(slots, *old.shape[1:])
-                kept = min(slots, len(old))
-                new[:kept] = old[:kept]
+                new = old.new_zeros(slots, columns, *old.shape[2:])
+                kept, filled = min(slots, len(old)), min(columns, old.shape[1])
+                new[:kept, :filled] = old[:kept, :filled]
                 tensors[layer] = new
 
     def copy(self, source: int, target: int, start: int, stop: int) -> None:

@@ -208,7 +208,7 @@ class CalibratorSession:
         for text in measured:
             if text not in nats:
                 nats[text] = found[text].nats()
-        memo.trim(max(_MEMO_ENTRIES, 8 * len(found)), _MEMO_BYTES)
+        memo.trim(max(_MEMO_ENTRIES, 2 * len(found)), _MEMO_BYTES)
         return found, nats
 
     def _run(
@@ -327,6 +327,11 @@ class _Block:
         self.divergence = divergence
         self.users = 0
 
+    @property
+    def width(self) -> int:
+        """Number of columns, used or not."""
+        return self.values.shape[1]
+
 
 class _Entry(NamedTuple):
     block: _Block
@@ -341,7 +346,8 @@ class _Entry(NamedTuple):
 class _Memo:
     """The most recently used values, by text.
 
-    A block's memory is freed once none of its columns is kept; until then all of it counts.
+    A block's memory is freed once none of its columns is kept; until then all of it counts. If few
+    are kept, they are copied to a smaller block.
     """
 
     def __init__(self) -> None:
@@ -364,11 +370,28 @@ class _Memo:
         entry.block.users += 1
 
     def trim(self, entries: int, size: int) -> None:
+        thinned: dict[int, _Block] = {}
         while self._entries and (len(self._entries) > entries or self.bytes > size):
             block = self._entries.popitem(last=False)[1].block
             block.users -= 1
+            thinned[id(block)] = block
             if block.users == 0:
                 self.bytes -= block.values.nbytes
+        sparse = {key for key, block in thinned.items() if 0 < 4 * block.users <= block.width}
+        if not sparse:
+            return
+        kept: dict[int, list[tuple[Ids, _Entry]]] = {key: [] for key in sparse}
+        for text, entry in self._entries.items():
+            if id(entry.block) in sparse:
+                kept[id(entry.block)].append((text, entry))
+        for pairs in kept.values():
+            old = pairs[0][1].block
+            columns = torch.tensor([entry.column for _, entry in pairs], device=old.values.device)
+            block = _Block(old.values.index_select(1, columns), old.divergence)
+            block.users = len(pairs)
+            self.bytes += block.values.nbytes - old.values.nbytes
+            for column, (text, entry) in enumerate(pairs):
+                self._entries[text] = entry._replace(block=block, column=column)
 
 
 class RecentDivergence:

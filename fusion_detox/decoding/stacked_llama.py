@@ -6,6 +6,8 @@ Models that differ only in their output layers share the pass through all other 
 from __future__ import annotations
 
 import math
+import threading
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -73,8 +75,8 @@ class StackedLlamaDecoder(Decoder):
     """Runs the clean and the reference model as one, with their attention heads side by side.
 
     The numbers are those of ``LlamaForCausalLM`` up to rounding. The weights are copied once, at
-    construction; later changes to the models have no effect. On a CPU, half precision is converted
-    to float32.
+    construction; later changes to the models have no effect. Decoders with equal weights on one
+    device share a copy. On a CPU, half precision is converted to float32.
 
     Args:
         models: One or two models that ``supports`` accepts.
@@ -131,13 +133,13 @@ class StackedLlamaDecoder(Decoder):
         self._activation = ACT2FN[config.hidden_act]
         weights = _Weights(models[:1] if _share_trunk(models) else models, device, dtype)
         trunks = len(weights)
-        self._embeddings = weights.stack("model.embed_tokens.weight").to(dtype)
+        self._embeddings = _shared(weights.stack("model.embed_tokens.weight").to(dtype))
         self._layers = [weights.layer(index) for index in range(config.num_hidden_layers)]
         heads = _Weights(models, device, dtype)
         head = heads.joined("", ["lm_head"], norm="model.norm")[:, :, :vocabulary_size]
         # A CPU multiplies a few rows by a wide matrix faster in parts that fit its cache.
         width = _HEAD_COLUMNS if device.type == "cpu" else vocabulary_size
-        self._head = [part.contiguous() for part in torch.split(head, width, -1)]
+        self._head = [_shared(part.contiguous()) for part in torch.split(head, width, -1)]
         self._logits = head.new_empty(0)
         self._scale = weights.stack("model.norm.weight").to(dtype)[:, None]
         theta = torch.tensor(_rope(config)[1], dtype=torch.float32)
@@ -235,6 +237,7 @@ class StackedLlamaDecoder(Decoder):
         return result if at.back is None else result.index_select(1, at.back)
 
     def _layout(self, rows: Sequence[Row]) -> _Layout:
+        self._store.reserve(max(row.stop for row in rows))
         columns = self._store.columns
         width = max(len(row.tokens) for row in rows)
         length = max(row.stop for row in rows)
@@ -310,14 +313,14 @@ class _Weights:
         joined = joined.transpose(1, 2)
         if norm is not None:
             joined = joined * self.stack(f"{norm}.weight")[:, :, None]
-        return joined.to(self._dtype).contiguous()
+        return _shared(joined.to(self._dtype).contiguous())
 
     def biases(self, place: str, names: list[str]) -> Tensor | None:
         """Their biases side by side, ``(models, 1, out)``, if they have any."""
         if f"{place}{names[0]}.bias" not in self._states[0]:
             return None
         joined = torch.cat([self.stack(f"{place}{name}.bias") for name in names], 1)
-        return joined[:, None].to(self._dtype).contiguous()
+        return _shared(joined[:, None].to(self._dtype).contiguous())
 
     def layer(self, index: int) -> _Layer:
         """All weights of a layer."""
@@ -334,6 +337,22 @@ class _Weights:
             down=self.joined(mlp, ["down_proj"]),
             down_bias=self.biases(mlp, ["down_proj"]),
         )
+
+
+_weights: weakref.WeakValueDictionary[tuple[object, ...], Tensor] = weakref.WeakValueDictionary()
+_weights_lock = threading.Lock()
+
+
+def _shared(tensor: Tensor) -> Tensor:
+    """An equal tensor that another decoder still holds, or else this one."""
+    device = str(tensor.device)
+    key = (tensor.dtype, device, *tensor.shape, *tensor.flatten()[:8].tolist())
+    with _weights_lock:
+        held = _weights.get(key)
+        if held is not None and torch.equal(held, tensor):
+            return held
+        _weights[key] = tensor
+        return tensor
 
 
 def _share_trunk(models: Sequence[PreTrainedModel]) -> bool:

@@ -28,11 +28,16 @@ if TYPE_CHECKING:
     from fusion_detox.vocabulary.token_table import TokenTable
 
 Ids = tuple[int, ...]
+Row = Ids | bytes
+"""A row's ids: a tuple, or int64 in native order, which is faster to look up if it is long."""
 
+_ID_BYTES = 8
 _LONGEST_WORD = 4  # tokens
 # Pre-tokens at the end that more text can change: two with the patterns below, one to spare.
 _UNSETTLED = 3
 _ENTRIES, _ENTRY_IDS = 4096, 2**21
+# Tokens before the calibrator's context that shorter prefixes may see, with some to spare.
+_MARGIN = 64
 _PARENTS = 4
 _SMALLEST = torch.finfo(torch.float32).tiny
 
@@ -62,8 +67,8 @@ class Position(NamedTuple):
     """Where a text ends, in the calibrator's tokens.
 
     Attributes:
-        path: Calibrator ids of the whole visible text, without BOS: the canonical tokenisation of
-            its complete characters.
+        path: Calibrator ids of the visible text, without BOS: the canonical tokenisation of its
+            complete characters. Of a long text, only the end that the calibrator can see.
         word: The bytes of each of the last tokens of ``path``, from the start of the last pre-token
             on; at most four tokens, and none if the vocabularies are the same.
         pending: Bytes of an unfinished UTF-8 character at the end, at most three.
@@ -190,6 +195,9 @@ class TextContext:
         self._dummy_prefix = target_tokens.dummy_prefix
         self._identity = identity
         self._pad_id = pad_id
+        # Longer paths lose whole strides at the front, which moves no window of the calibrator.
+        self._stride = calibrator.context_length // 2
+        self._longest_path = calibrator.context_length + _MARGIN
         self._line_break: int | None = None
         if identity:
             if b"\n" in self._token_bytes:
@@ -200,7 +208,7 @@ class TextContext:
             self._tokenizer, self._incremental = _plain(calibrator.tokenizer.backend_tokenizer)
         self._forget()
 
-    def read(self, ids: Ids) -> Position:
+    def read(self, ids: Row) -> Position:
         """Where the text of a row ends.
 
         Args:
@@ -209,14 +217,14 @@ class TextContext:
         with self._lock:
             state = self._memo.get(ids)
             if state is None:
-                state = self._advance(*self._nearest(ids))
+                state = self._shortened(self._advance(*self._nearest(ids)))
                 self._remember(ids, state)
             else:
                 self._memo.move_to_end(ids)
             return state.position
 
     def read_uncached(self, ids: Ids) -> Position:
-        """The same without the memo, tokenising the whole text; slow, for checks."""
+        """The whole path, without the memo, tokenising the whole text; slow, for checks."""
         return self._advance(_START_OF_ROW, ids, settle=False).position
 
     def reset(self) -> None:
@@ -225,13 +233,25 @@ class TextContext:
             self._memo.clear()
             self._size = 0
 
-    def _nearest(self, ids: Ids) -> tuple[_State, Ids]:
+    def _nearest(self, ids: Row) -> tuple[_State, Ids]:
         """The state of a slightly shorter prefix, and the ids that follow it."""
-        for missing in range(1, min(_PARENTS, len(ids)) + 1):
-            state = self._memo.get(ids[:-missing])
+        size = _ID_BYTES if isinstance(ids, bytes) else 1
+        for missing in range(1, min(_PARENTS, len(ids) // size) + 1):
+            state = self._memo.get(ids[: -missing * size])
             if state is not None:
-                return state, ids[-missing:]
-        return _START_OF_ROW, ids
+                return state, _listed(ids[-missing * size :])
+        return _START_OF_ROW, _listed(ids)
+
+    def _shortened(self, state: _State) -> _State:
+        """Drops strides at the front of a long path, up to its last settled token."""
+        path = state.position.path
+        settled = len(path) if self._identity else state.settled
+        surplus = min(settled, len(path) - self._longest_path)
+        drop = max(0, surplus // self._stride * self._stride)
+        if not drop:
+            return state
+        position = state.position._replace(path=path[drop:])
+        return state._replace(position=position, settled=max(0, state.settled - drop))
 
     def _advance(self, state: _State, ids: Ids, settle: bool = True) -> _State:
         if state.padded:
@@ -336,19 +356,19 @@ class TextContext:
         known = 0 <= id < len(self._token_bytes) and id not in self._special
         return not known or self._token_bytes[id] is None
 
-    def _remember(self, ids: Ids, state: _State) -> None:
+    def _remember(self, ids: Row, state: _State) -> None:
         self._memo[ids] = state
-        self._size += len(ids) + len(state.tail)
+        self._size += _size(ids) + len(state.tail)
         while len(self._memo) > 1 and (len(self._memo) > _ENTRIES or self._size > _ENTRY_IDS):
             oldest, dropped = self._memo.popitem(last=False)
-            self._size -= len(oldest) + len(dropped.tail)
+            self._size -= _size(oldest) + len(dropped.tail)
 
     def after_fork(self) -> None:
         """Starts afresh in a forked child, since another thread may have been using the memo."""
         self._forget()
 
     def _forget(self) -> None:
-        self._memo: OrderedDict[Ids, _State] = OrderedDict()
+        self._memo: OrderedDict[Row, _State] = OrderedDict()
         self._size = 0
         self._lock: threading.Lock = threading.Lock()
         renew_after_fork(self)
@@ -364,6 +384,14 @@ class TextContext:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._forget()
+
+
+def _listed(ids: Row) -> Ids:
+    return tuple(memoryview(ids).cast("q")) if isinstance(ids, bytes) else ids
+
+
+def _size(ids: Row) -> int:
+    return len(ids) // _ID_BYTES if isinstance(ids, bytes) else len(ids)
 
 
 def _plain(backend: Tokenizer) -> tuple[Tokenizer, bool]:

@@ -1,5 +1,7 @@
 """Both decoders equal plain ``transformers``, and unsupported models are refused."""
 
+import weakref
+
 import pytest
 import torch
 from transformers import (
@@ -288,3 +290,24 @@ def test_models_whose_results_depend_on_the_cache_are_refused():
         GenericDecoder([Stateful(config).eval()], COLUMNS, CPU)
     with pytest.raises(ModelError, match=r"plain key-value cache \(AttributeError: no such state"):
         GenericDecoder([Failing(config).eval()], COLUMNS, CPU)
+
+
+def test_equal_weights_are_held_once(make_llama):
+    """Many processors of one calibrator hold one copy; models that were changed get their own."""
+    models = [randomised(make_llama(WIDTH, seed)) for seed in (1, 2)]
+    one, other = (StackedLlamaDecoder(models, COLUMNS, WIDTH, CPU) for _ in range(2))
+
+    def addresses(decoder):
+        tensors = [decoder._embeddings, *decoder._head]
+        for layer in decoder._layers:
+            tensors += [part for part in layer if part is not None]
+        return {tensor.data_ptr() for tensor in tensors}
+
+    assert addresses(one) == addresses(other)
+    models[1].model.layers[0].mlp.down_proj.weight.data += 0.5
+    changed = StackedLlamaDecoder(models, COLUMNS, WIDTH, CPU)
+    assert len(addresses(changed) - addresses(one)) == 1
+    exercise(changed, models)
+    held = weakref.ref(changed._layers[0].down)
+    del changed
+    assert held() is None

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -27,6 +28,7 @@ BOS, EOS, PAD, USER = 256, 257, 258, 259
 TURN = 260  # named by the chat template; only some tests have one
 BYTES = tuple(bytes([i]) for i in range(256))
 CONTRACTIONS = "('s|'S|'t|'T|'re|'rE|'Re|'RE|'ve|'vE|'Ve|'VE|'m|'M|'ll|'lL|'Ll|'LL|'d|'D)"
+WHOLE = 1_000_000  # a context that no text here exceeds
 UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 LINES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 PATTERNS = {
@@ -75,7 +77,8 @@ def split_by(pattern):
 
 
 def calibrator_of(tokenizer):
-    return SimpleNamespace(tokenizer=tokenizer, tokens=TokenTable.from_tokenizer(tokenizer))
+    tokens = TokenTable.from_tokenizer(tokenizer)
+    return SimpleNamespace(tokenizer=tokenizer, tokens=tokens, context_length=WHOLE)
 
 
 def byte_level(pre_tokenizer, normalizer=None):
@@ -116,6 +119,36 @@ def plain(contexts):
 
 def text_ids(text):
     return tuple(text.encode())
+
+
+def as_bytes(ids):
+    return torch.tensor(ids, dtype=torch.int64).numpy().tobytes()
+
+
+@given(st.lists(st.sampled_from(PIECES), min_size=60, max_size=300), st.booleans(), st.data())
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+def test_the_front_of_a_long_text_is_dropped_in_strides(contexts, pieces, identity, data):
+    """What is left lets the calibrator see the same windows, however the text was read before."""
+    reader = contexts["gpt2"]
+    size = data.draw(st.sampled_from([32, 33, 64]))
+    calibrator = stub(reader)
+    calibrator.context_length = size
+    short = TextContext(calibrator, target(), identity, PAD)
+    ids = tuple(id for piece in pieces for id in text_ids(piece))
+    dropped = 0
+    for end in range(0, len(ids) + 1, data.draw(st.integers(1, 9))):
+        row = ids[:end]
+        found = short.read(row if end % 2 else as_bytes(row))
+        whole = short.read_uncached(row)
+        assert found[1:] == whole[1:]
+        lost = len(whole.path) - len(found.path)
+        assert whole.path[lost:] == found.path
+        assert lost % (size // 2) == 0
+        assert lost == 0 or len(found.path) > size + 32
+        if short._incremental if not identity else True:
+            assert len(found.path) < 2 * size + 64 + 40
+        dropped = max(dropped, lost)
+    assert dropped or len(short.read_uncached(ids).path) < 2 * size + 64 + 40
 
 
 def spelled(reader, position):
@@ -213,7 +246,7 @@ def test_padding_and_special_tokens(plain):
 
 def test_padding_with_an_ordinary_token_is_stripped_at_the_start_only(plain):
     reader = TextContext(
-        SimpleNamespace(tokenizer=plain_tokenizer(plain), tokens=stub_tokens(plain)),
+        stub(plain),
         target(),
         False,
         ord("!"),
@@ -222,17 +255,16 @@ def test_padding_with_an_ordinary_token_is_stripped_at_the_start_only(plain):
     assert reader.read(text_ids("!!")).path == ()
 
 
-def plain_tokenizer(reader):
-    return SimpleNamespace(backend_tokenizer=reader._tokenizer)
-
-
-def stub_tokens(reader):
-    return SimpleNamespace(token_bytes=reader._calibrator_token_bytes, kind="byte-level")
+def stub(reader):
+    return SimpleNamespace(
+        tokenizer=SimpleNamespace(backend_tokenizer=reader._tokenizer),
+        tokens=SimpleNamespace(token_bytes=reader._calibrator_token_bytes, kind="byte-level"),
+        context_length=WHOLE,
+    )
 
 
 def test_the_space_that_sentencepiece_adds_before_a_text(plain):
-    calibrator = SimpleNamespace(tokenizer=plain_tokenizer(plain), tokens=stub_tokens(plain))
-    reader = TextContext(calibrator, target(dummy_prefix=True), False, None)
+    reader = TextContext(stub(plain), target(dummy_prefix=True), False, None)
     assert spelled(reader, reader.read(text_ids(" a b"))) == "a b"
     assert spelled(reader, reader.read((BOS, *b"  a"))) == " a"
     assert spelled(reader, reader.read((*b" x", EOS, *b" a"))) == "a"
@@ -242,19 +274,21 @@ def test_the_space_that_sentencepiece_adds_before_a_text(plain):
 
 
 def test_ids_of_the_same_vocabulary_are_passed_on():
-    reader = TextContext(SimpleNamespace(), target(), True, PAD)
+    reader = TextContext(SimpleNamespace(context_length=WHOLE), target(), True, PAD)
     assert reader.read((PAD, BOS, 7, 8)) == Position((7, 8), (), b"")
     assert reader.read((PAD, BOS, 7, 8, USER, 9)).path == (7, 8, 10, 9)
     assert reader.read((7, EOS, USER, 300, 9)).path == (9,)
     assert reader.read((7, 8)).path == (7, 8)
     no_line_break = target(token_bytes=(b"a", b"b", None), special_ids={2}, reset_ids=set())
-    assert TextContext(SimpleNamespace(), no_line_break, True, None).read((0, 2, 1)).path == (0, 1)
+    assert TextContext(SimpleNamespace(context_length=WHOLE), no_line_break, True, None).read(
+        (0, 2, 1)
+    ).path == (0, 1)
 
 
 @given(st.lists(st.integers(0, 262), max_size=30), st.integers(1, 5))
 @settings(max_examples=100, deadline=None)
 def test_ids_of_the_same_vocabulary_incrementally(ids, step):
-    reader = TextContext(SimpleNamespace(), target(), True, PAD)
+    reader = TextContext(SimpleNamespace(context_length=WHOLE), target(), True, PAD)
     for end in range(0, len(ids) + 1, step):
         row = tuple(ids[:end])
         assert reader.read(row) == reader.read_uncached(row)
@@ -318,7 +352,7 @@ CHATS = {
 def test_of_a_chat_the_last_request_and_the_answer_are_read(plain, name):
     tokenizer = CHATS[name]()
     tokens = TokenTable.from_tokenizer(tokenizer)
-    calibrator = SimpleNamespace(tokenizer=plain_tokenizer(plain), tokens=stub_tokens(plain))
+    calibrator = stub(plain)
     reader = TextContext(calibrator, tokens, False, tokenizer.pad_token_id)
     system = None if name == "mistral" else "Be kind."
     for conversation in ("Shut up, user!", ["Hello", "assistant of a user\n", "Shut up, user!"]):
@@ -342,7 +376,7 @@ def test_plain_text_is_read_as_without_a_chat_template(plain, name):
     before = TokenTable.from_tokenizer(tokenizer)
     assert not before.turn_ids
     assert before.fingerprint() == tokens.fingerprint(), "vocabulary maps stay valid"
-    calibrator = SimpleNamespace(tokenizer=plain_tokenizer(plain), tokens=stub_tokens(plain))
+    calibrator = stub(plain)
     with_template, without = (
         TextContext(calibrator, one, False, tokenizer.pad_token_id) for one in (tokens, before)
     )
@@ -368,10 +402,10 @@ turns = st.lists(
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 def test_a_chat_incrementally(plain, row, step):
     tokens = target(turn_ids=frozenset({TURN}), token_bytes=(*BYTES, *[None] * 5))
-    calibrator = SimpleNamespace(tokenizer=plain_tokenizer(plain), tokens=stub_tokens(plain))
+    calibrator = stub(plain)
     for reader in (
         TextContext(calibrator, tokens, False, PAD),
-        TextContext(SimpleNamespace(), tokens, True, PAD),
+        TextContext(SimpleNamespace(context_length=WHOLE), tokens, True, PAD),
     ):
         for end in range(0, len(row) + 1, step):
             assert reader.read(row[:end]) == reader.read_uncached(row[:end])
@@ -401,6 +435,6 @@ def test_a_chat_incrementally(plain, row, step):
 )
 def test_markup_of_a_chat(plain, row, read):
     tokens = target(turn_ids=frozenset({TURN}), token_bytes=(*BYTES, *[None] * 5))
-    calibrator = SimpleNamespace(tokenizer=plain_tokenizer(plain), tokens=stub_tokens(plain))
+    calibrator = stub(plain)
     reader = TextContext(calibrator, tokens, False, PAD)
     assert spelled(reader, reader.read(row)) == read

@@ -127,7 +127,7 @@ def readers(kinds):
         if (calibrator, target) not in found:
             tokenizer, tokens = kinds(calibrator)
             found[calibrator, target] = TextContext(
-                SimpleNamespace(tokenizer=tokenizer, tokens=tokens),
+                SimpleNamespace(tokenizer=tokenizer, tokens=tokens, context_length=10**6),
                 kinds(target)[1],
                 identity=False,
                 pad_id=kinds(target)[0].pad_token_id,
