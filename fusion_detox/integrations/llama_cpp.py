@@ -1,0 +1,219 @@
+"""Fusion in llama.cpp, through ``llama-cpp-python``.
+
+from llama_cpp import Llama
+from fusion_detox.integrations.llama_cpp import LlamaFusion
+
+llama = Llama("model.gguf", n_ctx=2048)
+fusion = LlamaFusion(llama)
+llama("Once upon a time", **fusion.options())
+llama.create_chat_completion(messages, **fusion.options(strength=1.5))
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from fusion_detox.calibrator.calibrator import Calibrator
+from fusion_detox.calibrator.lookup import DEFAULT_CALIBRATOR
+from fusion_detox.config import FusionConfig
+from fusion_detox.errors import ConfigError, MissingExtraError, ModelError, VocabularyError
+from fusion_detox.files.loading_errors import LOADING_ERRORS, first_line
+from fusion_detox.integrations.steps import fuse_array, only_end, strength_of
+from fusion_detox.processor import FusionLogitsProcessor, Verify
+from fusion_detox.vocabulary.token_table import TokenTable
+
+try:
+    import llama_cpp
+except ImportError as _error:
+    raise MissingExtraError("llama-cpp-python", "llama-cpp") from _error
+
+if TYPE_CHECKING:
+    from llama_cpp import Llama
+
+__all__ = ["LlamaFusion", "read_tokenizer"]
+
+logger = logging.getLogger(__name__)
+_Array = np.ndarray[Any, Any]
+
+
+class LlamaFusion:
+    """Fuses a calibrator into the logits of a ``llama_cpp.Llama``.
+
+    One instance serves all calls of its ``Llama``, which runs one at a time. Results depend only on
+    the text and the scores, so llama.cpp's own reuse of a prefix is safe. A draft model works.
+
+    Args:
+        llama: The target.
+        calibrator: A ``Calibrator``, or the path, hub id or shipped name of one.
+        config: Fusion settings; by default, those recommended by the calibrator.
+        tokenizer: The target's tokenizer; by default, it is read from the GGUF file, which needs
+            the package ``gguf``.
+        device: Where the calibrator runs; the CPU by default.
+        verify: See ``FusionLogitsProcessor``.
+
+    Attributes:
+        processor: The processor that this adapter calls.
+
+    Raises:
+        CalibratorError: The calibrator cannot be used.
+        CalibratorNotFoundError: The calibrator was not found.
+        ConfigError: The settings need the target's hidden states, which llama.cpp does not give.
+        InertError: See ``verify``.
+        MissingExtraError: ``gguf`` is not installed.
+        ModelError: The tokenizer cannot be read from the GGUF file.
+        VocabularyError: The tokenizer's tokens are not those of llama.cpp, or cannot be mapped.
+    """
+
+    def __init__(
+        self,
+        llama: Llama,
+        calibrator: Calibrator | str = DEFAULT_CALIBRATOR,
+        config: FusionConfig | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        device: torch.device | str | None = None,
+        verify: Verify = "raise",
+    ) -> None:
+        self._llama = llama
+        if tokenizer is None:
+            tokenizer = read_tokenizer(llama.model_path)
+        _check_tokens(llama, TokenTable.from_tokenizer(tokenizer))
+        self.processor = FusionLogitsProcessor(
+            calibrator, tokenizer, config, device=device, verify=verify
+        )
+
+    def options(self, strength: float | None = None) -> dict[str, Any]:
+        """Arguments for one or more calls of the ``Llama``: ``llama(prompt, **fusion.options())``.
+
+        They hold a logits processor and a stopping criterion. ctypes drops an error that a logits
+        processor raises; the text would go on unfused. So the processor lets the text only end, and
+        the stopping criterion, which runs next, raises the error.
+
+        Args:
+            strength: The strength of these calls; by default, that of the settings.
+
+        Returns:
+            ``logits_processor`` and ``stopping_criteria``. Append your own to these lists; the
+            fusion must stay first.
+
+        Raises:
+            ConfigError: The strength is out of range.
+        """
+        step = _Step(self._llama, self.processor, strength_of(self.processor, strength))
+        return {
+            "logits_processor": _Processors([step]),
+            "stopping_criteria": llama_cpp.StoppingCriteriaList([step.raise_error]),
+        }
+
+
+def read_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer that a GGUF file holds.
+
+    Args:
+        path: The file.
+
+    Raises:
+        MissingExtraError: ``gguf`` is not installed.
+        ModelError: The file is missing or damaged, or ``transformers`` does not know its
+            architecture.
+    """
+    try:
+        import gguf  # noqa: F401 - transformers reads the file with it
+    except ImportError as error:
+        raise MissingExtraError("gguf", "llama-cpp") from error
+    file = Path(path)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            str(file.parent), gguf_file=file.name, local_files_only=True, trust_remote_code=False
+        )
+    except LOADING_ERRORS as error:
+        raise ModelError(
+            f"the tokenizer of {file} cannot be read: {first_line(error)}. Pass tokenizer=, the "
+            "tokenizer of the model that the file was converted from"
+        ) from error
+    return tokenizer
+
+
+class _Processors(llama_cpp.LogitsProcessorList):  # type: ignore[misc]
+    """With ``logit_bias``, the engine uses what ``extend`` returns; a list would return ``None``."""
+
+    def extend(self, more: Any) -> _Processors:
+        return _Processors([*self, *more])
+
+
+class _Step:
+    """The logits processor of one call: ``(input_ids, scores) -> scores``."""
+
+    def __init__(self, llama: Llama, processor: FusionLogitsProcessor, strength: float) -> None:
+        self._llama, self._processor, self._strength = llama, processor, strength
+        self._error: Exception | None = None
+
+    def __call__(self, input_ids: _Array, scores: _Array) -> _Array:
+        try:
+            length = _length(self._llama, scores) if self._llama.draft_model else len(input_ids)
+            row = input_ids[:length].tolist()
+            return fuse_array(self._processor, [row], scores[None], self._strength)[0]
+        except Exception as error:  # noqa: BLE001 - raised by the stopping criterion
+            logger.error("fusion failed, so the text ends here: %s", error)
+            self._error = error
+            ended: _Array = only_end(
+                torch.from_numpy(np.array(scores)), [self._llama.token_eos()]
+            ).numpy()
+            return ended
+
+    def raise_error(self, _input_ids: _Array, _scores: _Array) -> bool:
+        """The stopping criterion: never stops, but raises the error of the step before it."""
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+        return False
+
+
+def _length(llama: Llama, scores: _Array) -> int:
+    """How many ids precede the token that these scores are for.
+
+    With a draft model, the engine evaluates a draft at once, samples at each of its positions, and
+    always passes all ids. It keeps the logits of all positions, which tell where these come from.
+    """
+    kept = llama.scores[: llama.n_tokens]
+    same = np.flatnonzero((kept[:, :16] == scores[:16]).all(axis=1))
+    found = [int(row) for row in same if np.array_equal(kept[row], scores)]
+    if len(found) != 1:
+        raise ConfigError(
+            f"with a draft model, these scores match the logits of {len(found)} positions, but "
+            "must match those of one: put no other logits processor before the fusion"
+        )
+    return found[0] + 1
+
+
+def _check_tokens(llama: Llama, table: TokenTable) -> None:
+    """Compare the table with llama.cpp's own text of every token.
+
+    Raises:
+        VocabularyError: They differ.
+    """
+    vocab = llama_cpp.llama_model_get_vocab(llama.model)
+    size = llama.n_vocab()
+    if len(table.token_bytes) > size:
+        raise VocabularyError(
+            f"the tokenizer has {len(table.token_bytes)} tokens, but the model in "
+            f"{llama.model_path} has {size}: pass the tokenizer of this model"
+        )
+    buffer = ctypes.create_string_buffer(1 << 16)
+    for id, text in enumerate(table.token_bytes):
+        if text is None:
+            continue
+        count = llama_cpp.llama_token_to_piece(vocab, id, buffer, len(buffer), 0, True)
+        if buffer.raw[: max(count, 0)] != text:
+            raise VocabularyError(
+                f"token {id} is {text!r} in the tokenizer, but {buffer.raw[: max(count, 0)]!r} in "
+                f"{llama.model_path}: pass the tokenizer of this model"
+            )
