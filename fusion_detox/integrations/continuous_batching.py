@@ -90,13 +90,7 @@ def generate_batch(
     attach(manager, processor)
     try:
         manager.start()
-        ids = [""] * len(prompts)
-        for strength in dict.fromkeys(wanted_strengths):
-            places = [i for i, each in enumerate(wanted_strengths) if each == strength]
-            rows = [list(prompts[place]) for place in places]
-            names = manager.add_requests(rows, max_new_tokens, strength=strength)
-            for place, name in zip(places, names, strict=True):
-                ids[place] = name
+        ids = _add(manager, prompts, wanted_strengths, max_new_tokens)
         wanted = len(ids) * manager.num_return_sequences
         found: dict[str, Any] = {}
         while len(found) < wanted:
@@ -117,13 +111,30 @@ def generate_batch(
     return dict(sorted(found.items(), key=lambda pair: order[pair[0].partition("__child#")[0]]))
 
 
+def _add(
+    manager: Any,
+    prompts: Sequence[Sequence[int]],
+    strengths: Sequence[float],
+    max_new_tokens: int | None,
+) -> list[str]:
+    """Add the requests, and return their ids in the order of the prompts."""
+    ids = [""] * len(prompts)
+    for strength in dict.fromkeys(strengths):
+        places = [place for place, each in enumerate(strengths) if each == strength]
+        rows = [list(prompts[place]) for place in places]
+        names = manager.add_requests(rows, max_new_tokens, strength=strength)
+        for place, name in zip(places, names, strict=True):
+            ids[place] = name
+    return ids
+
+
 def attach(manager: Any, processor: FusionLogitsProcessor) -> None:
     """Add fusion to a continuous-batching manager.
 
     As in ``generate``, fusion runs before temperature, top-k and top-p. A request may set its own
-    strength: ``manager.add_request(ids, strength=0.5)``; with 0, it is not fused. A strength that is
-    not a number within range fails that request alone: its result has status ``FAILED`` and the
-    reason as ``error``.
+    strength: ``manager.add_request(ids, strength=0.5)``; with 0, it is not fused. A strength that
+    is not a number within range fails that request alone: its result has the status ``FAILED`` and
+    the reason as its ``error``.
 
     Args:
         manager: The result of ``model.init_continuous_batching(…)``, not yet started.

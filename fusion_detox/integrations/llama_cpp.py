@@ -15,7 +15,7 @@ import ctypes
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -143,7 +143,7 @@ def read_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
 
 
 class _Processors(llama_cpp.LogitsProcessorList):  # type: ignore[misc]
-    """With ``logit_bias``, the engine uses what ``extend`` returns; a list would return ``None``."""
+    """With ``logit_bias``, the engine uses what ``extend`` returns, which for lists is ``None``."""
 
     def extend(self, more: Any) -> _Processors:
         return _Processors([*self, *more])
@@ -160,14 +160,13 @@ class _Step:
         try:
             length = _length(self._llama, scores) if self._llama.draft_model else len(input_ids)
             row = input_ids[:length].tolist()
-            return fuse_array(self._processor, [row], scores[None], self._strength)[0]
+            fused = fuse_array(self._processor, [row], scores[None], self._strength)
+            return cast("_Array", fused[0])
         except Exception as error:  # noqa: BLE001 - raised by the stopping criterion
             logger.error("fusion failed, so the text ends here: %s", error)
             self._error = error
-            ended: _Array = only_end(
-                torch.from_numpy(np.array(scores)), [self._llama.token_eos()]
-            ).numpy()
-            return ended
+            end = only_end(torch.from_numpy(np.array(scores)), [self._llama.token_eos()])
+            return cast("_Array", end.numpy())
 
     def raise_error(self, _input_ids: _Array, _scores: _Array) -> bool:
         """The stopping criterion: never stops, but raises the error of the step before it."""
