@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,7 +13,9 @@ from torch import Tensor
 from fusion_detox.errors import ConfigError
 from fusion_detox.processor import FusionLogitsProcessor
 
-__all__ = ["check_shared", "fuse_array", "only_end", "strength_of"]
+__all__ = ["check_shared", "fuse_array", "fuse_or_end", "only_end", "strength_of"]
+
+logger = logging.getLogger(__name__)
 
 
 def strength_of(processor: FusionLogitsProcessor, value: object) -> float:
@@ -94,3 +97,51 @@ def only_end(scores: Tensor, end_ids: Iterable[int]) -> Tensor:
     result = torch.full_like(scores, -torch.inf)
     result[..., list(end_ids)] = 0.0
     return result
+
+
+def fuse_or_end(
+    processor: FusionLogitsProcessor,
+    rows: Sequence[Sequence[int]],
+    scores: Tensor,
+    strengths: Sequence[object],
+    end_ids: Iterable[int],
+) -> Tensor:
+    """``processor.fuse_rows`` for engines in which an error would end all requests.
+
+    A row that cannot be fused, such as one with an unknown strength, may only end, and the log says
+    why. The other rows are fused as usual. No row is passed on unfused that should be fused.
+
+    Args:
+        processor: The processor.
+        rows: For each row, all ids of its text so far.
+        scores: ``(batch, vocab)`` logits; not modified.
+        strengths: For each row, what its request says; see :func:`strength_of`.
+        end_ids: The ids that end a text.
+
+    Returns:
+        ``(batch, vocab)`` a new tensor in the dtype of ``scores``.
+    """
+    result = scores.clone()
+    wanted: dict[int, float] = {}
+    for row, value in enumerate(strengths):
+        try:
+            wanted[row] = strength_of(processor, value)
+        except ConfigError as error:
+            _end(result, row, end_ids, error)
+    good = list(wanted)
+    try:
+        result[good] = processor.fuse_rows(
+            [rows[row] for row in good], scores[good], list(wanted.values())
+        )
+    except Exception:  # noqa: BLE001 - the rows tell which one it is
+        for row in good:
+            try:
+                result[row] = processor.fuse_rows([rows[row]], scores[[row]], wanted[row])[0]
+            except Exception as error:  # noqa: BLE001 - the engine must go on
+                _end(result, row, end_ids, error)
+    return result
+
+
+def _end(scores: Tensor, row: int, end_ids: Iterable[int], error: Exception) -> None:
+    logger.error("a request cannot be fused, so its text ends here: %s", error)
+    scores[row] = only_end(scores[row], end_ids)
