@@ -12,8 +12,9 @@ llama.create_chat_completion(messages, **fusion.options(strength=1.5))
 from __future__ import annotations
 
 import ctypes
-import logging
 import os
+import struct
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
 
 __all__ = ["LlamaFusion", "read_tokenizer"]
 
-logger = logging.getLogger(__name__)
 _Array = np.ndarray[Any, Any]
 
 
@@ -90,28 +90,46 @@ class LlamaFusion:
             calibrator, tokenizer, config, device=device, verify=verify
         )
 
-    def options(self, strength: float | None = None) -> dict[str, Any]:
-        """Arguments for one or more calls of the ``Llama``: ``llama(prompt, **fusion.options())``.
-
-        They hold a logits processor and a stopping criterion. ctypes drops an error that a logits
-        processor raises; the text would go on unfused. So the processor lets the text only end, and
-        the stopping criterion, which runs next, raises the error.
+    def create_completion(
+        self, *arguments: Any, strength: float | None = None, **named: Any
+    ) -> Any:
+        """``Llama.create_completion`` with fusion.
 
         Args:
-            strength: The strength of these calls; by default, that of the settings.
+            arguments: Those of the method.
+            strength: The strength of this call; by default, that of the settings.
+            named: Those of the method. Your own ``logits_processor`` run after fusion.
 
         Returns:
-            ``logits_processor`` and ``stopping_criteria``. Append your own to these lists; the
-            fusion must stay first.
+            What the method returns.
 
         Raises:
-            ConfigError: The strength is out of range.
+            ConfigError: The strength is out of range. Nothing was generated.
+            FusionDetoxError: Fusion failed at a step. With ``stream=True``, this is raised at the
+                end of the stream, which ends at that step.
         """
+        return self._call(self._llama.create_completion, arguments, strength, named)
+
+    def create_chat_completion(
+        self, *arguments: Any, strength: float | None = None, **named: Any
+    ) -> Any:
+        """``Llama.create_chat_completion`` with fusion; see :meth:`create_completion`."""
+        return self._call(self._llama.create_chat_completion, arguments, strength, named)
+
+    def _call(
+        self,
+        method: Callable[..., Any],
+        arguments: tuple[Any, ...],
+        strength: float | None,
+        named: dict[str, Any],
+    ) -> Any:
         step = _Step(self._llama, self.processor, strength_of(self.processor, strength))
-        return {
-            "logits_processor": _Processors([step]),
-            "stopping_criteria": llama_cpp.StoppingCriteriaList([step.raise_error]),
-        }
+        named["logits_processor"] = _Processors([step, *(named.get("logits_processor") or ())])
+        result = method(*arguments, **named)
+        if isinstance(result, Iterator):
+            return _checked(result, step)
+        step.raise_error()
+        return result
 
 
 def read_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
@@ -134,7 +152,7 @@ def read_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(file.parent), gguf_file=file.name, local_files_only=True, trust_remote_code=False
         )
-    except LOADING_ERRORS as error:
+    except (*LOADING_ERRORS, struct.error) as error:
         raise ModelError(
             f"the tokenizer of {file} cannot be read: {first_line(error)}. Pass tokenizer=, the "
             "tokenizer of the model that the file was converted from"
@@ -157,23 +175,27 @@ class _Step:
         self._error: Exception | None = None
 
     def __call__(self, input_ids: _Array, scores: _Array) -> _Array:
-        try:
-            length = _length(self._llama, scores) if self._llama.draft_model else len(input_ids)
-            row = input_ids[:length].tolist()
-            fused = fuse_array(self._processor, [row], scores[None], self._strength)
-            return cast("_Array", fused[0])
-        except Exception as error:  # noqa: BLE001 - raised by the stopping criterion
-            logger.error("fusion failed, so the text ends here: %s", error)
-            self._error = error
-            end = only_end(torch.from_numpy(np.array(scores)), [self._llama.token_eos()])
-            return cast("_Array", end.numpy())
+        if self._error is None:
+            try:
+                length = _length(self._llama, scores) if self._llama.draft_model else len(input_ids)
+                row = input_ids[:length].tolist()
+                fused = fuse_array(self._processor, [row], scores[None], self._strength)
+                return cast("_Array", fused[0])
+            except Exception as error:  # noqa: BLE001 - raised after the call
+                # ctypes drops an error that is raised here, and the text would go on unfused.
+                self._error = error
+        end = only_end(torch.from_numpy(np.array(scores)), [self._llama.token_eos()])
+        return cast("_Array", end.numpy())
 
-    def raise_error(self, _input_ids: _Array, _scores: _Array) -> bool:
-        """The stopping criterion: never stops, but raises the error of the step before it."""
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
-        return False
+    def raise_error(self) -> None:
+        """Raises the error that ended the text, if there was one."""
+        if self._error is not None:
+            raise self._error
+
+
+def _checked(stream: Iterator[Any], step: _Step) -> Iterator[Any]:
+    yield from stream
+    step.raise_error()
 
 
 def _length(llama: Llama, scores: _Array) -> int:
