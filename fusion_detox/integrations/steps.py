@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusion_detox.errors import ConfigError
+from fusion_detox.errors import ConfigError, FusionDetoxError
 from fusion_detox.processor import FusionLogitsProcessor
 
 __all__ = ["check_shared", "fuse_array", "fuse_or_end", "only_end", "strength_of"]
@@ -115,7 +115,8 @@ def fuse_or_end(
         processor: The processor.
         rows: For each row, all ids of its text so far.
         scores: ``(batch, vocab)`` logits; not modified.
-        strengths: For each row, what its request says; see :func:`strength_of`.
+        strengths: For each row, what its request says (see :func:`strength_of`), or the error that
+            the request has.
         end_ids: The ids that end a text.
 
     Returns:
@@ -125,10 +126,14 @@ def fuse_or_end(
     wanted: dict[int, float] = {}
     for row, value in enumerate(strengths):
         try:
+            if isinstance(value, Exception):
+                raise value
             wanted[row] = strength_of(processor, value)
-        except ConfigError as error:
+        except FusionDetoxError as error:
             _end(result, row, end_ids, error)
     good = list(wanted)
+    if not good:
+        return result
     try:
         result[good] = processor.fuse_rows(
             [rows[row] for row in good], scores[good], list(wanted.values())

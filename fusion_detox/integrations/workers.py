@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 import os
+from typing import NamedTuple
 
 from fusion_detox.calibrator.calibrator import Calibrator
 from fusion_detox.calibrator.lookup import DEFAULT_CALIBRATOR
@@ -17,7 +18,7 @@ from fusion_detox.errors import ConfigError
 from fusion_detox.files.models import load_tokenizer
 from fusion_detox.processor import FusionLogitsProcessor
 
-__all__ = ["Source"]
+__all__ = ["Loaded", "Source"]
 
 _VARIABLES = {
     "tokenizer": "FUSION_DETOX_TOKENIZER",
@@ -25,6 +26,20 @@ _VARIABLES = {
     "settings": "FUSION_DETOX_SETTINGS",
     "device": "FUSION_DETOX_DEVICE",
 }
+
+
+class Loaded(NamedTuple):
+    """What a worker needs for a step.
+
+    Attributes:
+        processor: The processor.
+        start_id: The id that begins a text, if there is one.
+        end_id: The id that ends a text.
+    """
+
+    processor: FusionLogitsProcessor
+    start_id: int | None
+    end_id: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +75,8 @@ class Source:
             )
         return cls(**given)
 
-    def load(self) -> tuple[FusionLogitsProcessor, int]:
-        """The processor, loaded once per process, and the id that ends a text.
+    def load(self) -> Loaded:
+        """The processor, which is loaded once per process.
 
         Raises:
             CalibratorError: The calibrator cannot be used.
@@ -76,7 +91,7 @@ class Source:
 
 
 @functools.lru_cache(maxsize=8)
-def _load(source: Source) -> tuple[FusionLogitsProcessor, int]:
+def _load(source: Source) -> Loaded:
     try:
         settings = json.loads(source.settings)
     except ValueError as error:
@@ -92,4 +107,5 @@ def _load(source: Source) -> tuple[FusionLogitsProcessor, int]:
         raise ConfigError(f"the tokenizer in {source.tokenizer} has no token that ends a text")
     calibrator = Calibrator.from_pretrained(source.calibrator)
     config = calibrator.config.replace(**settings)
-    return FusionLogitsProcessor(calibrator, tokenizer, config, device=source.device), end
+    processor = FusionLogitsProcessor(calibrator, tokenizer, config, device=source.device)
+    return Loaded(processor, tokenizer.bos_token_id, end)
