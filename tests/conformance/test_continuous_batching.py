@@ -42,6 +42,8 @@ def by_definition(case, ids, steps=5, **options):
 
 
 @pytest.mark.parametrize("mode", modes_of("test_continuous_batching_equals_greedy"))
+@pytest.mark.serves("transformers", "batches")
+@pytest.mark.serves("transformers", "run on the engine")
 def test_continuous_batching_equals_greedy(case, mode):
     """Four requests in batches of two, so one joins while another is in progress."""
     found = integration.generate_batch(
@@ -81,6 +83,7 @@ def test_manager_with_a_strength_per_request_and_warpers_after_fusion(one):
     assert found[names[0]] != found[names[1]]
 
 
+@pytest.mark.serves("transformers", "strength per request")
 def test_a_strength_per_prompt(one):
     ids, strengths = prompts(one), [0.0, None, 0.5, 0.0]
     found = integration.generate_batch(
@@ -164,6 +167,7 @@ def test_preemption_counts_no_token_twice(one):
     ],
     ids=str,
 )
+@pytest.mark.serves("transformers", "bad request fails alone")
 def test_a_bad_request_fails_alone(one, bad):
     """It fails with the reason while another request runs, and the manager goes on."""
     ids = prompts(one)[1]

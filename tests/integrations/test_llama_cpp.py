@@ -87,6 +87,7 @@ def ids_of(llama, count):
     return llama.input_ids[:count].tolist()
 
 
+@pytest.mark.serves("llama.cpp", "strength per request")
 def test_equals_greedy_search_at_each_strength(setting, calibrator, expected):
     """Three calls of one Llama, so the engine also reuses prefixes."""
     module, start, target = setting
@@ -101,6 +102,7 @@ def test_equals_greedy_search_at_each_strength(setting, calibrator, expected):
     assert len(set(found.values())) == 3, "the strengths make a difference"
 
 
+@pytest.mark.serves("llama.cpp", "drafts")
 def test_drafts_are_cut_off_and_the_text_stays_the_same(setting, calibrator, expected):
     module, start, target = setting
     drafts = Drafts()
@@ -179,6 +181,7 @@ def test_a_failure_ends_the_text_and_is_raised(setting, calibrator, monkeypatch)
         )
 
 
+@pytest.mark.serves("llama.cpp", "bad request fails alone")
 def test_a_bad_strength_is_refused_before_anything_is_generated(setting, calibrator):
     module, start, _ = setting
     llama = start()
@@ -225,6 +228,7 @@ def test_the_missing_package_is_named(monkeypatch):
 @pytest.mark.real_target
 @pytest.mark.slow
 @pytest.mark.skipif(not INSTALLED, reason=SKIP)
+@pytest.mark.serves("llama.cpp", "run on the engine")
 def test_smollm2_equals_the_transformers_path(smollm2):
     """Same scores in, same scores out, bit for bit; and the same tokens but for quantisation.
 

@@ -103,6 +103,7 @@ def test_another_text_than_the_prompt_is_refused(fake, processor, prompts):
         step(core.array(prompts[1]), scores)
 
 
+@pytest.mark.serves("MLX-LM", "bad request fails alone")
 def test_wrong_use(fake, processor):
     for bad in (-1.0, float("nan"), "strong"):
         with pytest.raises(ConfigError, match="strength must be a number"):
@@ -132,6 +133,9 @@ def loaded(engine, target, other_tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("drafts", [False, True])
+@pytest.mark.serves("MLX-LM", "strength per request")
+@pytest.mark.serves("MLX-LM", "drafts")
+@pytest.mark.serves("MLX-LM", "run on the engine")
 def test_generation_in_mlx_lm(engine, loaded, target, processor, prompts, drafts):
     """With drafts, the target is its own draft model."""
     import mlx.core as mx
@@ -148,6 +152,7 @@ def test_generation_in_mlx_lm(engine, loaded, target, processor, prompts, drafts
         assert [token for token, *_ in found] == by_definition(target, processor, ids, strength)
 
 
+@pytest.mark.serves("MLX-LM", "batches")
 def test_a_batch_in_mlx_lm(engine, loaded, target, processor, prompts):
     from mlx_lm.generate import BatchGenerator
 

@@ -147,6 +147,9 @@ def by_definition(target, processor, ids, strength):
     return ids[start:]
 
 
+@pytest.mark.serves("ONNX Runtime GenAI", "strength per request")
+@pytest.mark.serves("ONNX Runtime GenAI", "batches")
+@pytest.mark.serves("ONNX Runtime GenAI", "run on the engine")
 def test_a_ragged_batch_with_a_strength_per_prompt(setting, target, processor, prompts):
     """Rows in order, each with its own strength; the padding inside a sequence is not read."""
     module, model = setting
@@ -173,6 +176,7 @@ def test_logits_are_set_not_changed_in_place(setting, target, processor, prompts
     assert np.array_equal(generator.get_logits()[:, -1], expected.numpy())
 
 
+@pytest.mark.serves("ONNX Runtime GenAI", "beams", "refused")
 def test_wrong_use(setting, processor, prompts):
     module, model = setting
     for options, error, message in (

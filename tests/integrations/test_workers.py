@@ -106,6 +106,8 @@ def sglang_request(name, prompt, output=()):
     return SimpleNamespace(rid=name, origin_input_ids=list(prompt), output_ids=list(output))
 
 
+@pytest.mark.serves("SGLang", "strength per request")
+@pytest.mark.serves("SGLang", "batches")
 def test_sglang_rows_keep_their_order_and_strength(sglang, processor, texts, scores):
     requests = [
         (sglang_request("a", texts[0][:4], texts[0][4:]), {"strength": 0.5}),
@@ -128,6 +130,7 @@ def test_sglang_rows_keep_their_order_and_strength(sglang, processor, texts, sco
         (None, "the request has no custom_params"),
     ],
 )
+@pytest.mark.serves("SGLang", "bad request fails alone")
 def test_sglang_ends_a_bad_request_alone(sglang, processor, texts, scores, caplog, bad, message):
     requests = [
         (sglang_request("a", texts[0]), {}),
@@ -142,6 +145,7 @@ def test_sglang_ends_a_bad_request_alone(sglang, processor, texts, scores, caplo
     assert torch.equal(found[[0, 2]], expected)
 
 
+@pytest.mark.serves("SGLang", "drafts", "refused")
 def test_sglang_drafts_are_never_fused_with_a_wrong_text(sglang, texts, scores, caplog):
     """With drafts, SGLang passes several rows per request, and the text of none of them."""
     params = {"__req__": sglang_request("a", texts[0])}
@@ -175,6 +179,7 @@ def tensorrt(monkeypatch, names):
     return engine(monkeypatch, "tensorrt_llm", [module("tensorrt_llm"), last])
 
 
+@pytest.mark.serves("TensorRT-LLM", "beams")
 def test_tensorrt_beams_are_rows_in_place(tensorrt, names, processor, texts, scores):
     fusion = tensorrt.TensorRTFusion(**names, **SETTINGS)
     logits = scores[None].clone()
@@ -184,6 +189,7 @@ def test_tensorrt_beams_are_rows_in_place(tensorrt, names, processor, texts, sco
     assert torch.equal(logits[0], processor.fuse_rows(texts, scores))
 
 
+@pytest.mark.serves("TensorRT-LLM", "strength per request")
 def test_tensorrt_each_request_has_its_strength(tensorrt, names, processor, texts, scores):
     for row, strength in enumerate((0.0, 0.5, 2.0)):
         fusion = tensorrt.TensorRTFusion(**names, strength=strength, plausibility=0.0)
@@ -193,6 +199,7 @@ def test_tensorrt_each_request_has_its_strength(tensorrt, names, processor, text
         assert torch.equal(logits[0], expected)
 
 
+@pytest.mark.serves("TensorRT-LLM", "batches")
 def test_tensorrt_batched(tensorrt, names, processor, texts, scores):
     """A request with two beams, then one with a single beam; the others keep their place."""
     fusion = tensorrt.BatchedTensorRTFusion(tensorrt.TensorRTFusion(**names, **SETTINGS))
@@ -202,6 +209,7 @@ def test_tensorrt_batched(tensorrt, names, processor, texts, scores):
     assert torch.equal(found, processor.fuse_rows(texts, scores))
 
 
+@pytest.mark.serves("TensorRT-LLM", "drafts", "refused")
 def test_tensorrt_ends_requests_with_drafts_alone(
     tensorrt, names, processor, texts, scores, caplog
 ):
@@ -213,6 +221,7 @@ def test_tensorrt_ends_requests_with_drafts_alone(
     assert "2 rows of logits came for 1 beams" in caplog.text
 
 
+@pytest.mark.serves("TensorRT-LLM", "bad request fails alone")
 def test_tensorrt_refuses_bad_settings_at_the_client(tensorrt, names):
     for bad in ({"strength": -1}, {"strength": float("nan")}, {"strengt": 1}):
         with pytest.raises(ConfigError, match="strengt"):
@@ -237,6 +246,8 @@ def apply_in_lmdeploy(processors, texts, logits, pad):
     return logits
 
 
+@pytest.mark.serves("LMDeploy", "strength per request")
+@pytest.mark.serves("LMDeploy", "batches")
 def test_lmdeploy_reads_no_padding(lmdeploy, names, processor, texts, scores):
     """The padding is the model's BOS token, 1 here; the second row has no processor."""
     fusion = lmdeploy.LMDeployFusion(**names, **SETTINGS)
@@ -250,6 +261,7 @@ def test_lmdeploy_reads_no_padding(lmdeploy, names, processor, texts, scores):
     torch.testing.assert_close(again, processor.fuse_rows(texts, scores))
 
 
+@pytest.mark.serves("LMDeploy", "bad request fails alone")
 def test_lmdeploy_ends_a_row_that_fails(lmdeploy, names, texts, scores, caplog):
     fusion = lmdeploy.LMDeployFusion(**names, **SETTINGS)
     wide = torch.zeros(len(scores[0]) + 100_000)
