@@ -9,7 +9,12 @@ from __future__ import annotations
 import argparse
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    ContinuousBatchingConfig,
+    GenerationConfig,
+)
 
 from fusion_detox import FusionLogitsProcessor
 from fusion_detox.calibrator.lookup import demo_target_path
@@ -33,6 +38,10 @@ def main() -> None:
         [ids, ids],
         processor,
         generation_config=GenerationConfig(do_sample=False, eos_token_id=tokenizer.eos_token_id),
+        # By default, the cache takes most of the memory, which takes long on a CPU.
+        continuous_batching_config=ContinuousBatchingConfig(
+            use_async_batching=False, use_cuda_graph=False, num_blocks=64, max_batch_tokens=256
+        ),
         max_new_tokens=args.tokens,
         strengths=[0.0, None],  # off, and the strength that the calibrator recommends
     )
