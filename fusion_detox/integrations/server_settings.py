@@ -50,8 +50,8 @@ class ServerSettings:
             switch fusion off.
         max_strength: The largest strength that a request may ask for; ``None`` leaves it to the
             fusion rule.
-        metrics_port: The port of ``localhost`` at which Prometheus reads the metrics; ``None``
-            for none.
+        metrics_port: The port of this machine at which Prometheus reads the metrics of
+            ``fusion_detox.integrations.metrics``; ``None`` for none.
 
     Raises:
         CalibratorError: A calibrator cannot be used.

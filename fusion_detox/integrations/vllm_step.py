@@ -12,6 +12,7 @@ from torch import Tensor
 from fusion_detox.calibrator.calibrator import Calibrator
 from fusion_detox.errors import ConfigError, VocabularyError
 from fusion_detox.files.models import load_tokenizer
+from fusion_detox.integrations.metrics import FusionMetrics, MeasuredProcessor
 from fusion_detox.integrations.server_settings import RequestSettings, ServerSettings
 from fusion_detox.integrations.steps import fuse_or_end, only_end
 from fusion_detox.processor import FusionLogitsProcessor
@@ -55,8 +56,9 @@ class VLLMStep:
     Raises:
         CalibratorError: A calibrator cannot be used.
         CalibratorNotFoundError: A calibrator was not found.
-        ConfigError: A setting is unknown or out of range, or the engine takes prompts of which a
-            processor does not see the text.
+        ConfigError: A setting is unknown or out of range, the engine takes prompts of which a
+            processor does not see the text, or the port for metrics is in use.
+        MissingExtraError: Metrics are asked for, and ``prometheus_client`` is not installed.
         InertError: A processor would not change the text as its calibrator should.
         ModelError: The tokenizer cannot be loaded.
         VocabularyError: The vocabularies do not match, or no token ends a text.
@@ -75,6 +77,7 @@ class VLLMStep:
             raise VocabularyError(f"the tokenizer {model.tokenizer} has no token that ends a text")
         self._end: int = tokenizer.eos_token_id
         width = model.get_vocab_size()
+        metrics = _serve_metrics(self.settings.metrics_port, vllm_config.parallel_config)
         self._processors: dict[str, FusionLogitsProcessor] = {}
         for name, source in self.settings.calibrators.items():
             processor = FusionLogitsProcessor(
@@ -85,6 +88,8 @@ class VLLMStep:
             )
             # A vocabulary that does not match should fail here, and not at the first request.
             processor.fuse_rows([[self._end]], torch.zeros(1, width, device=device))
+            if metrics is not None:
+                processor = MeasuredProcessor(processor, metrics)
             self._processors[name] = processor
         logger.info(
             "fusion_detox fuses %s; default strength %g",
@@ -149,3 +154,15 @@ class VLLMStep:
                     [self._end],
                 )
         return result
+
+
+def _serve_metrics(port: int | None, parallel: Any) -> FusionMetrics | None:
+    """Metrics of the worker whose rank is 0; those of other ranks would be the same."""
+    if port is None or parallel.rank != 0:
+        return None
+    from fusion_detox.integrations.prometheus import serve
+
+    metrics = FusionMetrics()
+    # Each data-parallel engine serves its own.
+    serve(metrics, port + parallel.data_parallel_index)
+    return metrics

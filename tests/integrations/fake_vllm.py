@@ -80,7 +80,7 @@ class LogitsProcessorV2(ABC):
         pass
 
     @classmethod
-    def validate_params(cls, sampling_params):  # noqa: B027
+    def validate_params(cls, sampling_params):
         pass
 
     def add_request(self, req_idx, sampling_params):
@@ -122,7 +122,7 @@ def config(folder: Any, width: int, **changes: Any) -> Any:
     model = {"tokenizer": str(folder), "tokenizer_revision": None, "enable_prompt_embeds": False}
     return SimpleNamespace(
         model_config=SimpleNamespace(**{**model, **changes}, get_vocab_size=lambda: width),
-        parallel_config=SimpleNamespace(rank=0),
+        parallel_config=SimpleNamespace(rank=0, data_parallel_index=0),
     )
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
-import inspect
 import json
 import sys
 
@@ -113,7 +111,9 @@ def test_v1_equals_each_request_alone(
     assert [each.output for each in requests] == expected
     assert engine.moves > 3
     assert engine.preempted > 0
-    plain = [Request(params(extra_args={"fusion_strength": 0}), e.prompt, e.wanted) for e in requests]
+    plain = [
+        Request(params(extra_args={"fusion_strength": 0}), e.prompt, e.wanted) for e in requests
+    ]
     unfused = [alone(each, environment, tokenizer, target) for each in plain]
     assert sum(a != b for a, b in zip(expected, unfused, strict=True)) > 4, "fusion changes nothing"
 
@@ -244,8 +244,8 @@ def test_a_request_that_the_front_end_let_through_ends(adapter, config, tokenize
 
 def test_engines_that_cannot_be_fused_do_not_start(adapter, target_folder, tokenizer):
     device = torch.device("cpu")
+    embeds = fake_vllm.config(target_folder, len(tokenizer), enable_prompt_embeds=True)
     with pytest.raises(ConfigError, match="--enable-prompt-embeds"):
-        embeds = fake_vllm.config(target_folder, len(tokenizer), enable_prompt_embeds=True)
         adapter.FusionVLLM(embeds, device, False)
     with pytest.raises(VocabularyError):
         adapter.FusionVLLM(fake_vllm.config(target_folder, 100_000), device, False)
