@@ -81,7 +81,7 @@ class LogitsProcessorV2(ABC):
 
     @classmethod
     def validate_params(cls, sampling_params):
-        pass
+        return None
 
     def add_request(self, req_idx, sampling_params):
         return True
