@@ -20,7 +20,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from fusion_detox.errors import ConfigError
-from fusion_detox.processor import FusionLogitsProcessor, Strengths
+from fusion_detox.processor import FusionLogitsProcessor, Rows, Strengths
 
 __all__ = ["FusionMetrics", "MeasuredProcessor", "Snapshot"]
 
@@ -127,7 +127,7 @@ class MeasuredProcessor(FusionLogitsProcessor):
 
     def fuse_rows(
         self,
-        rows: Sequence[Sequence[int]],
+        rows: Rows,
         scores: Tensor,
         strength: Strengths | None = None,
     ) -> Tensor:
