@@ -158,9 +158,9 @@ class FusionConfig:
             0 returns the target's scores untouched.
         plausibility: The candidates are the tokens at least this fraction as probable as the
             target's most probable token, in 0..1; with 0, all tokens are candidates. (Li et al.
-            2023, contrastive decoding, eq. 3.) Unless ``outside`` is ``"remove"``, a candidate
-            within a nat of that limit moves by a part of its shift only, from none at the limit to
-            all of it, so that rounding of the scores changes little.
+            2023, contrastive decoding, eq. 3.) Unless ``outside`` is ``"remove"``, the limit is
+            soft, so that rounding of the scores changes little: half a nat below it, a token moves
+            by nothing, at the limit by half of its shift, and half a nat above by all of it.
         outside: How to treat tokens that are not candidates: ``"keep"`` preserves their relative
             probabilities, ``"remove"`` sets them to zero probability.
         clip: Bound on the absolute log-ratio of a token, in nats, above 0.

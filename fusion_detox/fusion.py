@@ -26,7 +26,7 @@ _HUGE = 1e30
 _MAX_SHIFT = 1e30
 """In nats: sums of it stay finite in float32."""
 _FADE = 1.0
-"""In nats: how far above the edge of what is plausible a candidate gets its whole shift."""
+"""In nats, around the limit of what is plausible: from no shift at its lower end to all of it."""
 _NEWTON_STEPS = 3
 _SATURATED = 1 - 1e-6
 """Scores up to this fraction of a soft cap are inverted; float32 cannot separate higher ones."""
@@ -258,7 +258,9 @@ def strength_used(
 def select(scores: Tensor, mapped: Tensor, config: FusionConfig) -> Selection:
     """Chooses the candidates: the plausible tokens that the map reaches.
 
-    Plausible tokens reach a given fraction of the top probability (Li et al. 2023, eq. 3).
+    Plausible tokens reach a given fraction of the top probability (Li et al. 2023, eq. 3). Around
+    that limit their share of the shift grows from 0 to 1, so that rounding of the scores changes
+    little; at the limit, it is one half.
 
     Args:
         scores: ``(batch, vocab)`` logits or log-probs.
@@ -270,9 +272,11 @@ def select(scores: Tensor, mapped: Tensor, config: FusionConfig) -> Selection:
     best = log_probs.amax(-1, keepdim=True)
     # Only a huge sum of scores can take a log-prob out of the range of float32.
     ordinary = not bool((scores.amax(-1).abs() > _HUGE).any())
-    edge = None
+    edge, width = None, 0.0
     if config.plausibility > 0:
-        edge = best + math.log(config.plausibility)
+        # What is removed is gone at once, so a candidate cannot lose its shift gradually.
+        width = min(_FADE, -math.log(config.plausibility)) if config.outside == "keep" else 0.0
+        edge = best + (math.log(config.plausibility) - width / 2)
         plausible = log_probs >= edge
     else:
         plausible = log_probs > -math.inf
@@ -293,9 +297,7 @@ def select(scores: Tensor, mapped: Tensor, config: FusionConfig) -> Selection:
     tokens = places[columns] % vocab
     logs = log_probs.gather(-1, tokens).masked_fill(~present, -math.inf)
     share = None
-    # What is removed is gone at once, so a candidate cannot lose its shift gradually.
-    if edge is not None and config.outside == "keep" and config.plausibility < 1:
-        width = min(_FADE, -math.log(config.plausibility))
+    if edge is not None and width:
         share = ((logs - edge) / width).clamp(0.0, 1.0).nan_to_num(nan=1.0)
     broken = torch.isnan(best)
     return Selection(

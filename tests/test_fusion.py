@@ -99,14 +99,14 @@ def test_contrast_equals_its_definition() -> None:
     for row in range(3):
         p = torch.softmax(scores[row].double(), -1)
         judged = [
-            v for v in range(VOCABULARY) if mapped[v] and p[v] >= 0.01 * p.max() * (1 - 1e-12)
+            v for v in range(VOCABULARY) if mapped[v] and p[v] >= 0.01 * p.max() * math.exp(-0.5)
         ]
         step, share = {}, {}
         for v in judged:
             ratio = math.log((float(clean[row, v]) + 1e-6) / (float(reference[row, v]) + 1e-6))
             shrunk = math.copysign(max(abs(ratio) - 0.2, 0.0), ratio)
             step[v] = 1.7 * max(-2.0, min(2.0, shrunk))
-            share[v] = min(1.0, math.log(float(p[v] / p.max()) / 0.01))
+            share[v] = min(1.0, math.log(float(p[v] / p.max()) / 0.01) + 0.5)
         assert 0 < min(share.values()) < 0.9
         group = sum(float(p[v]) for v in judged)
 
@@ -145,9 +145,9 @@ def test_nearby_scores_give_nearby_results(config: FusionConfig) -> None:
             assert moved < size * slope
 
 
-def test_the_share_grows_from_the_edge_up() -> None:
-    """From the edge of plausibility to a nat above it, a token's shift grows to the whole."""
-    scores = torch.tensor([[0.0, -2.99, -2.5, -2.01, -1.0, -3.01]])
+def test_the_share_grows_around_the_limit() -> None:
+    """From half a nat below the limit of plausibility to half a nat above, to the whole shift."""
+    scores = torch.tensor([[0.0, -3.49, -3.0, -2.51, -1.0, -3.51]])
     clean, mapped = torch.full((1, 6), 1e-3), torch.ones(6, dtype=torch.bool)
     reference = clean * math.e
     reference[0, 0] = 1e-3
@@ -159,6 +159,8 @@ def test_the_share_grows_from_the_edge_up() -> None:
     assert moved[1:5].tolist() == pytest.approx(wanted, abs=1e-5)
     assert float(moved[5]) == pytest.approx(0.0, abs=1e-6)
     assert float(fused.logsumexp(-1)) == pytest.approx(0.0, abs=1e-6)
+    hard = fuse(scores, clean, reference, mapped, config.replace(outside="remove"))
+    assert hard[0].isneginf().tolist() == [False, True, False, False, False, True]
 
 
 def test_product_and_mixture_equal_their_definitions() -> None:

@@ -161,10 +161,11 @@ class Definition:
         own = scores.double().log_softmax(-1).tolist()
         best = max(own)
         mapped = self.map.mapped.tolist()
-        line = best + math.log(config.plausibility) if config.plausibility else -math.inf
+        # Around the limit, a token gets a part of its shift only.
+        limit_of = -math.log(config.plausibility) if config.plausibility else math.inf
+        width = min(1.0, limit_of)
+        line = best - limit_of - width / 2
         judged = [i for i, on in enumerate(mapped) if on and own[i] > -math.inf and own[i] >= line]
-        # Within a nat of the line, a token gets a part of its shift only.
-        width = min(1.0, best - line)
         share = {i: min(1.0, (own[i] - line) / width) if width else 1.0 for i in judged}
         mass = math.fsum(math.exp(own[i]) for i in judged)
         moved = {}
