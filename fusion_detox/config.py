@@ -161,6 +161,9 @@ class FusionConfig:
             2023, contrastive decoding, eq. 3.) Unless ``outside`` is ``"remove"``, the limit is
             soft, so that rounding of the scores changes little: half a nat below it, a token moves
             by nothing, at the limit by half of its shift, and half a nat above by all of it.
+        max_candidates: Upper bound on the number of candidates, 1 or more: of a flat distribution,
+            only the most probable tokens move, and near the last of them by a part of their shift.
+            A bound limits the cost of a step. ``None`` sets none.
         outside: How to treat tokens that are not candidates: ``"keep"`` preserves their relative
             probabilities, ``"remove"`` sets them to zero probability.
         clip: Bound on the absolute log-ratio of a token, in nats, above 0.
@@ -200,6 +203,7 @@ class FusionConfig:
     context_threshold: float = 0.0
     context_limit: float | None = None
     aligned_norm: AlignedNorm = "auto"
+    max_candidates: int | None = None
 
     def __post_init__(self) -> None:
         check_choice("rule", self.rule, get_args(Rule))
@@ -220,6 +224,8 @@ class FusionConfig:
         nats("context_threshold", self.context_threshold)
         if self.context_limit is not None:
             nats("context_limit", self.context_limit)
+        if self.max_candidates is not None:
+            check_number("max_candidates", self.max_candidates, 1, whole=True)
         if self.context_kl is not None and self.context_threshold >= self.context_kl:
             raise ConfigError(
                 f"context_threshold is {self.context_threshold:g}, but must be below context_kl, "
@@ -256,8 +262,9 @@ class FusionConfig:
             del values["aligned_norm"]
         if not self.context_threshold:
             del values["context_threshold"]
-        if self.context_limit is None:
-            del values["context_limit"]
+        for name in ("context_limit", "max_candidates"):
+            if values[name] is None:
+                del values[name]
         return values
 
     @classmethod

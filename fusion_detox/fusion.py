@@ -287,22 +287,55 @@ def select(scores: Tensor, mapped: Tensor, config: FusionConfig) -> Selection:
     reached = mapped.expand_as(plausible)[rows, tokens]
     places, rows = places[reached], rows[reached]
     counts = torch.bincount(rows, minlength=batch)
-    widest = max(1, int(counts.max())) if batch else 1
-    if not len(places):
-        places = places.new_zeros(1)  # something to point to
-    order = torch.arange(widest, device=places.device)
-    present = order < counts[:, None]
-    columns = torch.where(present, order, 0) + (counts.cumsum(0) - counts)[:, None]
-    columns = columns.clamp_max(len(places) - 1)
-    tokens = places[columns] % vocab
-    logs = log_probs.gather(-1, tokens).masked_fill(~present, -math.inf)
+    columns, present = _by_row(counts, len(places))
+    logs = _at(log_probs, places, columns).masked_fill(~present, -math.inf)
     share = None
     if edge is not None and width:
         share = ((logs - edge) / width).clamp(0.0, 1.0).nan_to_num(nan=1.0)
+    if config.max_candidates is not None and columns.shape[-1] > config.max_candidates:
+        top = logs.topk(config.max_candidates + 1, -1)
+        kept = top.indices[:, :-1].sort(-1).values
+        within = present.gather(-1, kept)
+        places, counts = places[columns.gather(-1, kept)[within]], within.sum(-1)
+        last = top.values[:, -1:]  # -inf in rows with fewer candidates
+        soft = (top.values[:, :1] - last).clamp_max(_FADE)
+        cut = ((logs.gather(-1, kept) - last) / soft).clamp(0.0, 1.0).nan_to_num(nan=1.0)
+        share = cut if share is None else torch.minimum(share.gather(-1, kept), cut)
+        logs, present = logs.gather(-1, kept), within
+        columns = _by_row(counts, len(places))[0]
+        share, logs, present = (part[:, : columns.shape[-1]] for part in (share, logs, present))
+    if not len(places):
+        places = places.new_zeros(1)  # something to point to
+    tokens = places[columns.clamp_max(len(places) - 1)] % vocab
     broken = torch.isnan(best)
     return Selection(
         log_probs, broken, ordinary, places, columns, tokens, present, logs, share, removed
     )
+
+
+def _by_row(counts: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """Arranges consecutive candidates by row.
+
+    Args:
+        counts: ``(batch,)`` candidates of each row, of which there may be none.
+        total: Their sum.
+
+    Returns:
+        ``(batch, widest)`` the index of each candidate, or of the row's first one where there are
+        no more, and whether there is one.
+    """
+    widest = max(1, int(counts.max())) if len(counts) else 1
+    order = torch.arange(widest, device=counts.device)
+    present = order < counts[:, None]
+    first = (counts.cumsum(0) - counts).clamp_max(max(0, total - 1))
+    return torch.where(present, order, 0) + first[:, None], present
+
+
+def _at(log_probs: Tensor, places: Tensor, columns: Tensor) -> Tensor:
+    """The log-probs of candidates by row, if there are any."""
+    if not len(places):
+        return log_probs.new_zeros(columns.shape)
+    return log_probs.view(-1)[places[columns]]
 
 
 def prepare(

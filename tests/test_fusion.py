@@ -163,6 +163,35 @@ def test_the_share_grows_around_the_limit() -> None:
     assert hard[0].isneginf().tolist() == [False, True, False, False, False, True]
 
 
+@pytest.mark.parametrize("config", RULES, ids=str)
+def test_a_cap_on_candidates(config: FusionConfig) -> None:
+    scores, clean, reference, mapped = case(7, rows=4)
+    scores[2] = 0.0  # all are as probable
+    scores[3, 6:] = -60.0
+    whole = fuse(scores, clean, reference, mapped, config)
+    wide = fuse(scores, clean, reference, mapped, config.replace(max_candidates=VOCABULARY))
+    assert torch.equal(whole, wide)
+    own = scores.log_softmax(-1)
+    for cap in (1, 5, 17):
+        fused = fuse(scores, clean, reference, mapped, config.replace(max_candidates=cap))
+        assert fused.logsumexp(-1).tolist() == pytest.approx([0.0] * 4, abs=1e-4)
+        changed = ((fused - own).abs() > 1e-5) & ~fused.isneginf()
+        if config.outside == "keep":
+            assert (changed.sum(-1) <= cap).all()
+        assert changed.any() == (cap > 1 or config.outside == "remove")
+
+
+def test_a_cap_is_soft_too() -> None:
+    """Scores that change which token is the last within the cap change little."""
+    config = FusionConfig(strength=4.0, plausibility=1e-3, max_candidates=9)
+    for seed in range(20):
+        scores, clean, reference, mapped = case(seed, rows=8)
+        noise = torch.randn(scores.shape, generator=torch.Generator().manual_seed(seed))
+        fused = fuse(scores, clean, reference, mapped, config)
+        near = fuse(scores + 1e-3 * noise.clamp(-1, 1), clean, reference, mapped, config)
+        assert (near - fused).abs().max() < 0.1
+
+
 def test_product_and_mixture_equal_their_definitions() -> None:
     scores, clean, _reference, _ = case(6)
     mapped = torch.ones(VOCABULARY, dtype=torch.bool)
