@@ -8,6 +8,7 @@ leads to that file on GitHub.
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import posixpath
@@ -39,6 +40,11 @@ PACKAGES = (
     "fusion_detox.integrations.metrics",
     "fusion_detox.integrations.server_settings",
 )
+# Read from their source, because each imports its engine.
+ENGINES = tuple(
+    f"fusion_detox.integrations.{name}"
+    for name in ("llama_cpp", "onnx_genai", "mlx_lm", "sglang", "tensorrt_llm", "lmdeploy")
+)
 LINK = re.compile(r"\]\((?![a-z]+:|#)([^)\s#]+)(#[^)\s]*)?\)")
 
 
@@ -46,7 +52,7 @@ def on_config(config: MkDocsConfig) -> None:
     """Fill the navigation's two generated sections."""
     generated = {
         "Commands": [{name: f"commands/{name}.md"} for name in commands()],
-        "Python API": [{name: f"api/{name}.md"} for name in PACKAGES],
+        "Python API": [{name: f"api/{name}.md"} for name in (*PACKAGES, *ENGINES)],
     }
     for section in config.nav or []:
         for title, entries in generated.items():
@@ -62,7 +68,7 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     for name, command in commands().items():
         content = command_page(name, command)
         files.append(File.generated(config, f"commands/{name}.md", content=content))
-    for name in PACKAGES:
+    for name in (*PACKAGES, *ENGINES):
         files.append(File.generated(config, f"api/{name}.md", content=api_page(name)))
     return files
 
@@ -120,8 +126,16 @@ def escape(text: str) -> str:
 
 def api_page(name: str) -> str:
     """A page with every public name of a package, for mkdocstrings."""
-    package = importlib.import_module(name)
-    names = [one for one in package.__all__ if one != "__version__"]
-    text = inspect.cleandoc(package.__doc__ or "").replace("``", "`").replace("::\n", ":\n")
+    if name in ENGINES:
+        tree = ast.parse((ROOT / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8"))
+        doc = ast.get_docstring(tree)
+        lists = [node for node in tree.body if isinstance(node, ast.Assign)]
+        public = next(node for node in lists if ast.unparse(node.targets[0]) == "__all__")
+        names = ast.literal_eval(public.value)
+    else:
+        package = importlib.import_module(name)
+        doc = package.__doc__
+        names = [one for one in package.__all__ if one != "__version__"]
+    text = inspect.cleandoc(doc or "").replace("``", "`").replace("::\n", ":\n")
     parts = [f"# {name}", text, *(f"::: {name}.{one}" for one in names)]
     return "\n\n".join(parts) + "\n"

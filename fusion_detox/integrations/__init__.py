@@ -1,7 +1,9 @@
 """Adapters for other decoding and evaluation tools, one module per tool.
 
-``continuous_batching`` is for continuous batching in transformers, ``vllm`` is for vLLM, and
-``lm_eval`` is for EleutherAI's lm-evaluation-harness. ``metrics`` counts what is fused, and
-``prometheus`` exports that. Each module imports its tool, so import it only when you use
-it. Only ``cli`` may import this package.
+``lm_eval`` is for EleutherAI's lm-evaluation-harness. The others serve models: ``vllm`` and
+``vllm_v2``, ``continuous_batching`` (transformers), ``llama_cpp``, ``onnx_genai``, ``mlx_lm``,
+``sglang``, ``tensorrt_llm`` and ``lmdeploy``. They share ``steps`` (one step for rows of several
+requests), ``server_settings`` and ``workers`` (processors that a worker process loads by name).
+``metrics`` counts what is fused, and ``prometheus`` exports that. Each module imports its tool, so
+import it only when you use it. Only ``cli`` may import this package.
 """
