@@ -66,12 +66,13 @@ async def ask(client: openai.AsyncOpenAI, prompt: str, tokens: int, **extra: Any
     )
 
 
-async def at_once(client: openai.AsyncOpenAI, asked: list[tuple[str, float]], tokens: int) -> Any:
-    calls = (
-        ask(client, prompt, tokens, return_token_ids=True, vllm_xargs={"fusion_strength": strength})
-        for prompt, strength in asked
-    )
-    answers = await asyncio.gather(*calls)
+async def at_once(url: str, asked: list[tuple[str, float]], tokens: int) -> list[list[int]]:
+    async with openai.AsyncOpenAI(base_url=url, api_key="none", timeout=600) as client:
+        calls = []
+        for prompt, strength in asked:
+            extra = {"return_token_ids": True, "vllm_xargs": {"fusion_strength": strength}}
+            calls.append(ask(client, prompt, tokens, **extra))
+        answers = await asyncio.gather(*calls)
     return [answer.choices[0].token_ids for answer in answers]
 
 
@@ -121,30 +122,30 @@ def compare(asked: list[tuple[str, float]], served: list[list[int]], folder: Pat
 
 
 async def refused(url: str) -> list[dict[str, Any]]:
-    client = openai.AsyncOpenAI(base_url=url, api_key="none")
     rows = []
-    for extra in BAD:
-        try:
-            await ask(client, STARTS[0], 4, **extra)
-            rows.append({"request": extra, "status": 200})
-        except openai.APIStatusError as error:
-            message = error.response.json()["error"]["message"]
-            rows.append({"request": extra, "status": error.status_code, "message": message})
-    alive = await ask(client, STARTS[0], 4, vllm_xargs={"fusion_strength": 4})
+    async with openai.AsyncOpenAI(base_url=url, api_key="none") as client:
+        for extra in BAD:
+            try:
+                await ask(client, STARTS[0], 4, **extra)
+                rows.append({"request": extra, "status": 200})
+            except openai.APIStatusError as error:
+                message = error.response.json()["error"]["message"]
+                rows.append({"request": extra, "status": error.status_code, "message": message})
+        alive = await ask(client, STARTS[0], 4, vllm_xargs={"fusion_strength": 4})
     rows.append({"request": "a good one, afterwards", "status": 200 if alive.choices else 500})
     return rows
 
 
 async def seconds(url: str, concurrent: int, tokens: int, extra: dict[str, Any]) -> float:
-    client = openai.AsyncOpenAI(base_url=url, api_key="none", timeout=600)
-    began = time.perf_counter()
-    await asyncio.gather(
-        *(
-            ask(client, f"{place}. {STARTS[place % 8]}", tokens, ignore_eos=True, **extra)
-            for place in range(concurrent)
+    async with openai.AsyncOpenAI(base_url=url, api_key="none", timeout=600) as client:
+        began = time.perf_counter()
+        await asyncio.gather(
+            *(
+                ask(client, f"{place}. {STARTS[place % 8]}", tokens, ignore_eos=True, **extra)
+                for place in range(concurrent)
+            )
         )
-    )
-    return time.perf_counter() - began
+        return time.perf_counter() - began
 
 
 def timings(urls: dict[str, str], concurrent: int, tokens: int, repeats: int) -> dict[str, Any]:
@@ -187,8 +188,7 @@ def main() -> None:
     logs = {kind: args.logs / f"{kind}.log" if args.logs else None for kind in ("plain", "fused")}
     asked = requests(args.requests)
     with serving(str(folder), *options, "--logits-processors", FUSION, log=logs["fused"]) as fused:
-        client = openai.AsyncOpenAI(base_url=fused, api_key="none", timeout=600)
-        served = asyncio.run(at_once(client, asked, args.tokens))
+        served = asyncio.run(at_once(fused, asked, args.tokens))
         bad = asyncio.run(refused(fused))
         rows = compare(asked, served, folder, args.tokens)
         with serving(str(folder), *options, log=logs["plain"]) as plain:

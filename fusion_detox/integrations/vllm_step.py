@@ -41,8 +41,8 @@ def check_request(params: Any) -> None:
     if step and asked.strength > 0:
         raise ConfigError(
             "vLLM's beam search ignores logits processors, so its text would not be fused: use "
-            "sampling or greedy decoding. A request for one token with logprobs and "
-            "detokenize=False looks the same; set fusion_strength to 0 for that"
+            "sampling or greedy decoding. (A request for one token with logprobs and "
+            "detokenize=False looks the same: set detokenize=True or fusion_strength=0.)"
         )
 
 

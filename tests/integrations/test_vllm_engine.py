@@ -52,6 +52,7 @@ def test_the_fakes_have_the_interfaces_of_vllm():
 
 
 def test_both_runners_load_the_class():
+    from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import SamplingParams
     from vllm.v1.sample import logits_processor as v1
     from vllm.v1.worker.gpu.sample import logits_processor as v2
@@ -66,7 +67,7 @@ def test_both_runners_load_the_class():
     )
     for validate in validators:
         validate(good)
-        with pytest.raises(ValueError, match="fusion_strength must be a number"):
+        with pytest.raises(VLLMValidationError, match="fusion_strength must be a number"):
             validate(bad)
 
 
