@@ -96,6 +96,8 @@ def alone(request, environment, tokenizer, target, made={}):  # noqa: B006 - one
     return ids[len(request.prompt) :]
 
 
+@pytest.mark.serves("vLLM", "strength per request")
+@pytest.mark.serves("vLLM", "batches")
 @pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize("seed", range(2))
 def test_v1_equals_each_request_alone(
@@ -118,6 +120,7 @@ def test_v1_equals_each_request_alone(
     assert sum(a != b for a, b in zip(expected, unfused, strict=True)) > 4, "fusion changes nothing"
 
 
+@pytest.mark.serves("vLLM", "drafts")
 @pytest.mark.parametrize("drafts", [0, 3])
 @pytest.mark.parametrize("seed", range(2))
 def test_v2_equals_each_request_alone(
@@ -191,6 +194,7 @@ def test_masked_tokens_stay_masked(adapter, config, tokenizer, target):
     assert not torch.equal(result, logits)
 
 
+@pytest.mark.serves("vLLM", "bad request fails alone")
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
@@ -221,6 +225,7 @@ def test_a_client_cannot_name_a_path(adapter, calibrator_folder):
         )
 
 
+@pytest.mark.serves("vLLM", "beams", "refused")
 def test_a_step_of_a_beam_search_is_refused(adapter):
     step = {"max_tokens": 1, "logprobs": 4, "detokenize": False}
     with pytest.raises(ConfigError, match="beam search ignores logits processors"):

@@ -86,6 +86,7 @@ def folders(tmp_path_factory, byte_tokenizer, other_tokenizer, make_llama):
     return base
 
 
+@pytest.mark.serves("vLLM", "run on the engine")
 def test_a_server_fuses_by_request_and_refuses_bad_ones(folders, monkeypatch, tmp_path):
     """48 requests at once, in 8 rows and with prompts in chunks, equal ``generate`` alone."""
     import openai
