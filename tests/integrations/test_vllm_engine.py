@@ -115,8 +115,10 @@ def test_a_server_fuses_by_request_and_refuses_bad_ones(folders, monkeypatch, tm
         expected.append(written[0, ids.shape[1] :].tolist())
 
     async def talk(url):
-        client = openai.AsyncOpenAI(base_url=url, api_key="none", timeout=300)
+        async with openai.AsyncOpenAI(base_url=url, api_key="none", timeout=300) as client:
+            return await talk_to(client)
 
+    async def talk_to(client):
         async def ask(prompt, **extra):
             answer = await client.completions.create(
                 model="target", prompt=prompt, max_tokens=8, temperature=0, extra_body=extra
