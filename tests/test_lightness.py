@@ -45,6 +45,7 @@ def test_settings_are_light():
         ["--help"],
         ["demo", "--help"],
         ["generate", "--help"],
+        ["explain", "--help"],
         ["train-calibrator", "--help"],
         ["finetune", "--help"],
         ["info", "--help"],

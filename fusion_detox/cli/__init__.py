@@ -21,6 +21,7 @@ from fusion_detox.cli import (
     demo,
     doctor,
     evaluate,
+    explain,
     fetch_target,
     finetune,
     generate,
@@ -45,7 +46,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for _command in (
-    *(demo, generate, train_calibrator, finetune, info, doctor),
+    *(demo, generate, explain, train_calibrator, finetune, info, doctor),
     *(evaluate, rescore, compare, tune, lm_eval, make_negatives, align, fetch_target),
 ):
     _command.register(app)

@@ -28,6 +28,9 @@ SMALL = [
 WRONG = [
     ["demo", "--calibrator", EVIL],
     ["demo", "--target", EVIL],
+    ["explain", EVIL, "x"],
+    ["explain", "x", EVIL, "--calibrator", EVIL],
+    ["explain", "x", "y", "-o", EVIL],
     ["generate", EVIL, "x"],
     ["generate", "x", EVIL, "--calibrator", EVIL],
     ["generate", "x", "--prompts-file", EVIL],
