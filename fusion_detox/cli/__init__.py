@@ -28,6 +28,7 @@ from fusion_detox.cli import (
     info,
     lm_eval,
     make_negatives,
+    playground,
     rescore,
     train_calibrator,
     tune,
@@ -46,7 +47,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for _command in (
-    *(demo, generate, explain, train_calibrator, finetune, info, doctor),
+    *(demo, generate, explain, playground, train_calibrator, finetune, info, doctor),
     *(evaluate, rescore, compare, tune, lm_eval, make_negatives, align, fetch_target),
 ):
     _command.register(app)
