@@ -46,6 +46,7 @@ def test_settings_are_light():
         ["demo", "--help"],
         ["generate", "--help"],
         ["explain", "--help"],
+        ["playground", "--help"],
         ["train-calibrator", "--help"],
         ["finetune", "--help"],
         ["info", "--help"],

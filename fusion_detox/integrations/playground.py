@@ -142,42 +142,45 @@ class Playground:
 
     def calibrator(self, name: str) -> Calibrator:
         """A calibrator that was offered."""
-        from fusion_detox.calibrator.calibrator import Calibrator
-        from fusion_detox.files.models import quiet_transformers
-
         self._check("calibrator", name, self.calibrators)
-        with self._lock, quiet_transformers():
+        # Also because transformers cannot be imported by two threads at once.
+        with self._lock:
+            from fusion_detox.calibrator.calibrator import Calibrator
+            from fusion_detox.files.models import quiet_transformers
+
             if name not in self._loaded:
-                self._loaded[name] = Calibrator.from_pretrained(
-                    name, local_files_only=self._offline
-                )
+                with quiet_transformers():
+                    self._loaded[name] = Calibrator.from_pretrained(
+                        name, local_files_only=self._offline
+                    )
             return self._loaded[name]
 
     def target(self, title: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """A target that was offered, and its tokenizer."""
-        import torch
-
-        from fusion_detox.files.models import load_target, quiet_transformers
-
         self._check("model", title, self.targets)
-        with self._lock, quiet_transformers():
+        with self._lock:
+            import torch
+
+            from fusion_detox.files.models import load_target, quiet_transformers
+
             if title not in self._models:
-                self._models[title] = load_target(
-                    self.targets[title],
-                    device=self._device or ("cuda" if torch.cuda.is_available() else "cpu"),
-                    dtype=self._dtype,
-                    local_files_only=self._offline,
-                )
+                with quiet_transformers():
+                    self._models[title] = load_target(
+                        self.targets[title],
+                        device=self._device or ("cuda" if torch.cuda.is_available() else "cpu"),
+                        dtype=self._dtype,
+                        local_files_only=self._offline,
+                    )
             return self._models[title]
 
     def processor(self, title: str, name: str, rule: str) -> FusionLogitsProcessor:
         """The fusion of a calibrator into a target by a rule, at that rule's default strength."""
-        from fusion_detox.generation.sampling import pad_token_id
-        from fusion_detox.processor import FusionLogitsProcessor
-
         self._check("rule", rule, get_args(Rule))
         key = (title, name, rule)
         with self._lock:
+            from fusion_detox.generation.sampling import pad_token_id
+            from fusion_detox.processor import FusionLogitsProcessor
+
             if key not in self._processors:
                 calibrator = self.calibrator(name)
                 model, tokenizer = self.target(title)
@@ -198,12 +201,6 @@ class Playground:
             return config.strength
         return 1.0 if rule in ("contrast", "aligned_contrast") else 0.5
 
-    def is_chat(self, title: str) -> bool:
-        """Whether a target was tuned to answer requests."""
-        from fusion_detox.generation.chat import is_chat_model
-
-        return is_chat_model(self.targets[title], self.target(title)[1])
-
     def write(
         self, request: Request, live: Callable[[], LiveSettings]
     ) -> Iterator[tuple[str, str]]:
@@ -215,13 +212,14 @@ class Playground:
             request: What the page asks for.
             live: Called before each token.
         """
-        from fusion_detox.generation.sampling import Job, Sampling, jobs
-        from fusion_detox.generation.side_by_side import Side, write_side_by_side
+        with self._lock:
+            from fusion_detox.generation.sampling import Job, Sampling, jobs
+            from fusion_detox.generation.side_by_side import Side, write_side_by_side
 
         try:
             self._check("form", request.form, FORMS)
             chat = request.form == CHAT
-            system = (request.system.strip() or None) if chat else None
+            system = ((request.system or "").strip() or None) if chat else None
             job: Job = jobs([request.prompt], chat=chat, system=system)[0]
             sampling = Sampling(
                 max_new_tokens=int(request.max_new_tokens),
@@ -314,7 +312,7 @@ def side_html(side: Side, prompt: str, score: Score | None) -> str:
     )
 
 
-def build_page(playground: Playground) -> Any:
+def build_page(playground: Playground) -> Any:  # noqa: C901 - one handler per control
     """The page, as ``gradio.Blocks``.
 
     Raises:
@@ -331,8 +329,20 @@ def build_page(playground: Playground) -> Any:
 
     def start(live: dict[str, float], *values: Any) -> Iterator[tuple[str, str]]:
         strength, budget, *rest = values
+        # A newer run, or the button that stops, ends this one at its next token.
+        run = stop(live)
         live.update(strength=strength, budget=budget)
-        yield from playground.write(Request(*rest), lambda: live_settings(live))
+        for sides in playground.write(Request(*rest), lambda: live_settings(live)):
+            if live["run"] != run:
+                return
+            yield sides
+
+    def stop(live: dict[str, float]) -> float:
+        live["run"] = live.get("run", 0) + 1
+        return live["run"]
+
+    def end(live: dict[str, float]) -> None:
+        stop(live)
 
     def change(name: str) -> Callable[[dict[str, float], float], None]:
         def store(live: dict[str, float], value: float) -> None:
@@ -386,11 +396,11 @@ def build_page(playground: Playground) -> Any:
                 top_p = gr.Slider(0.05, 1.0, value=0.9, step=0.05, label="Top-p")
                 most = gr.Slider(1, 400, value=60, step=1, label="Maximum tokens")
                 seed = gr.Number(0, minimum=0, precision=0, label="Seed")
-            system = gr.Textbox(label="System prompt of a request (empty: the template's own)")
+            system = gr.Textbox("", label="System prompt of a request (empty: the template's own)")
             blur = gr.Checkbox(True, label="Blur offensive words")
         with gr.Row():
             run = gr.Button("Write", variant="primary")
-            stop = gr.Button("Stop")
+            halt = gr.Button("Stop")
         with gr.Row():
             sides = [gr.HTML(min_width=300), gr.HTML(min_width=300)]
         gr.Markdown(
@@ -400,8 +410,16 @@ def build_page(playground: Playground) -> Any:
         )
         asked = [live, strength, budget, prompt, form, system, target, calibrator, rule]
         asked += [temperature, top_p, most, seed, blur]
-        writing = gr.on([run.click, prompt.submit], start, asked, sides, show_progress="hidden")
-        stop.click(None, cancels=[writing])
+        gr.on(
+            [run.click, prompt.submit],
+            start,
+            asked,
+            sides,
+            show_progress="hidden",
+            trigger_mode="multiple",
+            concurrency_limit=None,
+        )
+        halt.click(end, live, None, queue=False, show_progress="hidden")
         for slider, name in ((strength, "strength"), (budget, "budget")):
             slider.change(change(name), [live, slider], None, queue=False, show_progress="hidden")
         preset.input(fill, preset, [prompt, form], show_progress="hidden")

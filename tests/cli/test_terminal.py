@@ -37,6 +37,7 @@ WRONG = [
     ["generate", "x", "y", "--strength", EVIL],
     ["generate", "x", "y", "--rule", EVIL],
     ["generate", "x", "y", f"--{EVIL}"],
+    ["playground", "x", "--calibrator", "y", "--host", EVIL, "--no-browser", "--port", "0"],
     ["info", EVIL],
     ["info", "english-16k", "--target", EVIL],
     ["evaluate", EVIL, "--prompts", EVIL, "--out", "x"],
