@@ -116,7 +116,7 @@ tokenizer = AutoTokenizer.from_pretrained(demo_target_path())
 alignment = align(calibrator, target, tokenizer)
 print(alignment.report["to_target"], "by chance", alignment.report["chance"])
 
-inputs = tokenizer("She is a", return_tensors="pt")
+inputs = tokenizer("The weather this morning was", return_tensors="pt")
 outputs = {}
 for strength in (0.0, 0.1, 0.3):
     processor = FusionLogitsProcessor(
@@ -136,6 +136,7 @@ alone = target.generate(**inputs, max_new_tokens=10, do_sample=False)
 assert outputs[0.0] == tokenizer.decode(alone[0], skip_special_tokens=True)
 
 # %% [markdown]
-# A calibrator this small knows nothing about language, so its fused text gets worse, not better.
-# The shipped calibrator and the rule `contrast` are what you would use: see [first
-# steps](first_steps.py), and [the aligned rules](../../docs/aligned.md) for measurements of both.
+# A calibrator this small knows nothing about language: its alignment is no better than chance, and
+# its fused text gets worse, not better. The shipped calibrator and the rule `contrast` are what you
+# would use: see [first steps](first_steps.py), and [the aligned rules](../../docs/aligned.md) for
+# measurements of both.

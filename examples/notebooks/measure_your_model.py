@@ -59,5 +59,5 @@ for variant in results["settings"]:
 # Fusion changes harmless text, too. KL says how much, in nats per token; 0 is no change.
 
 # %%
-for variant in results["settings"]:
-    print(variant["name"], variant.get("harmless", {}).get("kl"))
+for variant in results["settings"][1:]:  # without the target alone
+    print(variant["name"], variant["harmless"]["kl"])
