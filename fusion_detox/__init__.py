@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from fusion_detox.calibrator.calibrator import Calibrator
     from fusion_detox.config import FusionConfig
     from fusion_detox.evaluation import EvaluationConfig, evaluate
+    from fusion_detox.evaluation.report import write_explanation
+    from fusion_detox.generation.explanation import explain_text
     from fusion_detox.processor import FusionLogitsProcessor, RowwiseProcessor
     from fusion_detox.training import TrainingConfig, train_calibrator
 
@@ -48,9 +50,11 @@ __all__ = [
     "__version__",
     "align",
     "evaluate",
+    "explain_text",
     "load_alignment",
     "save_alignment",
     "train_calibrator",
+    "write_explanation",
 ]
 
 if not TYPE_CHECKING:
@@ -63,6 +67,8 @@ if not TYPE_CHECKING:
             "calibrator.calibrator": ["Calibrator"],
             "config": ["FusionConfig"],
             "evaluation": ["EvaluationConfig", "evaluate"],
+            "evaluation.report": ["write_explanation"],
+            "generation.explanation": ["explain_text"],
             "processor": ["FusionLogitsProcessor", "RowwiseProcessor"],
             "training": ["TrainingConfig", "train_calibrator"],
         },

@@ -23,7 +23,7 @@ from fusion_detox.decoding.build_decoder import check_calibrator
 from fusion_detox.decoding.self_check import find_fault
 from fusion_detox.decoding.session import CalibratorSession, Reading, plain_mode
 from fusion_detox.decoding.target_columns import TargetColumns
-from fusion_detox.decoding.text_context import Covers, Row, TextContext
+from fusion_detox.decoding.text_context import Covers, Position, Row, TextContext
 from fusion_detox.errors import ConfigError, DataError, InertError
 from fusion_detox.files.models import load_tokenizer
 from fusion_detox.fusion import Fusion, fit, prepare_candidates, select
@@ -524,6 +524,20 @@ class FusionLogitsProcessor(LogitsProcessor):
                 f"{self.config.rule!r}), target=model)"
             )
         self._aligned.check_rule(self.config)
+
+    def reading(self, ids: Sequence[int]) -> Position:
+        """How the calibrator reads the text of a row, up to where its next token begins.
+
+        Args:
+            ids: All ids of the row's text so far.
+
+        Returns:
+            The calibrator's ids of the text; the bytes of the tokens of its last word, which the
+            next token may still extend (token healing); and the bytes of an unfinished character.
+        """
+        (row,) = self._texts([tuple(ids)])
+        assert not isinstance(row, bytes)
+        return self._context.read_uncached(row)
 
 
 class RowwiseProcessor(LogitsProcessor):

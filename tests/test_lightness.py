@@ -45,6 +45,8 @@ def test_settings_are_light():
         ["--help"],
         ["demo", "--help"],
         ["generate", "--help"],
+        ["explain", "--help"],
+        ["playground", "--help"],
         ["train-calibrator", "--help"],
         ["finetune", "--help"],
         ["info", "--help"],

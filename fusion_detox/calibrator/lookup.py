@@ -7,7 +7,6 @@ import os
 import re
 from pathlib import Path
 
-from fusion_detox.calibrator.folder import HUB_FILES
 from fusion_detox.errors import (
     CalibratorError,
     CalibratorNotFoundError,
@@ -15,7 +14,6 @@ from fusion_detox.errors import (
     ModelNotFoundError,
 )
 from fusion_detox.files.atomic import recover
-from fusion_detox.files.models import download
 
 DEFAULT_CALIBRATOR = "english-16k"
 
@@ -53,6 +51,10 @@ def find_calibrator(
         return shipped
     if not _HUB_ID.fullmatch(name):
         raise CalibratorNotFoundError(_not_found(name, path))
+    # The names of shipped calibrators are listed without loading torch.
+    from fusion_detox.calibrator.folder import HUB_FILES
+    from fusion_detox.files.models import download
+
     try:
         folder = download(
             name,

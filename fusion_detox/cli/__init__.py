@@ -21,12 +21,14 @@ from fusion_detox.cli import (
     demo,
     doctor,
     evaluate,
+    explain,
     fetch_target,
     finetune,
     generate,
     info,
     lm_eval,
     make_negatives,
+    playground,
     rescore,
     train_calibrator,
     tune,
@@ -45,7 +47,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for _command in (
-    *(demo, generate, train_calibrator, finetune, info, doctor),
+    *(demo, generate, explain, playground, train_calibrator, finetune, info, doctor),
     *(evaluate, rescore, compare, tune, lm_eval, make_negatives, align, fetch_target),
 ):
     _command.register(app)

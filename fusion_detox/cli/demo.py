@@ -43,7 +43,6 @@ PACKAGED = ("smollm2", "SmolLM2-135M-Instruct")
 """The default target: its name among the packaged targets, and its title."""
 HELD_BACK_NATS = 1.0
 """A token counts as held back if fusion made it at least e times less likely."""
-_TOXIC = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,23 +202,6 @@ def held_back_spans(
     return spans
 
 
-def mask_words(text: str, toxicity: Callable[[Sequence[str]], list[float]]) -> str:
-    """Replaces the vowels of words that score as toxic with ``*``, keeping the length."""
-    import re
-
-    words = sorted(set(re.findall(r"\w+", text)))
-    toxic = {word for word, score in zip(words, toxicity(words), strict=True) if score >= _TOXIC}
-
-    def masked(found: re.Match[str]) -> str:
-        word = found.group()
-        if word not in toxic:
-            return word
-        hidden = re.sub(r"(?i)[aeiou]", "*", word)
-        return hidden if hidden != word else word[:1] + "*" * (len(word) - 1)
-
-    return re.sub(r"\w+", masked, text)
-
-
 def _show(
     sides: tuple[Side, Side],
     work: Sequence[Job],
@@ -232,6 +214,8 @@ def _show(
 ) -> None:
     from rich.table import Table
     from rich.text import Text
+
+    from fusion_detox.scoring.offensive import OFFENSIVE, mask_words
 
     console = results()
     colour = console.is_terminal and not console.no_color
@@ -253,7 +237,7 @@ def _show(
         cells: list[Any] = [("Request: " if job.chat else "") + hide(job.prompt)]
         for side in sides:
             cells.append(_marked(hide(side.texts[row]), side.held_back[row], colour))
-            style = "red" if side.toxicity[row] >= _TOXIC else ""
+            style = "red" if side.toxicity[row] >= OFFENSIVE else ""
             cells.append(Text(f"{side.toxicity[row]:.2f}", style))
         table.add_row(*cells)
     how = ("Bold red", "bold red") if colour else "[In brackets]"

@@ -48,12 +48,16 @@ class Step(NamedTuple):
         lowered: The tokens that lost the most probability, the largest loss first.
         raised: The tokens that gained the most probability, the largest gain first.
         kl: KL(fused ‖ target), in nats.
+        before: The tokens that were most probable before fusion, the most probable first.
+        after: The tokens that are most probable after fusion, the most probable first.
     """
 
     written: TokenChange
     lowered: tuple[TokenChange, ...]
     raised: tuple[TokenChange, ...]
     kl: float
+    before: tuple[TokenChange, ...] = ()
+    after: tuple[TokenChange, ...] = ()
 
     def held_back(self, nats: float = 1.0) -> bool:
         """Return whether fusion made the written token at least ``exp(nats)`` times less likely."""
@@ -69,7 +73,7 @@ def explain_steps(
         target_logits: ``(steps, vocab)``, the target's logits or log-probs.
         fused_log_probs: ``(steps, vocab)``, the processor's output for them.
         token_ids: The text's token at each step.
-        top: Maximum number of lowered tokens, and of raised tokens, per step.
+        top: Maximum number of tokens in each list of a step.
 
     Raises:
         DataError: The numbers of steps or the vocabularies differ.
@@ -87,6 +91,8 @@ def explain_steps(
     top = min(top, moved.shape[-1])
     down = (-moved).topk(top, dim=-1).indices.tolist()
     up = moved.topk(top, dim=-1).indices.tolist()
+    first = before.topk(top, dim=-1).indices.tolist()
+    then = after.topk(top, dim=-1).indices.tolist()
 
     def change(step: int, token: int) -> TokenChange:
         return TokenChange(token, before[step, token].item(), after[step, token].item())
@@ -97,6 +103,8 @@ def explain_steps(
             lowered=tuple(change(step, t) for t in down[step] if moved[step, t] < 0),
             raised=tuple(change(step, t) for t in up[step] if moved[step, t] > 0),
             kl=max(kl[step].item(), 0.0),
+            before=tuple(change(step, t) for t in first[step]),
+            after=tuple(change(step, t) for t in then[step]),
         )
         for step, token in enumerate(token_ids)
     ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -203,9 +203,7 @@ def complete_batch(
             "a batch mixes chats and plain prompts, which end differently: generate them in two "
             "calls"
         )
-    stops = stop_ids(model)
-    if chats == {True} and (turn := end_of_turn_id(tokenizer)) is not None:
-        stops |= {turn}
+    stops = completion_ends(model, tokenizer, chat=chats == {True})
     settings = GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=sampling.max_new_tokens,
         do_sample=False,
@@ -293,10 +291,35 @@ def stop_ids(model: PreTrainedModel) -> frozenset[int]:
     return frozenset(eos if isinstance(eos, Collection) else [eos])
 
 
+def completion_ends(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, chat: bool
+) -> frozenset[int]:
+    """Return the ids that end a completion; in a chat, also the one that ends a turn."""
+    turn = end_of_turn_id(tokenizer) if chat else None
+    return stop_ids(model) | (frozenset() if turn is None else {turn})
+
+
 def pad_token_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the id for left padding: the tokenizer's pad or EOS id, the model's EOS id, or 0."""
     known = [tokenizer.pad_token_id, tokenizer.eos_token_id, *sorted(stop_ids(model)), 0]
     return int(next(token for token in known if token is not None))
+
+
+def token_chooser(sampling: Sampling, job: Job, width: int) -> Callable[[Tensor, Tensor], int]:
+    """Return how :func:`complete_batch` chooses the next token of a single row.
+
+    Args:
+        sampling: Sampling settings.
+        job: The row's job, whose index and sample determine the noise.
+        width: Number of tokens of its prompt.
+
+    Returns:
+        A function of ``(1, length)`` ids and ``(1, vocab)`` scores, fused or not. It raises
+        ``ModelError`` if the scores are not finite.
+    """
+    drawn = [] if sampling.greedy else _draw(sampling, [job], width)
+    chain: Any = LogitsProcessorList([_FiniteCheck(), *drawn])
+    return lambda ids, scores: int(chain(ids, scores).argmax())
 
 
 def _draw(sampling: Sampling, batch: Sequence[Job], width: int) -> list[LogitsProcessor]:

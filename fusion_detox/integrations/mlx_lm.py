@@ -13,7 +13,7 @@ The server of MLX-LM (``mlx_lm.server``) takes only its built-in logits processo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -73,7 +73,7 @@ class MLXFusion:
             DataError: There are several rows of logits.
             VocabularyError: The scores are far wider than the tokenizer's vocabulary.
         """
-        shown: list[int] = tokens.tolist()
+        shown = cast("list[int]", tokens.tolist())
         if self._hidden is None:
             self._hidden = max(0, len(self._prompt) - len(shown))
         tail = self._prompt[self._hidden :]

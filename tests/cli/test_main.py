@@ -20,6 +20,7 @@ from fusion_detox.cli.options import with_options
 from fusion_detox.cli.prompts import read_prompts
 from fusion_detox.config import FusionConfig
 from fusion_detox.errors import ConfigError, DataError, ModelNotFoundError
+from fusion_detox.scoring.offensive import mask_words
 
 PROMPTS = ["You are a", "The weather was", "She reads"]
 
@@ -382,8 +383,8 @@ def test_toxic_words_are_masked_in_place():
         return [0.9 if word.lower() in ("idiot", "hmph") else 0.1 for word in words]
 
     text = "Hmph, you IDIOT, idiots and idiot!"
-    assert demo.mask_words(text, toxicity) == "H***, you *D**T, idiots and *d**t!"
-    assert demo.mask_words("", toxicity) == ""
+    assert mask_words(text, toxicity) == "H***, you *D**T, idiots and *d**t!"
+    assert mask_words("", toxicity) == ""
 
 
 def test_suppressed_tokens_are_marked():

@@ -53,17 +53,17 @@ def write_report(results: Mapping[str, Any], folder: Path) -> Path:
     run = Run(results)
     plots.require_matplotlib()
     if results.get("unfinished"):
-        return _write(Path(folder) / "report.html", _render("report.html", run=run, plots={}))
+        return write(Path(folder) / "report.html", render("report.html", run=run, plots={}))
     panels = {
         "tradeoff": plots.tradeoff_panels(run),
         "histograms": plots.histogram_panels(run),
         "groups": plots.group_panels(run),
         "types": plots.type_panels(run),
     }
-    page = _render("report.html", run=run, plots=panels)
+    page = render("report.html", run=run, plots=panels)
     drawn = [panels[kind] for kind in ("tradeoff", "histograms", "groups")]
-    _write(Path(folder) / "report.png", plots.png(drawn, line(run.name, 70)))
-    return _write(Path(folder) / "report.html", page)
+    write(Path(folder) / "report.png", plots.png(drawn, line(run.name, 70)))
+    return write(Path(folder) / "report.html", page)
 
 
 def write_comparison(runs: Sequence[Mapping[str, Any]], path: Path) -> Path:
@@ -95,10 +95,10 @@ def write_comparison(runs: Sequence[Mapping[str, Any]], path: Path) -> Path:
     read = [Run(results) for results in runs]
     plots.require_matplotlib()
     found, panels = differences(read), plots.comparison_panels(read)
-    page = _render("comparison.html", runs=read, differences=found, panels=panels)
+    page = render("comparison.html", runs=read, differences=found, panels=panels)
     document = json.dumps(jsonable(_document(read, found)), indent=2, allow_nan=False)
-    _write(path.with_suffix(".json"), f"{document}\n".encode())
-    return _write(path, page)
+    write(path.with_suffix(".json"), f"{document}\n".encode())
+    return write(path, page)
 
 
 @cache
@@ -112,27 +112,37 @@ def _environment() -> Environment:
     )
     filters = (reading.line, numbers.words, numbers.label, numbers.size, numbers.as_json)
     environment.filters.update({function.__name__: function for function in filters})
-    style, script = ((_TEMPLATES / f"report.{kind}").read_text("utf-8") for kind in ("css", "js"))
     environment.globals.update(
         reading=reading,
         numbers=numbers,
         findings=findings,
         tables=tables,
         svg_uri=lambda panel: plots.svg_uri(panel),
-        style=Markup(style),
-        script=Markup(script),
-        # Only this script may run, even if text from the data were ever taken for HTML.
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        **assets(),
     )
     return environment
 
 
-def _render(template: str, **context: Any) -> bytes:
+def assets(script: str = "report.js", *styles: str) -> dict[str, str]:
+    """The script and the styles of a page, for its template; ``report.css`` is always included."""
+    text = (_TEMPLATES / script).read_text("utf-8")
+    sheets = [(_TEMPLATES / name).read_text("utf-8") for name in ("report.css", *styles)]
+    return {
+        "style": Markup("\n".join(sheets)),
+        "script": Markup(text),
+        # Only this script may run, even if text from the data were ever taken for HTML.
+        "script_hash": base64.b64encode(hashlib.sha256(text.encode()).digest()).decode(),
+    }
+
+
+def render(template: str, **context: Any) -> bytes:
+    """Fill a template; its script and style are ``report.js`` and ``report.css`` unless given."""
     page = _environment().get_template(template).render(context)
     return reading.printable(page).encode()
 
 
-def _write(path: Path, data: bytes) -> Path:
+def write(path: Path, data: bytes) -> Path:
+    """Write a file whole, and create its folder if needed; raises ``DataFileError``."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, data)

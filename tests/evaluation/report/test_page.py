@@ -38,6 +38,18 @@ def test_page_is_well_formed_and_navigable(written):
     assert all(region["tabindex"] == "0" and region["role"] == "region" for region in regions)
 
 
+def test_the_header_answers_the_main_questions(written):
+    """Before the contents, so that a phone shows them first."""
+    source = (written / "report.html").read_text("utf-8")
+    header = source[source.index("<header>") : source.index("</header>")]
+    text = re.sub(r"<[^>]+>", "", header).replace("\u202f", " ")
+    told = " ".join(text.split())
+    assert "Toxic prompts: 11.2 % [10.3 to 12.1] with fusion, 64.0 % [58.9 to 69.1]" in told
+    assert "without (lower). Perplexity changes by +10 % [+9 to +11]." in told
+    assert "Groups whose text suffers more than its control: 4 of 8." in told
+    assert "797 prompts, 2 scorers, on demo_target." in told
+
+
 def test_descriptions_of_plots_contain_their_numbers(written):
     described = " ".join(image["alt"] for image in read(written / "report.html").all("img"))
     described = described.replace("\u202f", " ")
