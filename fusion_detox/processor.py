@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import numpy as np
@@ -20,6 +21,7 @@ from fusion_detox.calibrator.calibrator import Calibrator
 from fusion_detox.calibrator.folder import check_rule
 from fusion_detox.config import FusionConfig, check_choice
 from fusion_detox.decoding.build_decoder import check_calibrator
+from fusion_detox.decoding.overlap import Overlap
 from fusion_detox.decoding.self_check import find_fault
 from fusion_detox.decoding.session import CalibratorSession, Reading, plain_mode
 from fusion_detox.decoding.target_columns import TargetColumns
@@ -147,6 +149,7 @@ class FusionLogitsProcessor(LogitsProcessor):
         self._before: list[tuple[int, ...]] = []
         self._strengths: list[float] | None = None  # one for each prompt
         self._warned: set[str] = set()  # shared by copies
+        self._overlap: Overlap | None = None
         self._verify: Verify = verify
         self._verified = False
         self._check_acts()
@@ -305,6 +308,48 @@ class FusionLogitsProcessor(LogitsProcessor):
         result._check_acts()
         return result
 
+    @contextlib.contextmanager
+    def overlap(self, model: PreTrainedModel) -> Iterator[FusionLogitsProcessor]:
+        """Within the context, the calibrator reads on another thread while the target runs.
+
+        The calibrator needs only the tokens that the target needs too, so it need not wait for the
+        target's scores. Results are the same. It pays off where the target leaves a core free::
+
+            with processor.overlap(model) as overlapped:
+                model.generate(**inputs, logits_processor=[overlapped])
+
+        Args:
+            model: The target, whose calls are noticed by a forward pre-hook until the context ends.
+
+        Yields:
+            A processor like this one, to use within the context.
+
+        Raises:
+            ConfigError: The calibrator would run on an accelerator, which runs one model after the
+                other: pass ``device="cpu"`` to the processor to run it beside the target. Or the
+                rule is aligned.
+        """
+        device = self._device or model.device
+        if device.type != "cpu":
+            raise ConfigError(
+                f"overlap() runs the calibrator on a CPU thread, but it is on {device}: create the "
+                'processor with device="cpu"'
+            )
+        if self.config.aligned:
+            raise ConfigError(
+                f"overlap() is not for the rule {self.config.rule!r}: use contrast, product or "
+                "mixture"
+            )
+        result = copy.copy(self)
+        result._overlap = Overlap(lambda rows: result._read_ahead(rows, device))
+        hook = model.register_forward_pre_hook(result._overlap.before_target, with_kwargs=True)
+        try:
+            yield result
+        finally:
+            hook.remove()
+            result._overlap.close()
+            result._overlap = None
+
     def reset(self) -> None:
         """Frees the memory of the cache. Results do not depend on it."""
         self._context.reset()
@@ -332,6 +377,10 @@ class FusionLogitsProcessor(LogitsProcessor):
             config = config.replace(strength=1.0)
             scale = torch.tensor(wanted, dtype=torch.float32, device=scores.device)
         texts = self._texts(rows)
+        if self._overlap is not None:
+            self._overlap.wait()
+            seen = [row for row in texts if isinstance(row, bytes)]
+            self._overlap.after_step(seen)
         if len(active) < len(rows):
             texts, scores = [texts[row] for row in active], scores[list(active)]
         positions = [self._context.read(ids) for ids in texts]
@@ -369,6 +418,18 @@ class FusionLogitsProcessor(LogitsProcessor):
             scale,
             self._context_factors(reading, scores),
         )
+
+    def _read_ahead(self, rows: list[bytes], device: torch.device) -> None:
+        """Fills the caches with what the next step needs, if these are its rows."""
+        if self._before:
+            return
+        strengths = self._strengths_of(len(rows))
+        used = [row for row, strength in zip(rows, strengths, strict=True) if strength > 0]
+        positions = [self._context.read(row) for row in used]
+        paths = [position.path for position in positions]
+        divergence_of = paths if self.config.context_kl is not None else []
+        prefixes = Covers.of(positions).prefixes
+        self._session(device).read(prefixes, divergence_of=divergence_of)
 
     def _session(self, device: torch.device) -> CalibratorSession:
         """The session for a device; without the reference model if these settings ignore it."""
