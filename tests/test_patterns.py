@@ -32,8 +32,6 @@ WORST = {
     "calibrator.card:[^a-z0-9.]+": ["-", "-a"],
     "calibrator.card:_HUB_ID": ["a", "a-", ("", "a", "/"), ("a/", "b", "/")],
     "calibrator.lookup:_HUB_ID": ["a", ("", "a", "/"), ("a/", "b", "/")],
-    "cli.demo:(?i)[aeiou]": ["a", "b"],
-    r"cli.demo:\w+": ["a", "a ", " "],
     r"cli.options:^    (\w+): (.*(?:\n {5,}.*)*)": [
         "    a: b\n",
         ("    ", "a", ""),
@@ -159,6 +157,9 @@ WORST = {
     ],
     r"training.negatives.config:\{sentence\}|\{n\}": ["{", "{n", "{sentence", "{n}"],
     r"training.negatives.filters:\w+": ["a", "a ", " "],
+    "scoring.offensive:(?i)[aeiou]": ["a", "b"],
+    "scoring.offensive:_FIRST_WORD": ["a", "a ", " "],
+    "scoring.offensive:_WORD": ["a", "a ", " "],
     "vocabulary.token_table:_BYTE": ["<0x0", "<", ("<0x", "0", ">")],
     "vocabulary.token_table:_UNUSED": ["[unused", ("[unused", "1", ""), "<"],
     "training.output:_WRITING": ["os error ", ("os error ", "1", "x"), "PyTorch", "No space "],

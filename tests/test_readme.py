@@ -192,7 +192,9 @@ def test_commands_exist(page):
         if program in CHECKS:
             CHECKS[program](words)
         else:
-            assert program in ("cd", "git", "pre-commit"), f"unknown command {program!r}"
+            assert program in ("cd", "curl", "git", "pre-commit", "vllm"), (
+                f"unknown command {program!r}"
+            )
 
 
 @pages

@@ -11,7 +11,7 @@ Score = Callable[[Sequence[str]], Sequence[float]]
 OFFENSIVE = 0.5
 """A word counts as offensive from this score on."""
 _WORD = re.compile(r"\w+")
-_LAST_WORD = re.compile(r"\w*\Z")
+_FIRST_WORD = re.compile(r"\w*")
 
 
 def offensive_spans(text: str, score: Score) -> list[tuple[int, int]]:
@@ -35,8 +35,9 @@ def offensive_pieces(pieces: Sequence[str], score: Score) -> list[bool]:
 
 def offensive_after(text: str, pieces: Sequence[str], score: Score) -> list[bool]:
     """For each of some pieces, whether it is part of an offensive word if it follows a text."""
-    found = _LAST_WORD.search(text)
-    begun = found.group() if found else ""
+    # Backwards, since a search for the end of a text is quadratic.
+    found = _FIRST_WORD.match(text[::-1])
+    begun = found.group()[::-1] if found else ""
     return [offensive_pieces((begun, piece), score)[1] for piece in pieces]
 
 
