@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import copy
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -12,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from fusion_detox.config import check_number
+from fusion_detox.decoding.session import CalibratorSession
 from fusion_detox.errors import DataError
-from fusion_detox.fusion import kl_divergence
 from fusion_detox.generation.explain import Step, TokenChange, explain_steps
 from fusion_detox.generation.sampling import (
     Job,
@@ -35,8 +34,6 @@ FORMAT = 1
 """Format of an explanation's JSON."""
 HELD_BACK_NATS = 1.0
 """A token counts as held back if fusion made it at least e times less likely."""
-RECENT = 16
-"""Positions over which the calibrator's divergence is averaged, as ``context_kl`` does it."""
 _CONTEXT_TOKENS = 8
 
 Ids = tuple[int, ...]
@@ -286,8 +283,7 @@ def _explained(
 def recent_divergence(calibrator: Calibrator, paths: Sequence[Ids]) -> list[float | None]:
     """KL(reference ‖ clean) of the next token, averaged over the last 16 positions of each text.
 
-    ``context_kl`` adapts the strength to this number. A text longer than the calibrator's context
-    is cut at the front in strides of half of it, as when it is fused.
+    ``context_kl`` adapts the strength to this number.
 
     Args:
         calibrator: The calibrator.
@@ -298,36 +294,8 @@ def recent_divergence(calibrator: Calibrator, paths: Sequence[Ids]) -> list[floa
     """
     if calibrator.reference is None:
         return [None] * len(paths)
-    models = [
-        model if model.dtype == torch.float32 else copy.deepcopy(model).float()  # type: ignore[no-untyped-call]
-        for model in (calibrator.clean, calibrator.reference)
-    ]
-    known: dict[Ids, float] = {}
-    means: dict[Ids, float] = {}
-    for path in sorted(set(paths), key=len, reverse=True):
-        ends = range(max(0, len(path) + 1 - RECENT), len(path) + 1)
-        windows = [_window(calibrator, path[:end]) for end in ends]
-        while missing := [one for one in windows if one not in known]:
-            text = max(missing, key=len)
-            row = torch.tensor([text], device=calibrator.device)
-            with torch.no_grad():
-                clean, reference = (
-                    torch.log_softmax(
-                        model(input_ids=row).logits[0, :, : calibrator.vocabulary_size], dim=-1
-                    )
-                    for model in models
-                )
-            nats = kl_divergence(reference, clean).clamp_min(0.0).tolist()
-            known.update({text[: n + 1]: value for n, value in enumerate(nats)})
-        means[path] = sum(known[one] for one in windows) / len(windows)
-    return [means[path] for path in paths]
-
-
-def _window(calibrator: Calibrator, path: Ids) -> Ids:
-    length = calibrator.context_length
-    stride = length // 2
-    start = -(-max(0, len(path) + 1 - length) // stride) * stride
-    return (calibrator.bos_id, *path[start:])
+    session = CalibratorSession(calibrator, device=calibrator.device)
+    return list(session.recent_divergence(paths))
 
 
 def _healed(
