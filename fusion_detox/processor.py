@@ -25,7 +25,7 @@ from fusion_detox.decoding.overlap import Overlap
 from fusion_detox.decoding.self_check import find_fault
 from fusion_detox.decoding.session import CalibratorSession, Reading, plain_mode
 from fusion_detox.decoding.target_columns import TargetColumns
-from fusion_detox.decoding.text_context import Covers, Position, Row, TextContext
+from fusion_detox.decoding.text_context import Covers, Position, RowIds, TextContext
 from fusion_detox.errors import ConfigError, DataError, InertError
 from fusion_detox.files.models import load_tokenizer
 from fusion_detox.fusion import Fusion, fit, prepare_candidates, select
@@ -383,19 +383,18 @@ class FusionLogitsProcessor(LogitsProcessor):
             self._overlap.after_step(seen)
         if len(active) < len(rows):
             texts, scores = [texts[row] for row in active], scores[list(active)]
-        positions = [self._context.read(ids) for ids in texts]
-        paths = [position.path for position in positions]
-        divergence_of = paths if self.config.context_kl is not None else []
-        session = self._session(self._device or scores.device)
+        device = self._device or scores.device
         if self._aligned is not None and self.config.aligned:
             # No healing here: a partial word keeps its current tokens.
+            paths = [self._context.read(ids).path for ids in texts]
+            divergence_of = paths if self.config.context_kl is not None else ()
+            session = self._session(device)
             reading = session.read(paths, divergence_of=divergence_of, hidden=True)
             hidden = reading.values.rows(range(len(paths)))
             hidden = hidden if self.config.contrasts else hidden[:1]
             context = self._context_factors(reading, scores)
             return self._aligned.prepare(scores, hidden, config, scale, context)
-        covers = Covers.of(positions)
-        reading = session.read(covers.prefixes, divergence_of=divergence_of)
+        covers, reading = self._read_texts(texts, device)
         mapped = fit(self.vocabulary.mapped.to(scores.device), scores.shape[-1])
         chosen = select(scores, mapped, config)
         probs = reading.values
@@ -424,12 +423,17 @@ class FusionLogitsProcessor(LogitsProcessor):
         if self._before:
             return
         strengths = self._strengths_of(len(rows))
-        used = [row for row, strength in zip(rows, strengths, strict=True) if strength > 0]
-        positions = [self._context.read(row) for row in used]
+        self._read_texts(
+            [row for row, strength in zip(rows, strengths, strict=True) if strength > 0], device
+        )
+
+    def _read_texts(self, texts: Sequence[RowIds], device: torch.device) -> tuple[Covers, Reading]:
+        """How the texts may go on for the calibrator, and what its models say there."""
+        positions = [self._context.read(ids) for ids in texts]
         paths = [position.path for position in positions]
-        divergence_of = paths if self.config.context_kl is not None else []
-        prefixes = Covers.of(positions).prefixes
-        self._session(device).read(prefixes, divergence_of=divergence_of)
+        covers = Covers.of(positions)
+        divergence_of = paths if self.config.context_kl is not None else ()
+        return covers, self._session(device).read(covers.prefixes, divergence_of=divergence_of)
 
     def _session(self, device: torch.device) -> CalibratorSession:
         """The session for a device; without the reference model if these settings ignore it."""
@@ -503,9 +507,9 @@ class FusionLogitsProcessor(LogitsProcessor):
             )
         return list(input_ids.to("cpu", torch.int64).numpy())
 
-    def _texts(self, rows: Rows) -> Sequence[Row]:
+    def _texts(self, rows: Rows) -> Sequence[RowIds]:
         """The rows' ids, preceded by the ids of the text that they follow."""
-        texts: list[Row] = []
+        texts: list[RowIds] = []
         for row in rows:
             if isinstance(row, np.ndarray) and row.dtype == np.int64 and not self._before:
                 texts.append(row.tobytes())

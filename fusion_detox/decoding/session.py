@@ -43,7 +43,7 @@ _PARENTS = 4
 # Slots that this many calls have not used are reused before the cache grows.
 _IDLE_CALLS = 8
 # Differences of logits are cut to this size, in nats, so that they stay finite.
-_MAX_LOG = 1e4
+_MAX_GAP = 1e4
 
 
 class Reading(NamedTuple):
@@ -304,7 +304,7 @@ def _divergence(logits: Tensor, probs: Tensor) -> Tensor:
         logits: ``(2, texts, vocab)``, clean before reference.
         probs: Their softmax.
     """
-    difference = (logits[1].float() - logits[0].float()).nan_to_num_(0.0, _MAX_LOG, -_MAX_LOG)
+    difference = (logits[1].float() - logits[0].float()).nan_to_num_(0.0, _MAX_GAP, -_MAX_GAP)
     mean = torch.bmm(probs[1, :, None], difference[:, :, None]).view(-1)
     # The normalisers' difference, from the token where the reference is most precise.
     top = probs[1].argmax(-1, keepdim=True)

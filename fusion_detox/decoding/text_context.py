@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fusion_detox.vocabulary.token_table import TokenTable
 
 Ids = tuple[int, ...]
-Row = Ids | bytes
+RowIds = Ids | bytes
 """A row's ids: a tuple, or int64 in native order, which is faster to look up if it is long."""
 
 _ID_BYTES = 8
@@ -208,7 +208,7 @@ class TextContext:
             self._tokenizer, self._incremental = _plain(calibrator.tokenizer.backend_tokenizer)
         self._forget()
 
-    def read(self, ids: Row) -> Position:
+    def read(self, ids: RowIds) -> Position:
         """Where the text of a row ends.
 
         Args:
@@ -233,7 +233,7 @@ class TextContext:
             self._memo.clear()
             self._size = 0
 
-    def _nearest(self, ids: Row) -> tuple[_State, Ids]:
+    def _nearest(self, ids: RowIds) -> tuple[_State, Ids]:
         """The state of a slightly shorter prefix, and the ids that follow it."""
         size = _ID_BYTES if isinstance(ids, bytes) else 1
         for missing in range(1, min(_PARENTS, len(ids) // size) + 1):
@@ -356,7 +356,7 @@ class TextContext:
         known = 0 <= id < len(self._token_bytes) and id not in self._special
         return not known or self._token_bytes[id] is None
 
-    def _remember(self, ids: Row, state: _State) -> None:
+    def _remember(self, ids: RowIds, state: _State) -> None:
         self._memo[ids] = state
         self._size += _size(ids) + len(state.tail)
         while len(self._memo) > 1 and (len(self._memo) > _ENTRIES or self._size > _ENTRY_IDS):
@@ -368,7 +368,7 @@ class TextContext:
         self._forget()
 
     def _forget(self) -> None:
-        self._memo: OrderedDict[Row, _State] = OrderedDict()
+        self._memo: OrderedDict[RowIds, _State] = OrderedDict()
         self._size = 0
         self._lock: threading.Lock = threading.Lock()
         renew_after_fork(self)
@@ -386,11 +386,11 @@ class TextContext:
         self._forget()
 
 
-def _listed(ids: Row) -> Ids:
+def _listed(ids: RowIds) -> Ids:
     return tuple(memoryview(ids).cast("q")) if isinstance(ids, bytes) else ids
 
 
-def _size(ids: Row) -> int:
+def _size(ids: RowIds) -> int:
     return len(ids) // _ID_BYTES if isinstance(ids, bytes) else len(ids)
 
 
