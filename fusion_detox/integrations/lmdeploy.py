@@ -12,13 +12,11 @@ The TurboMind engine and the HTTP server take no logits processors.
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from torch import Tensor
 
 from fusion_detox.calibrator.lookup import DEFAULT_CALIBRATOR
-from fusion_detox.config import FusionConfig
 from fusion_detox.integrations.steps import fuse_or_end
 from fusion_detox.integrations.workers import Source
 
@@ -53,10 +51,7 @@ class LMDeployFusion:
         pad_token_id: int | None = None,
         **settings: Any,
     ) -> None:
-        if strength is not None:
-            settings["strength"] = strength
-        FusionConfig().replace(**settings)  # an error belongs to the caller, not to the engine
-        self._source = Source(str(tokenizer), str(calibrator), json.dumps(settings, sort_keys=True))
+        self._source = Source.of_request(tokenizer, calibrator, strength, settings)
         self._pad = pad_token_id
 
     def __call__(self, input_ids: Tensor, logits: Tensor) -> Tensor:

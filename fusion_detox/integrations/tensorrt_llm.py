@@ -12,7 +12,6 @@ A request with another strength gets a ``TensorRTFusion`` of its own. All share 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +19,6 @@ import torch
 from torch import Tensor
 
 from fusion_detox.calibrator.lookup import DEFAULT_CALIBRATOR
-from fusion_detox.config import FusionConfig
 from fusion_detox.errors import ConfigError, MissingExtraError
 from fusion_detox.integrations.steps import fuse_or_end
 from fusion_detox.integrations.workers import Source
@@ -56,10 +54,7 @@ class TensorRTFusion(LogitsProcessor):  # type: ignore[misc]
         strength: float | None = None,
         **settings: Any,
     ) -> None:
-        if strength is not None:
-            settings["strength"] = strength
-        FusionConfig().replace(**settings)  # an error belongs to the client, not to a worker
-        self._source = Source(str(tokenizer), str(calibrator), json.dumps(settings, sort_keys=True))
+        self._source = Source.of_request(tokenizer, calibrator, strength, settings)
 
     def __call__(
         self,

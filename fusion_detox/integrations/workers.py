@@ -10,10 +10,11 @@ import dataclasses
 import functools
 import json
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fusion_detox.calibrator.calibrator import Calibrator
 from fusion_detox.calibrator.lookup import DEFAULT_CALIBRATOR
+from fusion_detox.config import FusionConfig
 from fusion_detox.errors import ConfigError
 from fusion_detox.files.models import load_tokenizer
 from fusion_detox.processor import FusionLogitsProcessor
@@ -58,6 +59,27 @@ class Source:
     calibrator: str = DEFAULT_CALIBRATOR
     settings: str = "{}"
     device: str | None = None
+
+    @classmethod
+    def of_request(
+        cls, tokenizer: str, calibrator: str, strength: float | None, settings: dict[str, Any]
+    ) -> Source:
+        """What a client names for one or more requests.
+
+        Args:
+            tokenizer: See the class.
+            calibrator: See the class.
+            strength: The strength; ``None`` for the one that the calibrator recommends.
+            settings: Other fusion settings that differ from those that it recommends.
+
+        Raises:
+            ConfigError: A setting is unknown or out of range, which belongs to the client and not
+                to a worker.
+        """
+        if strength is not None:
+            settings = {**settings, "strength": strength}
+        FusionConfig().replace(**settings)
+        return cls(str(tokenizer), str(calibrator), json.dumps(settings, sort_keys=True))
 
     @classmethod
     def from_environment(cls) -> Source:
