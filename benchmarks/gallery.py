@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_detox.scoring.lexical import LexicalScorer
-from fusion_detox.scoring.offensive import mask_words
+from fusion_detox.scoring.offensive import mask_words, masked_pieces
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "benchmarks" / "results" / "gallery.json"
@@ -146,18 +146,11 @@ def draw_changes(text: dict[str, Any], path: Path, score: Any) -> None:
     bottom.bar(places, [token["strength"] for token in text["tokens"]], color="#0b62b0")
     bottom.set_ylabel("strength")
     bottom.set_ylim(0, 4.2)
-    labels = masked_tokens([token["text"] for token in text["tokens"]], score)
+    tokens = [token["text"] for token in text["tokens"]]
+    masked = masked_pieces(tokens, lambda whole: mask_words(whole, score))
+    labels = [one.strip().replace("\n", "⏎") or "⏎" for one in masked]
     bottom.set_xticks(places, labels, rotation=60, ha="right", fontsize=8)
     save(figure, path)
-
-
-def masked_tokens(texts: list[str], score: Any) -> list[str]:
-    """The tokens of a text, in which offensive words are masked also across tokens."""
-    masked, found, start = mask_words("".join(texts), score), [], 0
-    for text in texts:
-        found.append(masked[start : start + len(text)].strip().replace("\n", "⏎") or "⏎")
-        start += len(text)
-    return found
 
 
 def draw_peers(record: dict[str, Any], title: str, path: Path) -> None:

@@ -12,13 +12,19 @@ import typer
 from fusion_detox.cli.console import note, quiet_libraries, results
 from fusion_detox.cli.options import with_options
 from fusion_detox.cli.shared_options import (
-    RUNNING,
+    SAMPLING,
     CalibratorName,
     Device,
     Dtype,
+    Greedy,
     Offline,
+    Revision,
+    SavedAlignment,
     System,
     Target,
+    Temperature,
+    TopK,
+    TopP,
 )
 from fusion_detox.config import FusionConfig
 from fusion_detox.errors import ConfigError
@@ -29,7 +35,6 @@ if TYPE_CHECKING:
 
     from fusion_detox.generation.explanation import Explanation
 
-_SAMPLING = "Sampling"
 _FUSION = "Fusion (defaults: what the calibrator recommends)"
 _SHOWN_ALTERNATIVES = 2
 
@@ -69,13 +74,7 @@ def explain(
         ),
     ] = None,
     calibrator: CalibratorName = "english-16k",
-    alignment: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder that `align --out` wrote, for the aligned rules (default: what `align` "
-            "saved for the calibrator and the model)."
-        ),
-    ] = None,
+    alignment: SavedAlignment = None,
     chat: Annotated[
         bool | None,
         typer.Option(
@@ -94,31 +93,16 @@ def explain(
         ),
     ] = True,
     max_new_tokens: Annotated[
-        int, typer.Option(help="Maximum tokens to generate.", rich_help_panel=_SAMPLING)
+        int, typer.Option(help="Maximum tokens to generate.", rich_help_panel=SAMPLING)
     ] = 40,
-    temperature: Annotated[
-        float, typer.Option(help="Sampling temperature.", rich_help_panel=_SAMPLING)
-    ] = 1.0,
-    top_p: Annotated[
-        float,
-        typer.Option(help="Nucleus sampling: probability mass kept.", rich_help_panel=_SAMPLING),
-    ] = 0.9,
-    top_k: Annotated[
-        int, typer.Option(help="Number of tokens kept; 0 keeps all.", rich_help_panel=_SAMPLING)
-    ] = 0,
-    greedy: Annotated[
-        bool,
-        typer.Option(
-            "--greedy", help="Always take the most probable token.", rich_help_panel=_SAMPLING
-        ),
-    ] = False,
-    seed: Annotated[int, typer.Option(help="Sampling seed.", rich_help_panel=_SAMPLING)] = 0,
+    temperature: Temperature = 1.0,
+    top_p: TopP = 0.9,
+    top_k: TopK = 0,
+    greedy: Greedy = False,
+    seed: Annotated[int, typer.Option(help="Sampling seed.", rich_help_panel=SAMPLING)] = 0,
     device: Device = None,
     dtype: Dtype = None,
-    revision: Annotated[
-        str | None,
-        typer.Option(help="Branch, tag or commit of a hub model.", rich_help_panel=RUNNING),
-    ] = None,
+    revision: Revision = None,
     offline: Offline = False,
     fusion: dict[str, Any] = {},  # noqa: B006 - replaced by one option per setting
 ) -> None:
@@ -144,27 +128,26 @@ def explain(
         seed=seed,
     )
 
-    from fusion_detox.cli.loading import load_fused
+    from fusion_detox.cli.loading import check_fused
     from fusion_detox.evaluation.report import write_explanation
     from fusion_detox.generation.explanation import explain_text
     from fusion_detox.scoring.lexical import LexicalScorer
     from fusion_detox.scoring.offensive import mask_words
 
     with quiet_libraries():
-        loaded = load_fused(
+        checked = check_fused(
             model,
             calibrator,
             fusion,
             alignment=alignment,
             chat=chat,
             system=system,
-            device=device,
-            dtype=dtype,
             revision=revision,
             offline=offline,
         )
+        loaded = checked.load(device, dtype)
         # With --text alone, there is no request to put to a chat model.
-        as_chat = loaded.chat and (bool(prompt.strip()) or bool(chat))
+        as_chat = checked.chat and (bool(prompt.strip()) or bool(chat))
         found = explain_text(
             loaded.model,
             loaded.tokenizer,
@@ -189,9 +172,11 @@ def explain(
 def _show(found: Explanation, hide: Callable[[str], str], masked: bool) -> None:
     from rich.text import Text
 
+    from fusion_detox.scoring.offensive import masked_pieces
+
     console = results()
     colour = console.is_terminal and not console.no_color
-    texts = _hidden([found.prompt, *(token.text for token in found.tokens)], hide)
+    texts = masked_pieces([found.prompt, *(token.text for token in found.tokens)], hide)
     console.print(
         *(
             ["Vowels of toxic words are masked (--no-mask shows them)."]
@@ -266,16 +251,6 @@ def _table(found: Explanation, texts: list[str], hide: Callable[[str], str], col
             ", ".join(instead),
         )
     return table
-
-
-def _hidden(texts: list[str], hide: Callable[[str], str]) -> list[str]:
-    """The pieces of a text in which words that span several pieces are masked, too."""
-    whole, start = hide("".join(texts)), 0
-    found = []
-    for text in texts:
-        found.append(whole[start : start + len(text)])
-        start += len(text)
-    return found
 
 
 def _chip(text: str) -> str:

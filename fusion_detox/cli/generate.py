@@ -16,7 +16,21 @@ import typer
 from fusion_detox.cli.console import messages, note, quiet_libraries
 from fusion_detox.cli.options import with_options
 from fusion_detox.cli.prompts import read_prompts
-from fusion_detox.cli.shared_options import RUNNING, CalibratorName, Device, Dtype, Offline, System
+from fusion_detox.cli.shared_options import (
+    RUNNING,
+    SAMPLING,
+    CalibratorName,
+    Device,
+    Dtype,
+    Greedy,
+    Offline,
+    Revision,
+    SavedAlignment,
+    System,
+    Temperature,
+    TopK,
+    TopP,
+)
 from fusion_detox.config import FusionConfig
 from fusion_detox.errors import ConfigError
 
@@ -24,7 +38,6 @@ if TYPE_CHECKING:
     from fusion_detox.generation.completion_file import CompletionFile, CompletionWriter
     from fusion_detox.generation.sampling import Job, Row
 
-_SAMPLING = "Sampling"
 _FUSION = "Fusion (defaults: what the calibrator recommends)"
 
 
@@ -65,13 +78,7 @@ def generate(
         ),
     ] = None,
     calibrator: CalibratorName = "english-16k",
-    alignment: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder that `align --out` wrote, for the aligned rules (default: what `align` "
-            "saved for the calibrator and the model)."
-        ),
-    ] = None,
+    alignment: SavedAlignment = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -97,42 +104,27 @@ def generate(
         bool, typer.Option("--base/--no-base", help="Also write each completion without fusion.")
     ] = False,
     max_new_tokens: Annotated[
-        int, typer.Option(help="Maximum tokens per completion.", rich_help_panel=_SAMPLING)
+        int, typer.Option(help="Maximum tokens per completion.", rich_help_panel=SAMPLING)
     ] = 40,
-    temperature: Annotated[
-        float, typer.Option(help="Sampling temperature.", rich_help_panel=_SAMPLING)
-    ] = 1.0,
-    top_p: Annotated[
-        float,
-        typer.Option(help="Nucleus sampling: probability mass kept.", rich_help_panel=_SAMPLING),
-    ] = 0.9,
-    top_k: Annotated[
-        int, typer.Option(help="Number of tokens kept; 0 keeps all.", rich_help_panel=_SAMPLING)
-    ] = 0,
+    temperature: Temperature = 1.0,
+    top_p: TopP = 0.9,
+    top_k: TopK = 0,
     num_samples: Annotated[
-        int, typer.Option(help="Completions per prompt.", rich_help_panel=_SAMPLING)
+        int, typer.Option(help="Completions per prompt.", rich_help_panel=SAMPLING)
     ] = 1,
-    greedy: Annotated[
-        bool,
-        typer.Option(
-            "--greedy", help="Always take the most probable token.", rich_help_panel=_SAMPLING
-        ),
-    ] = False,
+    greedy: Greedy = False,
     seed: Annotated[
         int,
         typer.Option(
             help="Sampling seed. A completion depends on the seed, the prompt's index and the "
             "sample's number, but not on the batch.",
-            rich_help_panel=_SAMPLING,
+            rich_help_panel=SAMPLING,
         ),
     ] = 0,
     batch_size: Annotated[int, typer.Option(help="Texts per batch.", rich_help_panel=RUNNING)] = 8,
     device: Device = None,
     dtype: Dtype = None,
-    revision: Annotated[
-        str | None,
-        typer.Option(help="Branch, tag or commit of a hub model.", rich_help_panel=RUNNING),
-    ] = None,
+    revision: Revision = None,
     offline: Offline = False,
     fusion: dict[str, Any] = {},  # noqa: B006 - replaced by one option per setting
 ) -> None:
@@ -158,36 +150,29 @@ def generate(
     )
     jobs(texts)  # checks the prompts before anything is loaded
 
-    import torch
-
-    from fusion_detox.alignment.store import load_alignment
-    from fusion_detox.calibrator.calibrator import Calibrator
-    from fusion_detox.files.adapters import find_adapter
-    from fusion_detox.files.models import load_target, load_tokenizer
-    from fusion_detox.generation.chat import choose_chat
+    from fusion_detox.cli.loading import check_fused
     from fusion_detox.generation.completion_file import CompletionFile, claimed_file
-    from fusion_detox.generation.sampling import generate_rows, pad_token_id
-    from fusion_detox.processor import FusionLogitsProcessor
+    from fusion_detox.generation.sampling import generate_rows
 
     with quiet_libraries(), claimed_file(output):
-        loaded = Calibrator.from_pretrained(calibrator, local_files_only=offline)
-        config = loaded.config.replace(**fusion)
-        if alignment is not None and not config.aligned:
-            raise ConfigError(
-                f"--alignment is for the aligned rules, but the rule is {config.rule!r}: add "
-                "--rule aligned or --rule aligned_contrast, or drop --alignment"
-            )
-        projection = None if alignment is None else load_alignment(alignment)
-        named = load_tokenizer(model, local_files_only=offline, revision=revision)
-        adapter = find_adapter(model)
-        chat = choose_chat(chat, system, adapter.base if adapter else model, named)
-        wanted = jobs(texts, num_samples, chat=chat, system=system)
+        checked = check_fused(
+            model,
+            calibrator,
+            fusion,
+            alignment=alignment,
+            chat=chat,
+            system=system,
+            revision=revision,
+            offline=offline,
+        )
+        adapter, config = checked.adapter, checked.config
+        wanted = jobs(texts, num_samples, chat=checked.chat, system=system)
         settings = {
             "model": _identity(model) + (f" of {_identity(adapter.base)}" if adapter else ""),
             "revision": revision,
             "calibrator": _identity(calibrator, ("alignments",) if not config.aligned else ()),
             "dtype": dtype,
-            "chat": chat,
+            "chat": checked.chat,
             "system": system,
             "base": base,
             "fusion": config.to_dict(),
@@ -208,27 +193,13 @@ def generate(
             )
         if not pending:
             return
-        target, tokenizer = load_target(
-            model,
-            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
-            dtype=dtype,
-            local_files_only=offline,
-            revision=revision,
-        )
-        processor = FusionLogitsProcessor(
-            loaded,
-            tokenizer,
-            config,
-            pad_token_id=pad_token_id(target, tokenizer),
-            target=target,
-            alignment=projection,
-        )
+        loaded = checked.load(device, dtype)
         rows = generate_rows(
-            target,
-            tokenizer,
+            loaded.model,
+            loaded.tokenizer,
             pending,
             sampling,
-            processor=processor,
+            processor=loaded.processor,
             with_base=base,
             batch_size=batch_size,
         )

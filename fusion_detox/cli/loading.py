@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,19 +11,80 @@ from fusion_detox.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from fusion_detox.alignment.alignment import Alignment
+    from fusion_detox.calibrator.calibrator import Calibrator
+    from fusion_detox.config import FusionConfig
+    from fusion_detox.files.adapters import Adapter
     from fusion_detox.processor import FusionLogitsProcessor
 
 
 class Loaded(NamedTuple):
-    """A target and its fusion; ``chat`` is whether its prompts are requests."""
+    """A target and the fusion into it."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     processor: FusionLogitsProcessor
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """What a command runs, checked as far as it can be before the target is loaded.
+
+    Attributes:
+        model: A folder, a hub id, or ``packaged:NAME``.
+        adapter: The LoRA adapter in that folder, if it is one.
+        calibrator: The calibrator.
+        config: The fusion settings.
+        alignment: What ``align --out`` wrote, if it was given.
+        chat: Whether prompts are requests.
+        revision: Branch, tag or commit of a hub model.
+        offline: Whether to use only files already downloaded.
+    """
+
+    model: str
+    adapter: Adapter | None
+    calibrator: Calibrator
+    config: FusionConfig
+    alignment: Alignment | None
     chat: bool
+    revision: str | None
+    offline: bool
+
+    def load(self, device: str | None, dtype: str | None) -> Loaded:
+        """Loads the target.
+
+        Args:
+            device: Where to run; by default ``cuda`` if available.
+            dtype: Of the target; by default that of its files.
+
+        Raises:
+            FusionDetoxError: A part cannot be loaded.
+        """
+        import torch
+
+        from fusion_detox.files.models import load_target
+        from fusion_detox.generation.sampling import pad_token_id
+        from fusion_detox.processor import FusionLogitsProcessor
+
+        target, tokenizer = load_target(
+            self.model,
+            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            dtype=dtype,
+            local_files_only=self.offline,
+            revision=self.revision,
+        )
+        processor = FusionLogitsProcessor(
+            self.calibrator,
+            tokenizer,
+            self.config,
+            pad_token_id=pad_token_id(target, tokenizer),
+            target=target,
+            alignment=self.alignment,
+        )
+        return Loaded(target, tokenizer, processor)
 
 
-def load_fused(
+def check_fused(
     model: str,
     calibrator: str,
     fusion: dict[str, Any],
@@ -30,37 +92,29 @@ def load_fused(
     alignment: Path | None = None,
     chat: bool | None = None,
     system: str | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
     revision: str | None = None,
     offline: bool = False,
-) -> Loaded:
-    """Loads a target and a calibrator. Wrong settings are found before the target is loaded.
+) -> Checked:
+    """Loads a calibrator and checks the settings, before a target is loaded.
 
     Args:
-        model: A folder, a hub id, or ``packaged:NAME``.
+        model: See :class:`Checked`.
         calibrator: A shipped name, a folder, or a hub id.
         fusion: Fusion settings that replace those that the calibrator recommends.
         alignment: Folder that ``align --out`` wrote.
         chat: Whether prompts are requests; by default, if the target is a chat model.
         system: The system prompt of the chat.
-        device: Where to run; by default ``cuda`` if available.
-        dtype: Of the target; by default that of its files.
-        revision: Branch, tag or commit of a hub model.
-        offline: Whether to use only files already downloaded.
+        revision: See :class:`Checked`.
+        offline: See :class:`Checked`.
 
     Raises:
         FusionDetoxError: A setting is wrong, or a part cannot be loaded.
     """
-    import torch
-
     from fusion_detox.alignment.store import load_alignment
     from fusion_detox.calibrator.calibrator import Calibrator
     from fusion_detox.files.adapters import find_adapter
-    from fusion_detox.files.models import load_target, load_tokenizer
+    from fusion_detox.files.models import load_tokenizer
     from fusion_detox.generation.chat import choose_chat
-    from fusion_detox.generation.sampling import pad_token_id
-    from fusion_detox.processor import FusionLogitsProcessor
 
     loaded = Calibrator.from_pretrained(calibrator, local_files_only=offline)
     config = loaded.config.replace(**fusion)
@@ -73,19 +127,4 @@ def load_fused(
     named = load_tokenizer(model, local_files_only=offline, revision=revision)
     adapter = find_adapter(model)
     chat = choose_chat(chat, system, adapter.base if adapter else model, named)
-    target, tokenizer = load_target(
-        model,
-        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        dtype=dtype,
-        local_files_only=offline,
-        revision=revision,
-    )
-    processor = FusionLogitsProcessor(
-        loaded,
-        tokenizer,
-        config,
-        pad_token_id=pad_token_id(target, tokenizer),
-        target=target,
-        alignment=projection,
-    )
-    return Loaded(target, tokenizer, processor, chat)
+    return Checked(model, adapter, loaded, config, projection, chat, revision, offline)

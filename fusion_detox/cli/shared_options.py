@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 MEASURES = "Measures"
 RUNNING = "Running"
+SAMPLING = "Sampling"
 
 _CALIBRATOR = "Name of a shipped calibrator, a folder, or a hub id."
 CalibratorName = Annotated[str, typer.Option(help=_CALIBRATOR)]
@@ -58,6 +59,29 @@ Dtype = Annotated[
 Offline = Annotated[
     bool,
     typer.Option("--offline", help="Use only files already downloaded.", rich_help_panel=RUNNING),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option(help="Branch, tag or commit of a hub model.", rich_help_panel=RUNNING),
+]
+SavedAlignment = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder that `align --out` wrote, for the aligned rules (default: what `align` "
+        "saved for the calibrator and the model)."
+    ),
+]
+Temperature = Annotated[float, typer.Option(help="Sampling temperature.", rich_help_panel=SAMPLING)]
+TopP = Annotated[
+    float,
+    typer.Option(help="Nucleus sampling: probability mass kept.", rich_help_panel=SAMPLING),
+]
+TopK = Annotated[
+    int, typer.Option(help="Number of tokens kept; 0 keeps all.", rich_help_panel=SAMPLING)
+]
+Greedy = Annotated[
+    bool,
+    typer.Option("--greedy", help="Always take the most probable token.", rich_help_panel=SAMPLING),
 ]
 Scorers = Annotated[
     list[str] | None,

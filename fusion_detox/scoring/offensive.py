@@ -51,3 +51,18 @@ def mask_words(text: str, score: Score) -> str:
         parts += [text[end:start], masked]
         end = stop
     return "".join([*parts, text[end:]])
+
+
+def masked_pieces(pieces: Sequence[str], mask: Callable[[str], str]) -> list[str]:
+    """The pieces of a text in which words that span several pieces are masked, too.
+
+    Args:
+        pieces: The pieces.
+        mask: Masks words of a text and keeps its length, as :func:`mask_words` does.
+    """
+    whole, start = mask("".join(pieces)), 0
+    found = []
+    for piece in pieces:
+        found.append(whole[start : start + len(piece)])
+        start += len(piece)
+    return found
