@@ -278,7 +278,7 @@ METHODS = {
         (0, 1),
         "chat template, the answer begins with the prompt; 0: a neutral system prompt, 1: polite",
     ),
-    "contrast": Method(contrast, (1, 2, 3.5), "this library's rule and calibrator", True),
+    "contrast": Method(contrast, (1, 2, 4), "this library's rule and calibrator", True),
     "product": Method(product, (0.2, 0.4, 0.6), "the calibrator's clean model alone", True),
     "mixture": Method(mixture, (0.2, 0.4, 0.6), "the calibrator's clean model alone", True),
     "aligned": Method(aligned, (0.1, 0.3, 0.6), "arXiv 2506.01266, its InfoNCE alignment", True),

@@ -265,9 +265,12 @@ class CalibratorSession:
 @contextlib.contextmanager
 def plain_mode(device: torch.device) -> Iterator[None]:
     """Disables gradients, and the caller's inference mode and autocast."""
-    off = torch.autocast(device.type, enabled=False)
-    with torch.inference_mode(False), torch.no_grad(), off:
-        yield
+    with torch.inference_mode(False), torch.no_grad():
+        if not torch.is_autocast_enabled(device.type):
+            yield
+            return
+        with torch.autocast(device.type, enabled=False):
+            yield
 
 
 def _batches(rows: list[Row], positions: int) -> Iterator[list[Row]]:

@@ -139,7 +139,10 @@ class StackedLlamaDecoder(Decoder):
         head = heads.joined("", ["lm_head"], norm="model.norm")[:, :, :vocabulary_size]
         # A CPU multiplies a few rows by a wide matrix faster in parts that fit its cache.
         width = _HEAD_COLUMNS if device.type == "cpu" else vocabulary_size
-        self._head = [_shared(part.contiguous()) for part in torch.split(head, width, -1)]
+        head = F.pad(head, (0, -vocabulary_size % width))
+        head = head.view(len(heads), head.shape[1], -1, width)
+        self._head = _shared(head.transpose(1, 2).contiguous())  # (models, parts, in, width)
+        self._vocabulary_size = vocabulary_size
         self._logits = head.new_empty(0)
         self._scale = weights.stack("model.norm.weight").to(dtype)[:, None]
         theta = torch.tensor(_rope(config)[1], dtype=torch.float32)
@@ -162,20 +165,23 @@ class StackedLlamaDecoder(Decoder):
         self._store.copy(source, target, start, stop)
 
     def logits(self, rows: Sequence[Row]) -> Tensor:  # noqa: D102
+        logits: Tensor
         normed = self._normed(rows).expand(self.distributions, -1, -1)
-        if len(self._head) == 1:
-            return torch.bmm(normed, self._head[0])
-        widths = [part.shape[-1] for part in self._head]
-        shape = (self.distributions, normed.shape[1], sum(widths))
+        models, parts, inputs, width = self._head.shape
+        asked = normed.shape[1]
+        if asked == 1 or parts == 1:
+            repeated = normed[:, None].expand(-1, parts, -1, -1).reshape(-1, asked, inputs)
+            logits = torch.bmm(repeated, self._head.flatten(0, 1)).view(models, asked, -1)
+            return logits[..., : self._vocabulary_size]
+        shape = (models, asked, parts * width)
         if self._logits.numel() < math.prod(shape):
             # Memory that is used again needs not be cleared by the system for each step.
             self._logits = normed.new_empty(math.prod(shape))
         logits = self._logits[: math.prod(shape)].view(shape)
-        for model, inputs in enumerate(normed):
-            columns = torch.split(logits[model], widths, -1)
-            for part, result in zip(self._head, columns, strict=True):
-                torch.mm(inputs, part[model], out=result)
-        return logits
+        for own, result, head in zip(normed, logits, self._head, strict=True):
+            for part, columns in zip(head, torch.split(result, width, -1), strict=True):
+                torch.mm(own, part, out=columns)
+        return logits[..., : self._vocabulary_size]
 
     def hidden(self, rows: Sequence[Row]) -> Tensor:  # noqa: D102
         return (self._normed(rows) * self._scale).expand(self.distributions, -1, -1)

@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -124,23 +125,22 @@ class Covers(NamedTuple):
         Returns:
             ``(distributions, covers)``; only the proportions within a row matter.
         """
-        device = probs.device
-        lengths = torch.tensor([len(steps) for steps in self.steps])
         led = [step for steps in self.steps for step in steps]
         count = len(probs.blocks[0])
         if not led:
             return probs.blocks[0].new_ones(count, len(self.covers))
-        prefix, token = torch.tensor(led).unbind(-1)
+        prefix, token = np.array(led).T
         # Nothing is known of a probability of 0 but that it is below the smallest number.
         steps = probs.at(prefix, token).clamp_min(_SMALLEST).log()
-        owner = torch.repeat_interleave(lengths).to(device)
-        weights = steps.new_zeros(count, len(self.covers)).index_add_(1, owner, steps)
+        owner = np.repeat(np.arange(len(self.steps)), [len(own) for own in self.steps])
+        row_of = torch.tensor([cover.row for cover in self.covers], device=probs.device)
+        owners = torch.from_numpy(owner).to(probs.device)
+        weights = steps.new_zeros(count, len(self.covers)).index_add_(1, owners, steps)
         # Divide by the row's largest weight, so that not all of them underflow.
-        row_of = torch.tensor([cover.row for cover in self.covers], device=device)
         row_of = row_of.expand_as(weights)
         largest = weights.new_full((count, self.covers[-1].row + 1), -torch.inf)
-        largest = largest.scatter_reduce(1, row_of, weights, "amax")
-        return (weights - largest.gather(1, row_of)).exp()
+        largest.scatter_reduce_(1, row_of, weights, "amax")
+        return (weights - largest.gather(1, row_of)).exp_()
 
 
 class _State(NamedTuple):

@@ -9,7 +9,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fusion_detox.errors import VocabularyError
@@ -89,26 +91,28 @@ class Distributions(NamedTuple):
             return held[:, first : first + len(columns)]
         return held.index_select(1, torch.tensor(columns, device=held.device))
 
-    def at(self, positions: Tensor, indices: Tensor) -> Tensor:
+    def at(self, positions: NDArray[np.int64], indices: NDArray[np.int64]) -> Tensor:
         """Single values.
 
         Args:
-            positions: ``(n,)`` on the CPU.
-            indices: ``(n,)`` indices into the blocks' last dimension, on the CPU.
+            positions: ``(n,)``.
+            indices: ``(n,)`` indices into the blocks' last dimension.
 
         Returns:
             ``(distributions, n)``.
         """
-        blocks, columns = torch.tensor(self.block)[positions], torch.tensor(self.column)[positions]
-        flat = columns * self.blocks[0].shape[-1] + indices
+        flat = np.array(self.column)[positions] * self.blocks[0].shape[-1] + indices
         if len(self.blocks) == 1:
-            return self.blocks[0].flatten(1)[:, flat.to(self.device)]
+            where = torch.from_numpy(flat).to(self.device)
+            return self.blocks[0].flatten(1).index_select(1, where)
+        blocks = np.array(self.block)[positions]
         result = self.blocks[0].new_empty(len(self.blocks[0]), len(flat))
         for number, held in enumerate(self.blocks):
-            (here,) = torch.where(blocks == number)
+            (here,) = np.nonzero(blocks == number)
             if len(here):
-                values = held.flatten(1)[:, flat[here].to(held.device)]
-                result[:, here.to(held.device)] = values
+                where = torch.from_numpy(flat[here]).to(held.device)
+                values = held.flatten(1).index_select(1, where)
+                result.index_copy_(1, torch.from_numpy(here).to(held.device), values)
         return result
 
 
@@ -147,13 +151,12 @@ class _Dense(NamedTuple):
     Attributes:
         weights: ``(calibrator tokens, 1 + tokens)``: first 1 for each usable calibrator token, then
             the rows of the sparse matrix that have the most entries.
-        column: ``(target tokens,)`` the column of each token; 0 for those that have none.
-        lengths: ``(target tokens,)`` entries of the other rows of the sparse matrix.
+        tokens: ``(3, target tokens)``, for each token: its column in ``weights``, or 0; where its
+            entries in the sparse matrix begin; their number, or 0 if it has a column.
     """
 
     weights: Tensor
-    column: Tensor
-    lengths: Tensor
+    tokens: Tensor
 
 
 class VocabularyMap:
@@ -327,41 +330,50 @@ class VocabularyMap:
         device, (rows, width) = probs.device, shape
         row, token = places // width, places % width
         kept, whole, positions = _whole(covers)
-        own = probs.rows(positions)  # of the rows that have a cover without remainder
-        order = torch.zeros(rows, dtype=torch.long)
-        order[whole] = torch.arange(len(whole))
-        order = order.to(device)
-        share = weights.new_zeros(len(weights), rows)
-        share[:, whole] = weights[:, kept] if self.kind == "projection" else 1.0
-        if not whole:
-            own = own.new_zeros(len(own), 1, own.shape[-1])
-        size = own.shape[-1]
-        start = order[row] * size
-        flat = own.flatten(1)
+        if whole:
+            own = probs.rows(positions)  # of the rows that have a cover without remainder
+        else:
+            own = probs.blocks[0].new_zeros(len(probs.blocks[0]), 1, probs.blocks[0].shape[-1])
+        size, flat = own.shape[-1], own.flatten(1)
+        result: Tensor
+        share = weights if self.kind == "projection" else torch.ones_like(weights)
+        in_order = whole == list(range(rows))
+        if in_order:
+            order, share = row, share if len(kept) == len(covers) else share[:, kept]
+        else:
+            of_row = torch.zeros(rows, dtype=torch.long)
+            of_row[whole] = torch.arange(len(whole))
+            of_row = of_row.to(device)
+            order, where = of_row[row], torch.tensor(whole, device=device, dtype=torch.long)
+            share = share.new_zeros(len(share), rows).index_copy_(1, where, share[:, kept])
+        start = order * size
         if self.kind == "identity":
-            return flat[:, start + token.clamp_max(size - 1)] * share[:, row] * (token < size)
+            result = flat.index_select(1, start + token.clamp_max(size - 1))
+            return result * share.index_select(1, row) * (token < size)
 
         matrix, dense = self._matrices(device)[0][mode], self._dense(device, mode)
-        sums = (own.flatten(0, 1) @ dense.weights).view(*own.shape[:2], -1)
-        total = sums[:, order, 0] * share
+        sums = (own.flatten(0, 1) @ dense.weights).view(len(own), -1)
+        each = dense.weights.shape[1]
+        total = (sums[:, ::each] if in_order else sums[:, ::each].index_select(1, of_row)) * share
         healed = self._heal(total, probs, covers, weights, mode)
         scale = torch.where(total > torch.finfo(total.dtype).tiny, 1 / total, 0.0)
-        column = dense.column[token]
-        result = sums[:, order[row], column] * (column > 0)
-        lengths = dense.lengths[token]
+        column, first, lengths = dense.tokens.index_select(1, token)
+        result = sums.index_select(1, order * each + column) * (column > 0)
         owner = torch.repeat_interleave(lengths)
-        first = matrix.pointers[token] - lengths.cumsum(0) + lengths
-        entry = torch.arange(len(owner), device=device) + first[owner]
-        found = flat[:, start[owner] + matrix.columns[entry]] * matrix.values[entry]
-        _add(result, owner, found)
-        result *= share[:, row]
+        # Of each entry: where its token's entries begin, less the number of entries before those.
+        skipped = (first - lengths.cumsum(0) + lengths).index_select(0, owner)
+        entry = torch.arange(len(owner), device=device) + skipped
+        source = start.index_select(0, owner) + matrix.columns.index_select(0, entry)
+        _add(result, owner, flat.index_select(1, source) * matrix.values.index_select(0, entry))
+        result *= (share * scale).index_select(1, row)
         if healed is not None:
             row_of, targets, values = healed
             wanted = row_of * width + targets
             place = torch.searchsorted(places, wanted).clamp_max(len(places) - 1)
             match = ((places[place] == wanted) & (targets < width)).nonzero().view(-1)
-            _add(result, place[match], values[:, match])
-        return result * scale[:, row]
+            scaled = values[:, match] * scale.index_select(1, row_of[match])
+            _add(result, place[match], scaled)
+        return result
 
     def _dense(self, device: torch.device, mode: Mode) -> _Dense:
         """The dense part of ``gather``, made on first use."""
@@ -379,7 +391,8 @@ class VocabularyMap:
                 weights[number].index_add_(0, columns[part].long(), values[part])
             column = torch.zeros_like(lengths, dtype=torch.long)
             column[most] = torch.arange(1, 1 + len(most), device=device)
-            found = _Dense(weights.t().contiguous(), column, torch.where(column > 0, 0, lengths))
+            tokens = [column, pointers[:-1], torch.where(column > 0, 0, lengths)]
+            found = _Dense(weights.t().contiguous(), torch.stack([one.long() for one in tokens]))
             self._dense_on[device, mode] = found
         return found
 
@@ -403,16 +416,18 @@ class VocabularyMap:
         if not chosen:
             return None
         device = total.device
-        lengths = torch.tensor([len(healing.tokens) for healing in healings])
-        cover_of = torch.repeat_interleave(torch.tensor(chosen), lengths)
-        row_of = torch.tensor([cover.row for cover in covers])[cover_of].to(device)
-        position_of = torch.tensor([cover.position for cover in covers])[cover_of]
-        tokens = torch.cat([healing.tokens for healing in healings])
-        values = probs.at(position_of, tokens) * weights[:, cover_of.to(device)]
+        lengths = [len(healing.tokens) for healing in healings]
+        cover_of = np.repeat(np.array(chosen), lengths)
+        rows = np.array([cover.row for cover in covers])[cover_of]
+        row_of = torch.from_numpy(rows).to(device)
+        position_of = np.array([cover.position for cover in covers])[cover_of]
+        tokens = np.concatenate([healing.tokens.numpy() for healing in healings])
+        led = weights.index_select(1, torch.from_numpy(cover_of).to(device))
+        values = probs.at(position_of, tokens) * led
         _add(total, row_of, values)
         if mode == "transfer":
             return row_of, torch.cat([healing.following for healing in healings]).to(device), values
-        starts = (lengths.cumsum(0) - lengths).tolist()
+        starts = (np.cumsum(lengths) - lengths).tolist()
         owners = torch.cat(
             [healing.owners + start for healing, start in zip(healings, starts, strict=True)]
         ).to(device)
