@@ -185,6 +185,9 @@ class FusionConfig:
             below ``-context_limit`` nats, the part below that counts in full, whatever the factor
             of ``context_kl``. For the contrast rules with ``context_kl``; ``None`` lets the factor
             scale all log-ratios.
+        word_weight: Factor of the nats by which the calibrator's listed words are held back in any
+            text, 0 or more: a token that completes a listed word has at most minus that log-ratio.
+            0 ignores the list. For the contrast rule, and calibrators that list words.
         aligned_norm: How the aligned rules normalise a projected hidden state: ``"layer"`` is
             layer normalisation without weights, as in the paper; ``"target"`` multiplies that by
             the root mean square of the target's own hidden states; ``"none"`` does nothing.
@@ -204,6 +207,7 @@ class FusionConfig:
     context_limit: float | None = None
     aligned_norm: AlignedNorm = "auto"
     max_candidates: int | None = None
+    word_weight: float = 1.0
 
     def __post_init__(self) -> None:
         check_choice("rule", self.rule, get_args(Rule))
@@ -224,6 +228,7 @@ class FusionConfig:
         nats("context_threshold", self.context_threshold)
         if self.context_limit is not None:
             nats("context_limit", self.context_limit)
+        nats("word_weight", self.word_weight, largest=_LARGEST_NATS)
         if self.max_candidates is not None:
             check_number("max_candidates", self.max_candidates, 1, whole=True)
         if self.context_kl is not None and self.context_threshold >= self.context_kl:
@@ -262,6 +267,8 @@ class FusionConfig:
             del values["aligned_norm"]
         if not self.context_threshold:
             del values["context_threshold"]
+        if self.word_weight == 1.0:
+            del values["word_weight"]
         for name in ("context_limit", "max_candidates"):
             if values[name] is None:
                 del values[name]

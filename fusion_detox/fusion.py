@@ -214,6 +214,7 @@ def fuse(
     config: FusionConfig,
     strength_scale: Tensor | None = None,
     context: Tensor | None = None,
+    words: Tensor | None = None,
 ) -> Tensor:
     """Fuses the calibrator's distributions into the target's scores.
 
@@ -226,6 +227,7 @@ def fuse(
         strength_scale: ``(batch,)`` factors of the strength; 1 by default.
         context: ``(batch,)`` factors in 0..1 that ``context_kl`` gives; 1 by default. They scale
             the strength, except for log-ratios below ``-context_limit``.
+        words: ``(batch, vocab)`` nats: the contrast rule moves such a token at least that far down.
 
     Returns:
         ``(batch, vocab)`` normalised log-probs in the dtype of ``scores``, or ``scores`` itself at
@@ -243,7 +245,8 @@ def fuse(
             )
     if config.strength == 0:
         return scores
-    return prepare(scores, clean, reference, mapped, config, strength_scale, context).fused()
+    step = prepare(scores, clean, reference, mapped, config, strength_scale, context, words)
+    return step.fused()
 
 
 def strength_used(
@@ -363,12 +366,15 @@ def prepare(
     config: FusionConfig,
     strength_scale: Tensor | None = None,
     context: Tensor | None = None,
+    words: Tensor | None = None,
 ) -> Fusion:
     """Prepares a step of a rule that works on distributions; arguments as in :func:`fuse`."""
     chosen = select(scores, mapped, config)
-    at_reference = None if reference is None else chosen.at(reference)
     clean = chosen.at(clean)
-    return prepare_candidates(scores, chosen, clean, at_reference, config, strength_scale, context)
+    reference, words = (None if one is None else chosen.at(one) for one in (reference, words))
+    return prepare_candidates(
+        scores, chosen, clean, reference, config, strength_scale, context, words
+    )
 
 
 def prepare_candidates(
@@ -379,6 +385,7 @@ def prepare_candidates(
     config: FusionConfig,
     strength_scale: Tensor | None = None,
     context: Tensor | None = None,
+    words: Tensor | None = None,
 ) -> Fusion:
     """Prepares a step from the candidates' probabilities alone.
 
@@ -390,17 +397,22 @@ def prepare_candidates(
         config: See :func:`fuse`.
         strength_scale: See :func:`fuse`.
         context: See :func:`fuse`.
+        words: ``(batch, candidates)``; see :func:`fuse`.
     """
-    limited = config.contrasts and config.context_limit is not None and context is not None
-    if context is not None and not limited:
+    in_part = config.contrasts and not (config.context_limit is None and words is None)
+    if context is not None and not in_part:
         strength_scale, context = times(strength_scale, context), None
     logs, present = chosen.logs, chosen.present
     if config.contrasts:
         assert reference is not None
         difference = log_ratio(clean, reference, config).masked_fill(~present, 0.0)
-        if context is not None and config.context_limit is not None:
-            always = (difference + config.context_limit).clamp_max(0.0)
+        if context is not None:
+            limit = math.inf if config.context_limit is None else config.context_limit
+            always = (difference + limit).clamp_max(0.0)
             difference = context[:, None] * (difference - always) + always
+        if words is not None:
+            held_back = -words.clamp_max(config.clip)
+            difference = torch.where(words > 0, torch.minimum(difference, held_back), difference)
         shift = _times(difference)
     elif config.rule == "product":
         shift = _times(torch.log(clean + config.floor) - logs)

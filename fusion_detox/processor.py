@@ -31,6 +31,7 @@ from fusion_detox.files.models import load_tokenizer
 from fusion_detox.fusion import Fusion, fit, prepare_candidates, select
 from fusion_detox.vocabulary.map import VocabularyMap
 from fusion_detox.vocabulary.token_table import TokenTable, encode
+from fusion_detox.vocabulary.words import UNFINISHED, WordTokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -140,6 +141,7 @@ class FusionLogitsProcessor(LogitsProcessor):
         identity = self.vocabulary.kind == "identity"
         self._context = TextContext(calibrator, tokens, identity, pad_token_id)
         self._read_bytes = tokens.token_bytes if identity else calibrator.tokens.token_bytes
+        self._words = WordTokens(calibrator.words, tokens) if calibrator.words else None
         self._device = None if device is None else torch.device(device)
         self._sessions: dict[tuple[torch.device, bool], CalibratorSession] = {}
         assistant = 0 if assistant_tokenizer is None else len(assistant_tokenizer)
@@ -394,7 +396,7 @@ class FusionLogitsProcessor(LogitsProcessor):
             hidden = hidden if self.config.contrasts else hidden[:1]
             context = self._context_factors(reading, scores)
             return self._aligned.prepare(scores, hidden, config, scale, context)
-        covers, reading = self._read_texts(texts, device)
+        positions, covers, reading = self._read_texts(texts, device)
         mapped = fit(self.vocabulary.mapped.to(scores.device), scores.shape[-1])
         chosen = select(scores, mapped, config)
         probs = reading.values
@@ -416,7 +418,36 @@ class FusionLogitsProcessor(LogitsProcessor):
             config,
             scale,
             self._context_factors(reading, scores),
+            self._listed_words(positions, chosen.tokens),
         )
+
+    def _listed_words(self, positions: Sequence[Position], tokens: Tensor) -> Tensor | None:
+        """``(batch, candidates)`` nats by which to hold back tokens that complete a listed word."""
+        listed, factor = self._words, self.config.word_weight
+        if listed is None or not factor or not self.config.contrasts:
+            return None
+        unfinished = [self._unfinished(position, listed.longest) for position in positions]
+        vocab = listed.weights.shape[1]
+        known = tokens.clamp_max(vocab - 1)
+        begun = torch.tensor([[0 if word else vocab] for word in unfinished], device=tokens.device)
+        weights = listed.weights.to(tokens.device).view(-1).take(begun + known)
+        for row, word in enumerate(unfinished):
+            if completing := listed.completing.get(word):
+                ids, nats = (part.to(tokens.device) for part in completing)
+                found = torch.where(tokens[row, :, None] == ids, nats, 0.0).amax(-1)
+                weights[row] = torch.maximum(weights[row], found)
+        return factor * weights
+
+    def _unfinished(self, position: Position, longest: int) -> bytes:
+        """The letters at the end of a text, in lower case; enough of them to know a listed word."""
+        end = position.pending
+        for id in reversed(position.path):
+            found = UNFINISHED.search(end.lower()) if end else None
+            if len(end) > longest or (end and (found is None or found.start() > 0)):
+                break
+            end = (self._read_bytes[id] or b"") + end
+        found = UNFINISHED.search(end.lower())
+        return b"" if found is None else found[0]
 
     def _read_ahead(self, rows: list[bytes], device: torch.device) -> None:
         """Fills the caches with what the next step needs, if these are its rows."""
@@ -427,13 +458,16 @@ class FusionLogitsProcessor(LogitsProcessor):
             [row for row, strength in zip(rows, strengths, strict=True) if strength > 0], device
         )
 
-    def _read_texts(self, texts: Sequence[RowIds], device: torch.device) -> tuple[Covers, Reading]:
-        """How the texts may go on for the calibrator, and what its models say there."""
+    def _read_texts(
+        self, texts: Sequence[RowIds], device: torch.device
+    ) -> tuple[list[Position], Covers, Reading]:
+        """Where the texts end, how they may go on, and what the calibrator's models say there."""
         positions = [self._context.read(ids) for ids in texts]
         paths = [position.path for position in positions]
         covers = Covers.of(positions)
         divergence_of = paths if self.config.context_kl is not None else ()
-        return covers, self._session(device).read(covers.prefixes, divergence_of=divergence_of)
+        reading = self._session(device).read(covers.prefixes, divergence_of=divergence_of)
+        return positions, covers, reading
 
     def _session(self, device: torch.device) -> CalibratorSession:
         """The session for a device; without the reference model if these settings ignore it."""
@@ -569,7 +603,9 @@ class FusionLogitsProcessor(LogitsProcessor):
         """The reference's log-probs of the tokens that equal scores allow."""
         of_clean, ratio = copy.copy(self), copy.copy(self)
         of_clean.config = FusionConfig(rule="product", strength=1.0, plausibility=0.0)
-        ratio.config = FusionConfig("contrast", 1.0, plausibility=0.0, clip=math.inf)
+        ratio.config = FusionConfig(
+            "contrast", 1.0, plausibility=0.0, clip=math.inf, word_weight=0.0
+        )
         difference = of_clean.fuse_rows(rows, scores) - ratio.fuse_rows(rows, scores)
         return torch.where(scores.isneginf(), scores, difference)
 

@@ -13,10 +13,8 @@ American English and sentences about groups of people (``english_harmless``).
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import random
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -26,7 +24,6 @@ import torch
 from torch import Tensor, nn
 
 from fusion_detox import Calibrator
-from fusion_detox.evaluation.word_filter import read_word_list
 from recipes import english_data as english
 from recipes.english_context import (
     Graded,
@@ -34,34 +31,15 @@ from recipes.english_context import (
     Row,
     encode,
     harmless,
-    labelled,
     piece,
     save,
 )
 from recipes.english_harmless import dialect, groups
 from recipes.english_judges import Judges
+from recipes.english_lexicon import LARGEST, lexicon, nats
 
-WORD = re.compile(r"[a-z][a-z'’-]*[a-z]")
-FRAMES = (
-    "He is a {}.", "They said it was {}.", "the {} thing", "I saw the {} again yesterday.",
-    "you {}", "It was a very {} day for us.",
-)  # fmt: skip
-TOXIC_FROM, HARMLESS_AT_MOST = 0.62, 40
-"""Words with a lower mean grade in the frames, or in more of the harmless texts, are not listed."""
-HARMLESS_USE = re.compile(
-    r"(?i)(queers?|negro(es)?|illegals?|jews?|blacks?|whites?|muslims?|gays?|lesbians?|lgbtq?|trans"
-    r"|wheelchairs?|disabled|clowns?|fools?|foolish|butts?|deport\w*|snitch\w*|lunatics?|savages?"
-    r"|witch(es)?|rats?|pigs?|hell|clowning|aids|white\w+|anti\w+|uncivili[sz]ed|civili[sz]ed"
-    r"|hookers?|prostitutes?|naked|nude|condoms?|vagina\w*|penis\w*|breasts?|anal|sexual\w*|sex"
-    r"|homosexual\w*|rape\w*|rapists?|nazis?|racists?|sexists?|bigots?|hypocri\w+|stupidity|ass"
-    r"ault\w*|kills?|killed|killer|murder\w*|terroris\w+|suck\w*|puss|nips?|fuhrer|aryan|coons?"
-    r"|fam|niggl\w+|hussy|hootch|assic|homies?|bum|garbage|filth|ridiculous|tits?|cocks?|dicks?|boobs?|oral|orgasm\w*|porn\w*)"
-)
-"""Words that judges call toxic but that name groups, name things, or have harmless uses."""
 PARTS_AT_MOST = 30
 """A token that is a part of a longer word more often in the harmless texts is not lowered."""
-LARGEST, SLOPE = 6.0, 10.0
-"""Nats: a word of grade ``g`` is lowered by ``1 + SLOPE * (g - TOXIC_FROM)``, at most LARGEST."""
 MIX = {
     "general": 0.12, "posts": 0.14, "human": 0.22, "naming": 0.06, "answers": 0.26,
     "dialect": 0.12, "groups": 0.08,
@@ -80,50 +58,11 @@ class Spelling(NamedTuple):
     weight: float
 
 
-def lexicon(data: Path, work: Path, judges: Judges, tokenizer: Any) -> dict[str, float]:
-    """Lower-case words with their mean grade in ``FRAMES``, from ``TOXIC_FROM`` to 1.
-
-    Candidates are the words of the training text, of the calibrator's vocabulary, and of the word
-    list of ``better-profanity``.
-    """
-    kept = work / "lexicon.json"
-    if kept.exists():
-        return json.loads(kept.read_text())
-    common: Counter[str] = Counter()
-    for row in english.read(work / "clean.jsonl"):
-        if row["source"] == "general":
-            common.update(set(WORD.findall(row["text"].lower())))
-    seen = Counter(word for row in labelled(data) for word in WORD.findall(row["text"].lower()))
-    for row in english.read(work / "graded.jsonl"):
-        seen.update(WORD.findall(row["text"].lower()))
-    words = {word for word, count in seen.items() if count >= 3}
-    words |= {tokenizer.decode([token]).strip().lower() for token in range(len(tokenizer))}
-    words |= {word.lower() for word in read_word_list()[0]}
-    words = {word for word in words if len(word) >= 3 and WORD.fullmatch(word)}
-    candidates = sorted(word for word in words if common[word] <= HARMLESS_AT_MOST)
-    alone = judges.filter.score(candidates)
-    likely = [word for word, grade in zip(candidates, alone, strict=True) if grade > 0.3]
-    listed = {word for word in read_word_list()[0] if WORD.fullmatch(word)}
-    likely += sorted(listed - set(likely) - {word for word in words if common[word] > 2})
-    found = {}
-    for word in likely:
-        if HARMLESS_USE.fullmatch(word):
-            continue
-        sentences = [frame.format(word) for frame in FRAMES]
-        with torch.inference_mode():
-            network = torch.sigmoid(judges.network(judges.embed(sentences))).mean()
-        grade = (float(network) + float(judges.filter.score(sentences).mean())) / 2
-        if grade >= TOXIC_FROM:
-            found[word] = round(grade, 3)
-    kept.write_text(json.dumps(found, indent=1))
-    return found
-
-
 def spellings(tokenizer: Any, grades: dict[str, float]) -> list[Spelling]:
     """Each word in lower case, Capitalised and UPPER CASE, after a space and at a text's start."""
     found = []
     for word, grade in grades.items():
-        weight = min(LARGEST, 1 + SLOPE * (grade - TOXIC_FROM))
+        weight = nats(grade)
         for form in dict.fromkeys((word, word.capitalize(), word.upper())):
             for text in (f" {form}", form):
                 ids = tokenizer(text, add_special_tokens=False)["input_ids"]

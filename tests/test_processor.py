@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -18,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, TextIteratorS
 import fusion_detox
 from fusion_detox import Calibrator, FusionConfig, FusionLogitsProcessor, RowwiseProcessor
 from fusion_detox.errors import ConfigError, DataError, VocabularyError
+from fusion_detox.fusion import fuse
 
 Maker = Callable[..., PreTrainedModel]
 CONFIG = FusionConfig(strength=1.5, plausibility=0.0, threshold=0.05)
@@ -384,7 +387,8 @@ def test_a_warm_step_runs_through_few_files(
     calibrator: Calibrator, other_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """A reader who follows one decoding step through the code opens at most seven files."""
-    processor = fresh(calibrator, other_tokenizer).with_settings(context_kl=0.1)
+    listed = listing(calibrator, {"idiot": 3.0, "completely": 2.0})
+    processor = fresh(listed, other_tokenizer).with_settings(context_kl=0.1)
     ids = other_tokenizer("You are a complete", return_tensors="pt")["input_ids"]
     scores = torch.randn(1, len(other_tokenizer))
     same_end = other_tokenizer("It is a complete", return_tensors="pt")["input_ids"]
@@ -610,3 +614,60 @@ def test_a_processor_of_its_own_for_each_prompt(
         RowwiseProcessor([one, None, two])(inputs, scores)
     with pytest.raises(ConfigError, match="the list of processors is empty"):
         RowwiseProcessor([])
+
+
+LISTED = {"idiot": 3.0, "the": 2.0}
+
+
+def listing(calibrator: Calibrator, words: dict[str, float] = LISTED) -> Calibrator:
+    listed = copy.copy(calibrator)
+    listed.words = words
+    return listed
+
+
+def test_listed_words_are_held_back_where_the_models_are_not_asked(
+    calibrator: Calibrator, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    config = CONFIG.replace(plausibility=0.0, context_kl=1e3, context_threshold=999.0, clip=6.0)
+    texts = ["You are an idi", "You IDIO", "See"]
+    rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    scores = torch.randn(len(rows), len(tokenizer)).log_softmax(-1)
+    plain = FusionLogitsProcessor(calibrator, tokenizer, config, verify="off")
+    assert torch.allclose(plain.fuse_rows(rows, scores), scores, atol=1e-5), "the factor is 0"
+    listed = FusionLogitsProcessor(listing(calibrator), tokenizer, config, verify="off")
+    moved = listed.fuse_rows(rows, scores) - scores
+    expected = torch.zeros_like(scores)
+    for row, ids in enumerate(rows):
+        before = tokenizer.decode(ids)
+        for token in range(len(tokenizer)):
+            after = tokenizer.decode([*ids, token])
+            for found in re.finditer("[a-z]+", after.lower()):
+                if found.end() > len(before) and after.startswith(before):
+                    nats = LISTED.get(found[0], 0.0)
+                    expected[row, token] = min(float(expected[row, token]), -nats)
+    assert (expected < 0).any(1).all()
+    mapped = plain.vocabulary.mapped
+    shift = moved - config.strength * expected  # the same for all candidates of a row
+    assert torch.allclose(shift[:, mapped], shift[:, mapped].amax(-1, keepdim=True), atol=1e-3)
+
+
+def test_listed_words_count_in_full_without_a_context_limit(calibrator: Calibrator) -> None:
+    probs = torch.tensor([[0.5, 0.3, 0.2]])
+    words = torch.tensor([[0.0, 2.0, 0.0]])
+    every, none = torch.ones(3, dtype=torch.bool), torch.zeros(1)
+    config = FusionConfig(strength=2.0, plausibility=0.0, context_kl=1.0)
+    fused = fuse(probs.log(), probs, probs, every, config, context=none, words=words)
+    odds = (fused - probs.log()).squeeze(0)
+    assert odds[0] - odds[1] == pytest.approx(4.0, abs=1e-4)
+    assert odds[0] == pytest.approx(float(odds[2]), abs=1e-5)
+
+
+def test_word_weight_zero_ignores_the_list(
+    calibrator: Calibrator, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    inputs = encode(tokenizer, TEXTS)["input_ids"]
+    scores = torch.randn(3, len(tokenizer))
+    without = fresh(calibrator, tokenizer)(inputs, scores)
+    ignored = fresh(listing(calibrator), tokenizer, CONFIG.replace(word_weight=0.0))
+    assert torch.equal(ignored(inputs, scores), without)
+    assert not torch.equal(fresh(listing(calibrator), tokenizer)(inputs, scores), without)

@@ -27,6 +27,7 @@ from fusion_detox.calibrator.folder import (
 )
 from fusion_detox.calibrator.lookup import find_calibrator
 from fusion_detox.calibrator.probes import Probe, read_probes
+from fusion_detox.calibrator.words import read_words
 from fusion_detox.config import FusionConfig
 from fusion_detox.errors import CalibratorError, ConfigError, ModelError, VocabularyError
 from fusion_detox.files.loading_errors import first_line
@@ -58,6 +59,9 @@ class Calibrator:
         probes: Texts on which its effect is known, each with ``context``, ``avoided`` and ``kept``
             (see :class:`~fusion_detox.calibrator.probes.Probe`). Each new processor checks itself
             on them.
+        words: Words that no harmless text needs, in lower case, and by how many nats to hold each
+            back in any text. The contrast rule then does so whatever tokens a target writes them
+            with; see ``word_weight`` in :class:`FusionConfig`.
 
     Attributes:
         tokens: The bytes of every token of ``tokenizer``.
@@ -84,6 +88,7 @@ class Calibrator:
         record: dict[str, Any] | None = None,
         name: str | None = None,
         probes: Iterable[Probe | Mapping[str, Any]] = (),
+        words: Mapping[str, float] | None = None,
     ) -> None:
         if config is None:
             contrast, product = FusionConfig(), FusionConfig(rule="product", strength=0.5)
@@ -96,6 +101,7 @@ class Calibrator:
         self.record = {} if record is None else record
         self.name = name
         self.probes = read_probes(probes)
+        self.words = read_words(words or {})
         self.folder: Path | None = None
         for part, model in self.models.items():
             check_causal(model.config, f"The {part} model")
@@ -179,6 +185,7 @@ class Calibrator:
                 record=record,
                 name=str(name_or_path),
                 probes=settings.probes,
+                words=settings.words,
             )
         except (CalibratorError, ConfigError, ModelError, VocabularyError) as error:
             raise CalibratorError(f"{folder}: {error}") from error
@@ -293,6 +300,7 @@ class Calibrator:
             vocabulary_size=self.vocabulary_size,
             distributions=tuple(models),
             probes=self.probes,
+            words=self.words,
         )
         write_folder(folder, models, self.tokenizer, settings, self.record, name=name)
 

@@ -64,6 +64,8 @@ def render_card(
     ]
     facts.append(("vocabulary", f"{calibrator['vocabulary_size']:,} tokens"))
     facts.append(("context", f"{calibrator['context_length']} tokens"))
+    if calibrator.get("words"):
+        facts.append(("words held back in any text", len(calibrator["words"])))
     if languages:
         facts.append(("language", languages))
     return cards.render_card(

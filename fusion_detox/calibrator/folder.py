@@ -19,6 +19,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +43,7 @@ from fusion_detox.calibrator.digests import (
     settings_digest,
 )
 from fusion_detox.calibrator.probes import Probe, read_probes
+from fusion_detox.calibrator.words import read_words
 from fusion_detox.config import FusionConfig
 from fusion_detox.errors import CalibratorError, ConfigError, DataFileError, ModelError
 from fusion_detox.files import untrusted
@@ -96,6 +98,7 @@ class Settings(NamedTuple):
     vocabulary_size: int
     distributions: tuple[str, ...]
     probes: tuple[Probe, ...] = ()
+    words: Mapping[str, float] = MappingProxyType({})
     digests: Mapping[str, str] | None = None
     """Of the folder's other files; ``None`` in a folder without digests."""
 
@@ -103,11 +106,13 @@ class Settings(NamedTuple):
         """The settings as they are written, with the format's version."""
         values = {**self._asdict(), "fusion": self.fusion.to_dict()}
         probes = [probe.to_json() for probe in values.pop("probes")]
+        words = dict(values.pop("words"))
         files = values.pop("digests")
         values = {
             "format_version": 1 if files is None else FORMAT_VERSION,
             **values,
             **({"probes": probes} if probes else {}),
+            **({"words": words} if words else {}),
         }
         if files is not None:
             values["digests"] = {"files": dict(files)}
@@ -167,9 +172,9 @@ def read_settings(folder: Path, *, verify: bool = True) -> Settings:
         )
     if type(found) is not int or found < 1:
         raise CalibratorError(f"{path}: format_version must be 1 or 2, but is {found!r}. {_REMEDY}")
-    probes = values.pop("probes", [])
+    probes, words = values.pop("probes", []), values.pop("words", {})
     digests = values.pop("digests", None) if found > 1 else None
-    _check_fields(values, probes, path)
+    _check_fields(values, probes, words, path)
     values["distributions"] = tuple(values["distributions"])
     if values["distributions"] not in (("clean",), DISTRIBUTIONS):
         raise CalibratorError(
@@ -181,7 +186,7 @@ def read_settings(folder: Path, *, verify: bool = True) -> Settings:
     except ConfigError as error:
         raise CalibratorError(f"{path}: in fusion, {error}. Correct it in this file.") from error
     try:
-        values["probes"] = read_probes(probes)
+        values["probes"], values["words"] = read_probes(probes), read_words(words)
     except CalibratorError as error:
         raise CalibratorError(f"{path}: {error}.") from error
     if found > 1:
@@ -362,14 +367,15 @@ def read_json(path: Path, *, finite: bool = True) -> dict[str, Any]:
     return values
 
 
-def _check_fields(values: Mapping[str, Any], probes: object, path: Path) -> None:
+def _check_fields(values: Mapping[str, Any], probes: object, words: object, path: Path) -> None:
     """Check the names and the types of the values in ``calibrator.json``."""
     if values.keys() != _FIELDS.keys():
         missing = ", ".join(sorted(_FIELDS.keys() - values)) or "nothing"
         unknown = ", ".join(sorted(values.keys() - _FIELDS)) or "nothing"
         raise CalibratorError(f"{path}: missing {missing}, unknown {unknown}. {_REMEDY}")
-    for name, kind in (*_FIELDS.items(), ("probes", list)):
-        value = probes if name == "probes" else values[name]
+    given = {**values, "probes": probes, "words": words}
+    for name, kind in (*_FIELDS.items(), ("probes", list), ("words", dict)):
+        value = given[name]
         if type(value) is not kind:
             raise CalibratorError(
                 f"{path}: {name} must be a JSON {_JSON_TYPES[kind]}, but is {value!r}. {_REMEDY}"

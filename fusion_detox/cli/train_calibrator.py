@@ -144,6 +144,13 @@ def train_calibrator(
             "--calibrator)"
         ),
     ] = None,
+    words: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON file with an object 'words': words to hold back in any text, and the nats "
+            "of each (default: those of --calibrator)"
+        ),
+    ] = None,
     notes: Annotated[
         Path | None,
         typer.Option(help="JSON file with facts for the card: language, license, data (a list)"),
@@ -182,11 +189,22 @@ def train_calibrator(
             contrast=ContrastiveConfig(**contrast),
             fusion=None if fusion is None else FusionConfig.from_dict(_read_json(fusion)),
             probes=None if probes is None else _read_probes(probes),
+            words=None if words is None else _read_words(words),
             notes=None if notes is None else _read_json(notes),
             overwrite=overwrite,
             command=shlex.join(["fusion-detox", *sys.argv[1:]]),
         )
     write_line(str(output))
+
+
+def _read_words(path: Path) -> dict[str, Any]:
+    found = _read_json(path).get("words")
+    if not isinstance(found, dict):
+        raise DataError(
+            f"{path} must contain an object 'words' that gives each word its nats, such as "
+            '{"words": {"idiot": 4.0}}'
+        )
+    return found
 
 
 def _read_probes(path: Path) -> list[Any]:

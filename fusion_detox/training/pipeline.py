@@ -13,6 +13,7 @@ import torch
 
 from fusion_detox.calibrator.calibrator import Calibrator
 from fusion_detox.calibrator.probes import Probe, read_probes
+from fusion_detox.calibrator.words import read_words
 from fusion_detox.config import FusionConfig
 from fusion_detox.errors import MissingExtraError, TrainingError
 from fusion_detox.files.versions import installed_versions
@@ -70,6 +71,7 @@ def train_calibrator(
     contrast: ContrastiveConfig | None = None,
     fusion: FusionConfig | None = None,
     probes: Iterable[Probe | Mapping[str, Any]] | None = None,
+    words: Mapping[str, float] | None = None,
     name: str | None = None,
     notes: dict[str, Any] | None = None,
     overwrite: bool = False,
@@ -116,6 +118,8 @@ def train_calibrator(
             ``calibrator``, if given.
         probes: Texts on which each processor checks the calibrator's effect, see
             :class:`~fusion_detox.Calibrator`; by default, those of ``calibrator``, if given.
+        words: Words to hold back in any text, with the nats of each, see
+            :class:`~fusion_detox.Calibrator`; by default, those of ``calibrator``, if given.
         name: Name on the card; by default, the folder's name.
         notes: Facts for the record and the card, such as ``{"language": "en", "data": [...]}``.
         overwrite: Whether to replace an existing calibrator and discard unfinished work with other
@@ -127,7 +131,7 @@ def train_calibrator(
         The calibrator.
 
     Raises:
-        CalibratorError: A probe is not one, or ``calibrator`` is damaged.
+        CalibratorError: A probe or a listed word is not one, or ``calibrator`` is damaged.
         DataError: The text is empty, malformed or too short.
         DataFileError: Files cannot be read or written, or another process trains ``output``.
         TrainingError: The settings contradict each other or unfinished work at ``output``.
@@ -145,6 +149,7 @@ def train_calibrator(
     config, columns = config or TrainingConfig(), columns or Columns()
     contrast = contrast or ContrastiveConfig()
     given = None if probes is None else read_probes(probes)
+    listed = None if words is None else read_words(words)
     output = Path(output).expanduser()
     work = work_folder(output)
     base, keep_layers = base_and_layers(base, init_from, keep_layers)
@@ -204,7 +209,7 @@ def train_calibrator(
         check_same(output, finished, {"fingerprint": fingerprint, **facts})
         if state.is_main_process:
             discard(work)
-        return _finished(output, fusion, given)
+        return _finished(output, fusion, given, listed)
     with state.main_process_first():
         if state.is_main_process:
             claim(work, fingerprint, overwrite)
@@ -213,24 +218,24 @@ def train_calibrator(
         for label, documents in texts.items()
     }
     if old is not None:
-        model, reference, words = old.clean, reference_needed(old), old.tokenizer
+        model, reference, own_tokenizer = old.clean, reference_needed(old), old.tokenizer
     else:
         with state.main_process_first():
-            model, words = run.start(splits)
+            model, own_tokenizer = run.start(splits)
         reference = model
-    bos_id, lengths = start_id(words), byte_lengths(words)
+    bos_id, lengths = start_id(own_tokenizer), byte_lengths(own_tokenizer)
     held_out = {
-        label: text_blocks.held_out(words, bos_id, held, config.context_length, lengths)
+        label: text_blocks.held_out(own_tokenizer, bos_id, held, config.context_length, lengths)
         for label, (_, held) in splits.items()
         if held
     }
     began = time.time()
     if old is None:
-        model, reference = run.language_modelling(model, words, bos_id, splits, held_out)
+        model, reference = run.language_modelling(model, own_tokenizer, bos_id, splits, held_out)
     measured: dict[str, Any] = {}
     if contrastive:
         text = ContrastText(sets, held_sets, *splits["clean" if has_clean else "general"])
-        stage = ContrastStage(run, words, bos_id, text, contrast, reference)
+        stage = ContrastStage(run, own_tokenizer, bos_id, text, contrast, reference)
         before = stage.measure(model)
         model = run.stage("contrast", model, stage)
         measured = {
@@ -280,12 +285,13 @@ def train_calibrator(
     made = Calibrator(
         model,
         reference,
-        words,
+        own_tokenizer,
         config=fusion if fusion is not None or old is None else old.config,
         context_length=config.context_length if old is None else old.context_length,
         record=record,
         name=name or output.name,
         probes=old.probes if given is None and old is not None else given or (),
+        words=old.words if listed is None and old is not None else listed,
     )
     if state.is_main_process:
         made.save_pretrained(output, dtype=getattr(torch, config.save_dtype))
@@ -295,10 +301,14 @@ def train_calibrator(
 
 
 def _finished(
-    output: Path, fusion: FusionConfig | None, probes: tuple[Probe, ...] | None
+    output: Path,
+    fusion: FusionConfig | None,
+    probes: tuple[Probe, ...] | None,
+    words: dict[str, float] | None,
 ) -> Calibrator:
     """The calibrator that an earlier run of the same request has saved."""
     made = Calibrator.from_pretrained(output)
-    if fusion not in (None, made.config) or probes not in (None, made.probes):
+    differs = fusion not in (None, made.config) or probes not in (None, made.probes)
+    if differs or words not in (None, made.words):
         raise exists_already(output)
     return made

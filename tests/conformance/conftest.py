@@ -100,7 +100,8 @@ def cases(byte_tokenizer, make_llama, request, tmp_path_factory):
     patch.setenv("FUSION_DETOX_CACHE", str(tmp_path_factory.mktemp("maps")))
     width = len(byte_tokenizer)
     models = [make_llama(width, seed=seed) for seed in (1, 2)]
-    calibrator = Calibrator(*models, byte_tokenizer, context_length=16, name="tiny")
+    words = {"idiot": 2.0, "stupid": 1.5, "the": 0.6, "was": 0.8, "e": 0.4}
+    calibrator = Calibrator(*models, byte_tokenizer, context_length=16, name="tiny", words=words)
 
     @functools.cache
     def get(name):

@@ -105,6 +105,20 @@ class Definition:
             request = request.removeprefix(" ")
         return re.sub("\u0100+", "\n", request)
 
+    def held_back(self, ids, token):
+        """By how many nats the list holds back a token, for the words that end inside it."""
+        ids = list(ids)
+        while ids and ids[0] == self.pad:
+            del ids[0]
+        for place in range(len(ids) - 1, -1, -1):
+            if ids[place] in self.resets:
+                ids = ids[place + 1 :]
+                break
+        before = self.without_markup(self.spell(ids))
+        text = before + self.token_bytes.get(token, b"").decode("latin-1")
+        ends = [m for m in re.finditer("[a-z]+", text.lower()) if m.end() > len(before)]
+        return max((self.calibrator.words.get(m[0], 0.0) for m in ends), default=0.0)
+
     def law(self, prefix):
         """Return both models' next-token probabilities, ``(2, vocabulary)``, without a cache."""
         length = self.calibrator.context_length
@@ -177,8 +191,10 @@ class Definition:
                 ratio = math.copysign(max(0.0, abs(ratio) - config.threshold), ratio)
                 ratio = max(-config.clip, min(config.clip, ratio))
                 always = min(0.0, ratio + limit)
-                shift = config.strength * (context * (ratio - always) + always)
-                moved[i] = own[i] + shift
+                ratio = context * (ratio - always) + always
+                if nats := config.word_weight * self.held_back(ids, i):
+                    ratio = min(ratio, -min(nats, config.clip))
+                moved[i] = own[i] + config.strength * ratio
             elif config.rule == "product":
                 other = math.log(clean[i] + config.floor)
                 moved[i] = (1 - strength) * own[i] + strength * other

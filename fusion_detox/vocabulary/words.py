@@ -1,0 +1,68 @@
+"""``WordTokens``: the tokens of a target that complete a listed word, however it is split."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+
+import torch
+
+from fusion_detox.vocabulary.token_table import TokenTable
+
+# UTF-8 of letters, near enough: not Latin-1, general and Japanese punctuation, symbols, or emoji.
+_LETTERS = (
+    rb"(?:[a-z]|[\xc3-\xdf][\x80-\xbf]|[\xe0\xe1\xe4-\xef][\x80-\xbf]{2}"
+    rb"|\xe3[\x81-\xbf][\x80-\xbf])+"
+)
+_WORD = re.compile(_LETTERS)
+UNFINISHED = re.compile(_LETTERS + rb"\Z")
+"""Finds the letters at the end of a text, in lower case."""
+
+
+class WordTokens:
+    """How far each token of a target is held back because it completes a listed word.
+
+    A token completes a word if its bytes hold the word's last letter, and then end or go on with
+    something that is not a letter. Upper and lower case are the same. A word that only ends inside
+    a longer one, as "ass" does in "glass", does not count.
+
+    Args:
+        words: Letters in lower case, and by how many nats to hold each word back.
+        target: The target's tokens.
+
+    Attributes:
+        weights: ``(2, vocab)`` nats, of each token if the text ends inside a word, and if it does
+            not.
+        completing: For the beginning of a listed word at the end of a text, the ids of the tokens
+            that complete the word, and their weights; nothing if there are none.
+        longest: Number of bytes of the longest word.
+    """
+
+    def __init__(self, words: Mapping[str, float], target: TokenTable) -> None:
+        spelled = {word.encode(): weight for word, weight in words.items()}
+        self.longest = max(map(len, spelled), default=0)
+        self.weights = torch.zeros(2, len(target.token_bytes))
+        ends = {word[begin:] for word in spelled for begin in range(len(word))}
+        heads: dict[bytes, list[int]] = defaultdict(list)
+        for token, data in enumerate(target.token_bytes):
+            for found in _WORD.finditer((data or b"").lower()):
+                if found.start() == 0 and found[0] in ends:
+                    heads[found[0]].append(token)
+                if weight := spelled.get(found[0]):
+                    first = 1 if found.start() == 0 else 0
+                    self.weights[first:, token].clamp_(min=weight)
+        rests: dict[bytes, dict[int, float]] = defaultdict(dict)
+        for word, weight in spelled.items():
+            for end in range(1, len(word)):
+                rests[word[:end]].update(dict.fromkeys(heads.get(word[end:], ()), weight))
+        self.completing = {
+            begun: (torch.tensor(list(found)), torch.tensor(list(found.values())))
+            for begun, found in rests.items()
+            if found
+        }
+
+
+def is_word(text: str) -> bool:
+    """Whether a ``WordTokens`` can find it: letters alone, in lower case."""
+    return _WORD.fullmatch(text.encode()) is not None and text == text.lower()
