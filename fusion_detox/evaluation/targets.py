@@ -140,6 +140,9 @@ class Target:
             "vocabulary": calibrator.tokens.fingerprint(),
             "context": calibrator.context_length,
         }
+        if calibrator.words:
+            about["calibrator"]["words"] = len(calibrator.words)
+            identity["words"] = calibrator.words
         if processor.alignment is not None:
             about["alignment"] = processor.alignment.facts()
             identity["alignment"] = processor.alignment.digest()
