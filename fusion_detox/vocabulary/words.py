@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -46,12 +46,11 @@ class WordTokens:
         ends = {word[begin:] for word in spelled for begin in range(len(word))}
         heads: dict[bytes, list[int]] = defaultdict(list)
         for token, data in enumerate(target.token_bytes):
-            for found in _WORD.finditer((data or b"").lower()):
-                if found.start() == 0 and found[0] in ends:
-                    heads[found[0]].append(token)
-                if weight := spelled.get(found[0]):
-                    first = 1 if found.start() == 0 else 0
-                    self.weights[first:, token].clamp_(min=weight)
+            for start, letters in _runs((data or b"").lower()):
+                if start == 0 and letters in ends:
+                    heads[letters].append(token)
+                if weight := spelled.get(letters):
+                    self.weights[0 if start else 1 :, token].clamp_(min=weight)
         rests: dict[bytes, dict[int, float]] = defaultdict(dict)
         for word, weight in spelled.items():
             for end in range(1, len(word)):
@@ -61,6 +60,14 @@ class WordTokens:
             for begun, found in rests.items()
             if found
         }
+
+
+def _runs(text: bytes) -> Iterable[tuple[int, bytes]]:
+    """The runs of letters, and where each starts."""
+    bare = text.removeprefix(b" ")
+    if bare.isalpha():  # as most tokens are
+        return ((len(text) - len(bare), bare),)
+    return ((found.start(), found[0]) for found in _WORD.finditer(text))
 
 
 def is_word(text: str) -> bool:
