@@ -97,9 +97,9 @@ class Lab:
         )
         self.steps = {name: max(1, round(n * args.effort)) for name, n in training.STEPS.items()}
         self.guide = model_fingerprint(*self.calibrator.models.values())
-        if self.calibrator.words:
-            listed = json.dumps(self.calibrator.words, sort_keys=True)
-            self.guide += hashlib.sha256(listed.encode()).hexdigest()[:4]
+        chosen = [self.calibrator.config.to_dict(), self.calibrator.words]
+        digest = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
+        self.guide += digest[:6]
         # Parts trained on other texts or for other times have other names.
         graded = [hashlib.sha256(path.read_bytes()).hexdigest() for path in args.graded]
         digest = hashlib.sha256(json.dumps([self.steps, graded]).encode()).hexdigest()[:8]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from fusion_detox import Calibrator
+from fusion_detox.calibrator.folder import write_config
 from fusion_detox.evaluation.word_filter import read_word_list
 from fusion_detox.vocabulary.words import is_word
 from recipes import english_data as english
@@ -101,11 +103,12 @@ def main() -> None:
     calibrator = Calibrator.from_pretrained(args.calibrator)
     judges = Judges(args.data, args.work)
     grades = lexicon(args.data, args.work, judges, calibrator.tokenizer)
-    calibrator.words = {
-        word: round(nats(grade), 2) for word, grade in sorted(grades.items()) if is_word(word)
-    }
-    calibrator.save_pretrained(args.out)
-    print(f"{len(calibrator.words)} words")
+    words = {word: round(nats(grade), 2) for word, grade in sorted(grades.items()) if is_word(word)}
+    assert calibrator.folder is not None
+    if args.out.resolve() != calibrator.folder.resolve():
+        shutil.copytree(calibrator.folder, args.out)
+    write_config(args.out, calibrator.config, words)
+    print(f"{len(words)} words")
 
 
 if __name__ == "__main__":

@@ -592,20 +592,31 @@ def write_folder(
             path.chmod((folder / "README.md").stat().st_mode)
 
 
-def write_config(directory: str | os.PathLike[str], config: FusionConfig) -> None:
+def write_config(
+    directory: str | os.PathLike[str],
+    config: FusionConfig,
+    words: Mapping[str, float] | None = None,
+) -> None:
     """Store new recommended settings in a saved calibrator; the weights stay untouched.
 
     Rewrites ``calibrator.json``, with a new digest of the settings, and the card, each atomically.
     The digests of other files stay, so that damage to those is still noticed.
 
+    Args:
+        directory: The calibrator's folder.
+        config: The settings.
+        words: The listed words; by default, they stay as they are.
+
     Raises:
-        CalibratorError: ``directory`` does not hold a calibrator, or its settings do not match
-            their digest.
+        CalibratorError: ``directory`` does not hold a calibrator, its settings do not match their
+            digest, or a listed word is not one.
         ConfigError: ``config`` needs a reference model and the calibrator has none.
         DataFileError: It cannot be written.
     """
     folder = Path(directory).expanduser().resolve()
     settings = read_settings(folder)._replace(fusion=config)
+    if words is not None:
+        settings = settings._replace(words=read_words(words))
     check_rule(config, "reference" in settings.distributions)
     if settings.digests is None:
         settings = settings._replace(digests=file_digests(folder, settings.distributions))

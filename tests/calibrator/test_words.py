@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fusion_detox import Calibrator
+from fusion_detox.calibrator.folder import write_config
 from fusion_detox.calibrator.words import read_words
 from fusion_detox.errors import CalibratorError
 
@@ -52,3 +53,20 @@ def test_a_file_with_wrong_words_names_the_file(
     path.write_text(json.dumps({**json.loads(path.read_text()), "words": words}))
     with pytest.raises(CalibratorError, match=r"calibrator\.json"):
         Calibrator.from_pretrained(tmp_path / "made")
+
+
+def test_words_are_stored_without_touching_the_weights(
+    calibrator: Calibrator, tmp_path: Path
+) -> None:
+    folder = tmp_path / "made"
+    calibrator.save_pretrained(folder)
+    weights = (folder / "clean" / "model.safetensors").read_bytes()
+    write_config(folder, calibrator.config, {"idiot": 2.0})
+    assert (folder / "clean" / "model.safetensors").read_bytes() == weights
+    assert Calibrator.from_pretrained(folder).words == {"idiot": 2.0}
+    write_config(folder, calibrator.config)
+    assert Calibrator.from_pretrained(folder).words == {"idiot": 2.0}
+    with pytest.raises(CalibratorError, match="'no word'"):
+        write_config(folder, calibrator.config, {"no word": 2.0})
+    write_config(folder, calibrator.config, {})
+    assert Calibrator.from_pretrained(folder).words == {}
