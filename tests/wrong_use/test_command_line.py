@@ -293,3 +293,20 @@ def test_debug_shows_the_traceback(monkeypatch, how):
     with pytest.raises(DataFileError, match="there is no file none"):
         main(["--debug", *command] if how == "option" else command)
     assert os.environ.get("FUSION_DETOX_DEBUG") == ("1" if how == "environment" else None)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("nope", "words.json is not valid JSON"),
+        ('{"probes": []}', "words.json must contain an object 'words'"),
+        ('{"words": ["idiot"]}', "words.json must contain an object 'words'"),
+        ('{"words": {"Two Words": 1}}', "'Two Words'"),
+        ('{"words": {"idiot": 0}}', "words['idiot'] must be a number above 0, but is 0"),
+    ],
+)
+def test_listed_words(fails, content, message):
+    text = file("text.txt", "Some text to train on.\n" * 50)
+    words = file("words.json", content)
+    assert message in fails("train-calibrator", "out", "--general", text, "--words", words)
+    assert not Path("out").exists()
