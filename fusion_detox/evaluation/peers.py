@@ -67,6 +67,7 @@ def read_peers(path: Path | str) -> dict[str, Any]:
     reader = _Reader(place)
     document = reader.mapping("the file", values)
     results = reader.get(document, "", "results", reader.items)
+    scorers: Mapping[str, Any] = reader.get(document, "", "scorers", reader.mapping)
     found = {
         "file": place.name,
         "sha256": digest,
@@ -76,7 +77,7 @@ def read_peers(path: Path | str) -> dict[str, Any]:
         "seeds": reader.get(document, "", "seeds", reader.items),
         "scorers": {
             name: {"weights": record.get("weights") if isinstance(record, Mapping) else None}
-            for name, record in reader.get(document, "", "scorers", reader.mapping).items()
+            for name, record in scorers.items()
         },
         "results": [reader.result(f"results[{i}]", one) for i, one in enumerate(results)],
     }

@@ -332,7 +332,7 @@ def side_html(side: Side, prompt: str, score: Score | None) -> str:
             text = Markup('<mark title="{}">{}</mark>').format(title, text)
         parts.append(text)
     name = "With fusion" if side.fused else "Without fusion"
-    facts = [f"{len(side.ids)} tokens"]
+    facts = [f"{len(side.ids)} token{'' if len(side.ids) == 1 else 's'}"]
     if side.seconds:
         facts.append(f"{side.tokens_per_second:.1f} tokens/s")
     facts.append(f"{held} {'changed' if side.fused else 'that fusion would hold back'}")
@@ -393,7 +393,9 @@ def build_page(playground: Playground) -> Any:  # noqa: C901 - one handler per c
 
         return store
 
-    def fill(title: str) -> tuple[str, str]:
+    def fill(title: str | None) -> Any:
+        if title is None:  # Gradio calls this whenever the keyboard leaves the list
+            return gr.skip(), gr.skip()
         form, prompt = PRESETS[title]
         return prompt, form
 

@@ -66,7 +66,7 @@ def test_both_texts_grow_token_by_token(playground):
     assert 'role="status">Loading tiny with cal' in steps.pop(0)[1]
     for number, sides in enumerate(steps):
         for html in sides:
-            assert f"{number} tokens" in html
+            assert f"{number} token{'s' * (number != 1)} " in html
             assert "She reads" in html
     assert "Without fusion" in steps[-1][0]
     assert "With fusion" in steps[-1][1]
