@@ -10,6 +10,7 @@ import typer
 from fusion_detox.cli.console import note, progress_bars, quiet_libraries, results
 from fusion_detox.cli.shared_options import CalibratorName, Offline, System
 from fusion_detox.errors import FusionDetoxError
+from fusion_detox.generation import HELD_BACK_NATS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -41,8 +42,6 @@ REQUESTS = (
 """What a chat model is also asked: harmless and provoking requests."""
 PACKAGED = ("smollm2", "SmolLM2-135M-Instruct")
 """The default target: its name among the packaged targets, and its title."""
-HELD_BACK_NATS = 1.0
-"""A token counts as held back if fusion made it at least e times less likely."""
 
 
 @dataclasses.dataclass(frozen=True)

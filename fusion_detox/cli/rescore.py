@@ -12,6 +12,7 @@ from fusion_detox.cli.evaluate import show
 from fusion_detox.cli.shared_options import (
     RUNNING,
     Offline,
+    Peers,
     Scorers,
     command_line,
     stay_offline,
@@ -30,6 +31,7 @@ def rescore(
         float | None,
         typer.Option(help="Lowest score that counts as toxic (default: the run's threshold)."),
     ] = None,
+    peers: Peers = None,
     device: Annotated[
         str | None, typer.Option(help="Device for classifiers.", rich_help_panel=RUNNING)
     ] = None,
@@ -45,6 +47,7 @@ def rescore(
             run,
             scorers=None if scorer is None else tuple(scorer),
             threshold=threshold,
+            peers=peers,
             device=device,
             local_files_only=offline,
             progress=report,

@@ -44,6 +44,15 @@ Harmless = Annotated[
         rich_help_panel=MEASURES,
     ),
 ]
+Peers = Annotated[
+    Path | None,
+    typer.Option(
+        help="JSON of `python -m benchmarks.peers`: results of other methods, measured elsewhere, "
+        "for a plot of the report (default: those that the run has).",
+        rich_help_panel=MEASURES,
+        show_default=False,
+    ),
+]
 Device = Annotated[
     str | None,
     typer.Option(

@@ -23,6 +23,7 @@ from fusion_detox.evaluation.config import EvaluationConfig
 from fusion_detox.evaluation.folder import RunFolder
 from fusion_detox.evaluation.machine import Processes, machine_facts, versions
 from fusion_detox.evaluation.measurer import STEP, Measurer
+from fusion_detox.evaluation.peers import check_shared_scorers, read_peers
 from fusion_detox.evaluation.plan import Plan
 from fusion_detox.evaluation.prompts.prompt_sets import Prompt, PromptSet, read_prompt_set
 from fusion_detox.evaluation.results import build_results
@@ -53,6 +54,7 @@ def evaluate(
     device: str | None = None,
     dtype: str | None = None,
     word_list: Path | None = None,
+    peers: str | Path | None = None,
     overwrite: bool = False,
     local_files_only: bool = False,
     progress: Progress | None = None,
@@ -72,6 +74,8 @@ def evaluate(
         dtype: Dtype of the target's weights. By default that of its files, but float32 on a CPU if
             that fits into half of the memory, because it is faster there.
         word_list: Words of the word filter, one per line; by default a public list.
+        peers: Results of other methods, measured elsewhere, for a plot of the report; see
+            ``read_peers``. A resumed run keeps those that it has unless others are given.
         overwrite: Delete the run that the folder holds.
         local_files_only: Never contact the hub.
         progress: Called with ``(what, done, total)`` during the work.
@@ -91,6 +95,7 @@ def evaluate(
     # Load and check everything before any work, so that a bad setting cannot stop a run halfway.
     _check_extras(config)
     variants = parse_variants(settings)
+    others = None if peers is None else read_peers(peers)
     sets = _prompt_sets(prompts)
     every = [prompt for one in sets for prompt in one.prompts]
     processes = Processes.current(cpu=device == "cpu")
@@ -123,6 +128,8 @@ def evaluate(
     scorers = (
         _make_scorers(config.scorers, model.device, local_files_only) if processes.first else []
     )
+    if others is not None and scorers:
+        check_shared_scorers(others, [scorer.name for scorer in scorers])
     measurer.check()
 
     claim = RunFolder.claimed(path) if processes.first else contextlib.nullcontext()
@@ -134,7 +141,8 @@ def evaluate(
             for one in prepared:
                 tuned = loaded.prompts_tuned_on(one.variant, [prompt.text for prompt in every])
                 run.write(f"settings/{one.stem}.json", {**one.about, "prompts_tuned_on": tuned})
-            run.write_config(_run_config(run, config, prepared, measurer, loaded, command))
+            about = _run_config(run, config, prepared, measurer, loaded, others, command)
+            run.write_config(about)
         processes.wait()
         run = RunFolder.existing(path)
 
@@ -168,6 +176,7 @@ def rescore(
     *,
     scorers: Sequence[str] | None = None,
     threshold: float | None = None,
+    peers: str | Path | None = None,
     device: str | None = None,
     local_files_only: bool = False,
     progress: Progress | None = None,
@@ -179,6 +188,7 @@ def rescore(
         folder: A run's folder.
         scorers: The scorers; the first is the main one. By default, those of the run.
         threshold: See ``EvaluationConfig``; by default, that of the run.
+        peers: See :func:`evaluate`; by default, those of the run.
         device: Device of the classifiers.
         local_files_only: Never contact the hub.
         progress: See :func:`evaluate`.
@@ -189,9 +199,10 @@ def rescore(
 
     Raises:
         DataFileError: The folder holds no run.
-        DataError: A file of the run is damaged.
+        DataError: A file of the run, or that of the peers, is damaged.
         ConfigError: A scorer is unknown, or the threshold is out of range.
     """
+    others = None if peers is None else read_peers(peers)
     run = RunFolder.existing(Path(folder).expanduser())
     with RunFolder.claimed(run.path):
         config = run.read_config()
@@ -203,6 +214,9 @@ def rescore(
             config["commands"] = [*config["commands"], command]
         EvaluationConfig(scorers=tuple(config["scorers"]), threshold=config["threshold"])
         made = _make_scorers(config["scorers"], device, local_files_only)
+        if others is not None:
+            check_shared_scorers(others, [scorer.name for scorer in made])
+            config["peers"] = others
         unfinished = None
         if (run.path / "results.json").is_file():
             unfinished = run.read("results.json").get("unfinished")
@@ -276,6 +290,7 @@ def _run_config(
     prepared: Sequence[Prepared],
     measurer: Measurer,
     target: Target,
+    peers: Mapping[str, Any] | None,
     command: str | None,
 ) -> dict[str, Any]:
     """The content of ``config.json``; settings of earlier calls stay unless a name is reused."""
@@ -292,6 +307,7 @@ def _run_config(
         "threshold": config.threshold,
         "resamples": config.resamples,
         "sizes": config.sizes,
+        "peers": before.get("peers") if peers is None else peers,
         **measurer.about,
         "versions": versions(),
         "machine": machine_facts(target.model.device),

@@ -107,6 +107,7 @@ def build_results(
         "main_scorer": main,
         "perplexity_model": config["perplexity_model"],
         "settings": variants,
+        "peers": config.get("peers"),
         "examples": {name: builder.examples(name, scores[main]) for name in rows if name != "base"},
         "notes": [*notes, *_notes(variants, prompts, gaps, sizes)],
     }

@@ -4,3 +4,6 @@
 fusion made less likely. ``scoring``, ``training``, ``evaluation``, ``integrations`` and ``cli`` may
 import this package.
 """
+
+HELD_BACK_NATS = 1.0
+"""A token counts as held back if fusion makes it at least e times less likely."""

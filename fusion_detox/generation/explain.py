@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fusion_detox.errors import DataError
 from fusion_detox.fusion import kl_divergence
+from fusion_detox.generation import HELD_BACK_NATS
 
 if TYPE_CHECKING:
     from transformers import LogitsProcessor, PreTrainedModel
@@ -59,7 +60,7 @@ class Step(NamedTuple):
     before: tuple[TokenChange, ...] = ()
     after: tuple[TokenChange, ...] = ()
 
-    def held_back(self, nats: float = 1.0) -> bool:
+    def held_back(self, nats: float = HELD_BACK_NATS) -> bool:
         """Return whether fusion made the written token at least ``exp(nats)`` times less likely."""
         return self.written.change <= -nats
 

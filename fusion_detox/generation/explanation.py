@@ -13,6 +13,7 @@ import torch
 from fusion_detox.config import check_number
 from fusion_detox.decoding.session import CalibratorSession
 from fusion_detox.errors import DataError
+from fusion_detox.generation import HELD_BACK_NATS
 from fusion_detox.generation.explain import Step, TokenChange, explain_steps
 from fusion_detox.generation.sampling import (
     Job,
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 """Format of an explanation's JSON."""
-HELD_BACK_NATS = 1.0
-"""A token counts as held back if fusion made it at least e times less likely."""
 _CONTEXT_TOKENS = 8
 
 Ids = tuple[int, ...]

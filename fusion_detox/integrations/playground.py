@@ -16,6 +16,7 @@ from markupsafe import Markup, escape
 
 from fusion_detox.config import Rule
 from fusion_detox.errors import ConfigError, FusionDetoxError, MissingExtraError
+from fusion_detox.generation import HELD_BACK_NATS
 from fusion_detox.scoring.offensive import Score, offensive_pieces
 
 if TYPE_CHECKING:
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from fusion_detox.generation.side_by_side import LiveSettings, Side
     from fusion_detox.processor import FusionLogitsProcessor
 
-HELD_BACK_NATS = 1.0
-"""A token counts as held back if fusion makes it at least e times less likely."""
 PLAIN, CHAT = "text to continue", "request (chat)"
 FORMS = (PLAIN, CHAT)
 PRESETS: dict[str, tuple[str, str]] = {
@@ -133,12 +132,49 @@ class Playground:
         self._loaded: dict[str, Calibrator] = {}
         self._processors: dict[tuple[str, str, str], FusionLogitsProcessor] = {}
         self._score: Score | None = None
+        self._changed = threading.Condition()
+        self._status, self._ready = "Loading starts.", False
 
     def warm_up(self) -> None:
-        """Load the defaults, so that the first text begins at once."""
+        """Load the defaults and write one token, so that the first text begins at once.
+
+        Raises:
+            FusionDetoxError: A model or calibrator cannot be loaded, or they do not fit together.
+        """
         title, name = next(iter(self.targets)), self.calibrators[0]
-        self.processor(title, name, self.calibrator(name).config.rule)
-        self._scorer()
+        try:
+            self._tell(f"Loading the calibrator {name}…")
+            rule = self.calibrator(name).config.rule
+            self._tell(f"Loading the model {title}…")
+            self.target(title)
+            self._tell(f"Fitting {name} to {title}…")
+            strength = self.processor(title, name, rule).config.strength
+            self._tell("Writing a first token…")
+            self._scorer()
+            with self._lock:
+                from fusion_detox.generation.side_by_side import LiveSettings
+            request = Request("Once", PLAIN, "", title, name, rule, max_new_tokens=1)
+            for _ in self.write(request, lambda: LiveSettings(strength)):
+                pass
+        except BaseException as error:
+            self._tell(f"The defaults cannot be loaded: {error}", ready=True)
+            raise
+        self._tell(f"Ready: {title} with {name}.", ready=True)
+
+    def status(self) -> Iterator[str]:
+        """What is being loaded, as HTML: now, and after each change until all is ready."""
+        shown, ready = "", False
+        while not ready:
+            with self._changed:
+                while self._status == shown:
+                    self._changed.wait()
+                shown, ready = self._status, self._ready
+            yield _status_html(shown)
+
+    def _tell(self, status: str, *, ready: bool = False) -> None:
+        with self._changed:
+            self._status, self._ready = status, ready
+            self._changed.notify_all()
 
     def calibrator(self, name: str) -> Calibrator:
         """A calibrator that was offered."""
@@ -212,6 +248,9 @@ class Playground:
             request: What the page asks for.
             live: Called before each token.
         """
+        if (request.target, request.calibrator, request.rule) not in self._processors:
+            loading = _status_html(f"Loading {request.target} with {request.calibrator}…")
+            yield loading, loading
         with self._lock:
             from fusion_detox.generation.sampling import Job, Sampling, jobs
             from fusion_detox.generation.side_by_side import Side, write_side_by_side
@@ -258,6 +297,10 @@ class Playground:
             )
 
 
+def _status_html(status: str) -> str:
+    return str(Markup('<p class="facts" role="status">{}</p>').format(status))
+
+
 def side_html(side: Side, prompt: str, score: Score | None) -> str:
     """One text as HTML: its speed, and the text with marks.
 
@@ -289,7 +332,7 @@ def side_html(side: Side, prompt: str, score: Score | None) -> str:
             text = Markup('<mark title="{}">{}</mark>').format(title, text)
         parts.append(text)
     name = "With fusion" if side.fused else "Without fusion"
-    facts = [f"{len(side.ids)} tokens"]
+    facts = [f"{len(side.ids)} token{'' if len(side.ids) == 1 else 's'}"]
     if side.seconds:
         facts.append(f"{side.tokens_per_second:.1f} tokens/s")
     facts.append(f"{held} {'changed' if side.fused else 'that fusion would hold back'}")
@@ -350,7 +393,9 @@ def build_page(playground: Playground) -> Any:  # noqa: C901 - one handler per c
 
         return store
 
-    def fill(title: str) -> tuple[str, str]:
+    def fill(title: str | None) -> Any:
+        if title is None:  # Gradio calls this whenever the keyboard leaves the list
+            return gr.skip(), gr.skip()
         form, prompt = PRESETS[title]
         return prompt, form
 
@@ -363,6 +408,9 @@ def build_page(playground: Playground) -> Any:  # noqa: C901 - one handler per c
         rule = playground.calibrator(name).config.rule
         return gr.Dropdown(value=rule), suit(name, rule)
 
+    def follow() -> Iterator[str]:
+        yield from playground.status()
+
     with gr.Blocks(title="fusion-detox playground", analytics_enabled=False) as page:
         live = gr.State({})
         gr.Markdown(
@@ -371,6 +419,7 @@ def build_page(playground: Playground) -> Any:  # noqa: C901 - one handler per c
             "texts are being written. **Content warning:** language models can write offensive "
             "text."
         )
+        status = gr.HTML(_status_html("Loading starts."))
         with gr.Row():
             target = gr.Dropdown(
                 list(playground.targets), label="Model", filterable=False, min_width=240
@@ -425,6 +474,7 @@ def build_page(playground: Playground) -> Any:  # noqa: C901 - one handler per c
         preset.input(fill, preset, [prompt, form], show_progress="hidden")
         rule.input(suit, [calibrator, rule], strength, show_progress="hidden")
         calibrator.input(suit_calibrator, calibrator, [rule, strength], show_progress="hidden")
+        page.load(follow, None, status, show_progress="hidden", concurrency_limit=None)
         page.load(lambda: suit_calibrator(first), None, [rule, strength], show_progress="hidden")
     return page
 
@@ -456,7 +506,16 @@ def serve(
     Raises:
         ConfigError: The address or the port cannot be used.
         MissingExtraError: Gradio is not installed.
+        FusionDetoxError: The default model or calibrator cannot be loaded.
     """
+    failed: list[BaseException] = []
+
+    def load() -> None:
+        try:
+            playground.warm_up()
+        except BaseException as error:  # noqa: BLE001 - raised in the main thread
+            failed.append(error)
+
     page = build_page(playground)
 
     import gradio as gr
@@ -494,8 +553,14 @@ def serve(
         ) from error
     if opened is not None:
         opened(address)
-    playground.warm_up()
+    # Not before the page is up: Python runs one thread at a time, so the page would come later by
+    # as much. In a thread, so that Ctrl+C is heard.
+    loading = threading.Thread(target=load, name="load the defaults", daemon=True)
+    loading.start()
     try:
+        loading.join()
+        if failed:
+            raise failed[0]
         page.block_thread()
     finally:
         page.close(verbose=False)

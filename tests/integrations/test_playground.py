@@ -4,11 +4,12 @@ import importlib.util
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 
 from fusion_detox.cli import main
-from fusion_detox.errors import ConfigError, MissingExtraError
+from fusion_detox.errors import ConfigError, FusionDetoxError, MissingExtraError
 from fusion_detox.generation.side_by_side import LiveSettings, Side, StreamedToken
 from fusion_detox.integrations.playground import (
     CHAT,
@@ -61,10 +62,11 @@ def written(playground, strength=2.0, **changes):
 
 def test_both_texts_grow_token_by_token(playground):
     steps = written(playground)
-    assert len(steps) == 7, "an empty text, then one step per token"
+    assert len(steps) == 8, "a note about loading, an empty text, then one step per token"
+    assert 'role="status">Loading tiny with cal' in steps.pop(0)[1]
     for number, sides in enumerate(steps):
         for html in sides:
-            assert f"{number} tokens" in html
+            assert f"{number} token{'s' * (number != 1)} " in html
             assert "She reads" in html
     assert "Without fusion" in steps[-1][0]
     assert "With fusion" in steps[-1][1]
@@ -227,3 +229,24 @@ def test_the_page_opens_on_this_machine_only(target_folder, calibrator_folder, t
     assert "QUEUED [False, False]" in done.stdout
     assert "OPENED http://127.0.0.1 200" in done.stdout
     assert "REFUSED the playground cannot listen on 127.0.0.1, port" in done.stdout
+
+
+def test_the_status_tells_each_step_until_all_is_ready(playground):
+    told = []
+    follower = threading.Thread(target=lambda: told.extend(playground.status()))
+    follower.start()
+    playground.warm_up()
+    follower.join(30)
+    assert not follower.is_alive()
+    assert told[-1] == '<p class="facts" role="status">Ready: tiny with cal.</p>'
+    assert list(playground.status()) == told[-1:], "a page opened later shows that all is ready"
+
+
+def test_the_status_tells_why_the_defaults_cannot_be_loaded(playground, monkeypatch):
+    monkeypatch.setattr(playground, "targets", {EVIL: "/nowhere/at/all"})
+    with pytest.raises(FusionDetoxError):
+        playground.warm_up()
+    (told,) = playground.status()
+    assert "The defaults cannot be loaded: " in told
+    assert "/nowhere/at/all" in told
+    assert "<script" not in told

@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from fusion_detox.errors import ConfigError, DataError, DataFileError
-from fusion_detox.evaluation.report import findings, numbers, plots, reading, tables
+from fusion_detox.evaluation.report import findings, numbers, peers, plots, reading, tables
 from fusion_detox.evaluation.report.comparable import Difference, differences
 from fusion_detox.evaluation.report.reading import FORMAT, Run, jsonable, line, run_labels
 from fusion_detox.files.atomic import write_whole
@@ -56,12 +56,13 @@ def write_report(results: Mapping[str, Any], folder: Path) -> Path:
         return write(Path(folder) / "report.html", render("report.html", run=run, plots={}))
     panels = {
         "tradeoff": plots.tradeoff_panels(run),
+        "peers": plots.peer_panels(run),
         "histograms": plots.histogram_panels(run),
         "groups": plots.group_panels(run),
         "types": plots.type_panels(run),
     }
     page = render("report.html", run=run, plots=panels)
-    drawn = [panels[kind] for kind in ("tradeoff", "histograms", "groups")]
+    drawn = [panels[kind] for kind in ("tradeoff", "peers", "histograms", "groups")]
     write(Path(folder) / "report.png", plots.png(drawn, line(run.name, 70)))
     return write(Path(folder) / "report.html", page)
 
@@ -116,6 +117,7 @@ def _environment() -> Environment:
         reading=reading,
         numbers=numbers,
         findings=findings,
+        peers=peers,
         tables=tables,
         svg_uri=lambda panel: plots.svg_uri(panel),
         **assets(),

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 from fusion_detox.errors import MissingExtraError
 from fusion_detox.evaluation.report.findings import compared_groups
 from fusion_detox.evaluation.report.numbers import label, percent, quantity
+from fusion_detox.evaluation.report.peers import is_mixed, peer_results
 from fusion_detox.evaluation.report.reading import (
     Interval,
     Run,
@@ -50,6 +51,7 @@ PALETTE = {
 }
 _OTHERS = [PALETTE[f"other-{i}"] for i in (1, 2, 3, 4)]
 _RUNS = [PALETTE["fusion"], PALETTE["filter"], *_OTHERS]
+_PEER_MARKERS = ("^", "v", "<", ">", "P", "X", "p", "h", "*", "d", "8")
 _MARKERS = ("^", "v", "P", "X", "<", ">", "p", "h")
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",  # text stays text
@@ -220,6 +222,7 @@ class Series:
         size: Size of the marker, in points.
         joined: Whether a line joins the points, in their order.
         in_legend: Whether the legend lists it.
+        hollow: Whether its markers are outlines.
     """
 
     name: str
@@ -229,10 +232,20 @@ class Series:
     size: float = 6.0
     joined: bool = True
     in_legend: bool = True
+    hollow: bool = False
 
 
 def _point(variant: Mapping[str, Any], scorer: str, note: str = "") -> Point | None:
     x, y = interval(variant, "perplexity", "token_weighted"), toxicity(variant, scorer)
+    return None if x is None or y is None else Point(x, y, note)
+
+
+def _relative_point(variant: Mapping[str, Any], scorer: str, note: str = "") -> Point | None:
+    """A variant's perplexity and toxicity, as ratios to the target alone."""
+    if variant.get("kind") == "base":
+        return None if _point(variant, scorer) is None else Point(Interval(1.0), Interval(1.0))
+    x = interval(variant, "perplexity", "relative")
+    y = interval(variant, "against_base", scorer, "probability", "ratio")
     return None if x is None or y is None else Point(x, y, note)
 
 
@@ -280,12 +293,53 @@ def comparison_panels(runs: Sequence[Run]) -> list[Panel]:
     return found
 
 
-def _sweeps(run: Run, scorer: str) -> list[Series]:
+def peer_panels(run: Run) -> list[Panel]:
+    """The run's variants and the peers as ratios to the target alone, by common scorer."""
+    found = []
+    for scorer in run.scorers:
+        peers = _peers(run, scorer)
+        if peers:
+            own = _sweeps(run, scorer, _relative_point)
+            found.append(_tradeoff_panel(scorer, [*own, *peers], relative=True))
+    return found
+
+
+def _peers(run: Run, scorer: str) -> list[Series]:
+    """The methods that were measured elsewhere, each with a marker of its own."""
+    methods: dict[str, list[Point]] = {}
+    results = peer_results(run)
+    for one in sorted(results, key=lambda one: number(one, "strength") or 0.0):
+        x = interval(one, "perplexity", "relative")
+        y = interval(one, "toxicity", scorer, "ratio", "ratio")
+        if x is None or y is None:
+            continue
+        temperature = f", T {one['temperature']:g}" if is_mixed(results) else ""
+        point = Point(x, y, f"{one['strength']:g}")
+        methods.setdefault(f"{line(one['method'], 24)}{temperature}", []).append(point)
+    few = sum(map(len, methods.values())) <= 12
+    return [
+        Series(
+            f"{name} (elsewhere)",
+            points if few and len(points) > 1 else [Point(one.x, one.y) for one in points],
+            _OTHERS[place % len(_OTHERS)],
+            _PEER_MARKERS[place % len(_PEER_MARKERS)],
+            7.0,
+            hollow=True,
+        )
+        for place, (name, points) in enumerate(sorted(methods.items()))
+    ]
+
+
+def _sweeps(
+    run: Run,
+    scorer: str,
+    place_of: Callable[[Mapping[str, Any], str, str], Point | None] = _point,
+) -> list[Series]:
     """Variants that differ in strength alone make one series."""
     groups: dict[str, list[tuple[Mapping[str, Any], Point]]] = {}
     for place, variant in enumerate(run.variants):
         strength = number(variant, "config", "strength")
-        point = _point(variant, scorer, "" if strength is None else f"{strength:g}")
+        point = place_of(variant, scorer, "" if strength is None else f"{strength:g}")
         if point is None:
             continue
         config = {k: v for k, v in block(variant, "config").items() if k != "strength"}
@@ -320,36 +374,47 @@ def _sweeps(run: Run, scorer: str) -> list[Series]:
     return series
 
 
-def _tradeoff_panel(scorer: str, series: Sequence[Series]) -> Panel:
+def _tradeoff_panel(scorer: str, series: Sequence[Series], *, relative: bool = False) -> Panel:
+    """``relative``: the points are ratios to the target alone."""
+
+    def said(point: Point) -> str:
+        x = quantity(point.x).value
+        if relative:
+            return f"{quantity(point.y).value} times the toxic prompts at {x} times the perplexity"
+        return f"{percent(point.y).value} of prompts toxic at perplexity {x}"
+
     parts = [
-        f"{one.name}{' ' + point.note if point.note else ''}: {percent(point.y).value} of prompts "
-        f"toxic at perplexity {quantity(point.x).value}"
+        f"{one.name}{' ' + point.note if point.note else ''}: {said(point)}"
         for one in series
         for point in one.points
     ]
+    than = ", as ratios to the target alone" if relative else ""
     columns = 2 if all(len(one.name) <= 22 for one in series) else 1
     return Panel(
         f"{line(scorer, 30)} scorer",
-        f"Toxic prompts against perplexity. {'; '.join(parts)}.",
+        f"Toxic prompts against perplexity{than}. {'; '.join(parts)}.",
         3.3 + 0.21 * math.ceil(sum(one.in_legend for one in series) / columns),
-        partial(_draw_tradeoff, series=series, columns=columns),
+        partial(_draw_tradeoff, series=series, columns=columns, relative=relative),
     )
 
 
-def _draw_tradeoff(axes: Axes, series: Sequence[Series], columns: int) -> None:
+def _draw_tradeoff(
+    axes: Axes, series: Sequence[Series], columns: int, relative: bool = False
+) -> None:
+    scale = 1 if relative else 100
     for one in series:
         x, y = [point.x for point in one.points], [point.y for point in one.points]
-        places = [measured.value for measured in x], [measured.value * 100 for measured in y]
+        places = [measured.value for measured in x], [measured.value * scale for measured in y]
         ring = one.marker == "ring"
         axes.errorbar(
             *places,
             xerr=None if ring else _errors(x),
-            yerr=None if ring else _errors(y, 100),
+            yerr=None if ring else _errors(y, scale),
             fmt="o" if ring else one.marker,
             color=one.colour,
-            markerfacecolor="none" if ring else one.colour,
+            markerfacecolor="none" if ring or one.hollow else one.colour,
             markersize=one.size,
-            markeredgewidth=1.3 if ring else 0,
+            markeredgewidth=1.3 if ring or one.hollow else 0,
             elinewidth=0.9,
             label=one.name if one.in_legend else "_",
         )
@@ -358,7 +423,7 @@ def _draw_tradeoff(axes: Axes, series: Sequence[Series], columns: int) -> None:
         for point in one.points:
             axes.annotate(
                 point.note,
-                (point.x.value, point.y.value * 100),
+                (point.x.value, point.y.value * scale),
                 xytext=(5, 5),
                 textcoords="offset points",
                 fontsize=8.5,
@@ -369,10 +434,16 @@ def _draw_tradeoff(axes: Axes, series: Sequence[Series], columns: int) -> None:
     if low > 0 and high > 3 * low:
         _log_axis(axes, high / low)
     top = max(end for point in points for end in (point.y.value, *(point.y.ends or ())))
-    axes.set_ylim(0, max(top * 108, 2))
+    axes.set_ylim(0, top * 1.08 if relative else max(top * 108, 2))
     axes.margins(x=0.12)
-    axes.set_xlabel("Perplexity of the text (lower is more fluent)")
-    axes.set_ylabel("Toxic prompts (%)")
+    if relative:
+        axes.axhline(1, color=PALETTE["muted"], linewidth=0.8, linestyle=(0, (4, 3)))
+        axes.axvline(1, color=PALETTE["muted"], linewidth=0.8, linestyle=(0, (4, 3)))
+        axes.set_xlabel("Perplexity, times the target's (lower is more fluent)")
+        axes.set_ylabel("Toxic prompts, times the target's")
+    else:
+        axes.set_xlabel("Perplexity of the text (lower is more fluent)")
+        axes.set_ylabel("Toxic prompts (%)")
     _legend_below(axes, columns)
 
 
