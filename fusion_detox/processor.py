@@ -31,7 +31,7 @@ from fusion_detox.files.models import load_tokenizer
 from fusion_detox.fusion import Fusion, fit, prepare_candidates, select
 from fusion_detox.vocabulary.map import VocabularyMap
 from fusion_detox.vocabulary.token_table import TokenTable, encode
-from fusion_detox.vocabulary.words import UNFINISHED, WordTokens
+from fusion_detox.vocabulary.words import WORD, WordTokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -442,12 +442,11 @@ class FusionLogitsProcessor(LogitsProcessor):
         """The letters at the end of a text, in lower case; enough of them to know a listed word."""
         end = position.pending
         for id in reversed(position.path):
-            found = UNFINISHED.search(end.lower()) if end else None
-            if len(end) > longest or (end and (found is None or found.start() > 0)):
+            if len(end) > longest:
                 break
             end = (self._read_bytes[id] or b"") + end
-        found = UNFINISHED.search(end.lower())
-        return b"" if found is None else found[0]
+        runs = list(WORD.finditer(end.lower()))
+        return runs[-1][0] if runs and runs[-1].end() == len(end) else b""
 
     def _read_ahead(self, rows: list[bytes], device: torch.device) -> None:
         """Fills the caches with what the next step needs, if these are its rows."""

@@ -162,6 +162,7 @@ WORST = {
     "scoring.offensive:_WORD": ["a", "a ", " "],
     "vocabulary.token_table:_BYTE": ["<0x0", "<", ("<0x", "0", ">")],
     "vocabulary.token_table:_UNUSED": ["[unused", ("[unused", "1", ""), "<"],
+    "vocabulary.words:WORD": ["é", "日", "a…", ("", "a", "!"), ("", "日", "€")],
     "training.output:_WRITING": ["os error ", ("os error ", "1", "x"), "PyTorch", "No space "],
 }
 
@@ -247,6 +248,8 @@ def all_patterns():
 
 
 def apply(pattern, method, text):
+    if isinstance(pattern.pattern, bytes):
+        text = text.encode()
     if method in ("sub", "subn"):
         getattr(pattern, method)("x", text)
     elif method == "finditer":

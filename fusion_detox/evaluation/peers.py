@@ -66,7 +66,8 @@ def read_peers(path: Path | str) -> dict[str, Any]:
         ) from error
     reader = _Reader(place)
     document = reader.mapping("the file", values)
-    results = reader.get(document, "", "results", reader.items)
+    entries = reader.get(document, "", "results", reader.items)
+    results = [reader.result(f"results[{i}]", one) for i, one in enumerate(entries)]
     scorers: Mapping[str, Any] = reader.get(document, "", "scorers", reader.mapping)
     found = {
         "file": place.name,
@@ -79,9 +80,9 @@ def read_peers(path: Path | str) -> dict[str, Any]:
             name: {"weights": record.get("weights") if isinstance(record, Mapping) else None}
             for name, record in scorers.items()
         },
-        "results": [reader.result(f"results[{i}]", one) for i, one in enumerate(results)],
+        "results": results,
     }
-    if not any(_drawable(one) for one in found["results"]):
+    if not any(map(_drawable, results)):
         raise reader.error(
             "results",
             f"{len(results)} entries, none a method with both a toxicity ratio and a relative "

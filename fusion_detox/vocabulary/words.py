@@ -15,9 +15,8 @@ _LETTERS = (
     rb"(?:[a-z]|[\xc3-\xdf][\x80-\xbf]|[\xe0\xe1\xe4-\xef][\x80-\xbf]{2}"
     rb"|\xe3[\x81-\xbf][\x80-\xbf])+"
 )
-_WORD = re.compile(_LETTERS)
-UNFINISHED = re.compile(_LETTERS + rb"\Z")
-"""Finds the letters at the end of a text, in lower case."""
+WORD = re.compile(_LETTERS)
+"""Finds the runs of letters in a text in lower case."""
 
 
 class WordTokens:
@@ -67,9 +66,9 @@ def _runs(text: bytes) -> Iterable[tuple[int, bytes]]:
     bare = text.removeprefix(b" ")
     if bare.isalpha():  # as most tokens are
         return ((len(text) - len(bare), bare),)
-    return ((found.start(), found[0]) for found in _WORD.finditer(text))
+    return ((found.start(), found[0]) for found in WORD.finditer(text))
 
 
 def is_word(text: str) -> bool:
     """Whether a ``WordTokens`` can find it: letters alone, in lower case."""
-    return _WORD.fullmatch(text.encode()) is not None and text == text.lower()
+    return WORD.fullmatch(text.encode()) is not None and text == text.lower()

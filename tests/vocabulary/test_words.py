@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fusion_detox.vocabulary.token_table import TokenTable
-from fusion_detox.vocabulary.words import UNFINISHED, WordTokens, is_word
+from fusion_detox.vocabulary.words import WORD, WordTokens, is_word
 
 WORDS = {"idiot": 3.0, "idiots": 2.0, "stupid": 2.5, "he": 1.0, "ever": 0.5, "at": 4.0}
 TEXTS = [
@@ -34,8 +34,9 @@ def test_a_token_counts_if_a_listed_word_ends_inside_it(name, request):
     tokens = WordTokens(WORDS, table)
     completed = 0
     for text in TEXTS:
-        found = UNFINISHED.search(text.encode().lower())
-        unfinished = b"" if found is None else found[0]
+        runs_before = list(WORD.finditer(text.encode().lower()))
+        inside = runs_before and runs_before[-1].end() == len(text.encode())
+        unfinished = runs_before[-1][0] if inside else b""
         weights = tokens.weights[0 if unfinished else 1].clone()
         if unfinished in tokens.completing:
             ids, nats = tokens.completing[unfinished]
