@@ -68,7 +68,7 @@ def read_peers(path: Path | str) -> dict[str, Any]:
     document = reader.mapping("the file", values)
     results = reader.get(document, "", "results", reader.items)
     scorers: Mapping[str, Any] = reader.get(document, "", "scorers", reader.mapping)
-    found = {
+    found: dict[str, Any] = {
         "file": place.name,
         "sha256": digest,
         "target": reader.get(document, "", "target", reader.text),
