@@ -69,7 +69,7 @@ def read_peers(path: Path | str) -> dict[str, Any]:
     entries = reader.get(document, "", "results", reader.items)
     results = [reader.result(f"results[{i}]", one) for i, one in enumerate(entries)]
     scorers: Mapping[str, Any] = reader.get(document, "", "scorers", reader.mapping)
-    found = {
+    found: dict[str, Any] = {
         "file": place.name,
         "sha256": digest,
         "target": reader.get(document, "", "target", reader.text),

@@ -125,7 +125,12 @@ class Playground:
         if not targets or not calibrators:
             raise ConfigError("the playground needs at least one target and one calibrator")
         if len(self.targets) < len(targets):
-            raise ConfigError("two targets of the playground have the same name: rename a folder")
+            titles = [target.title for target in targets]
+            twice = next(title for title in titles if titles.count(title) > 1)
+            raise ConfigError(
+                f"two targets of the playground are named {twice!r}, so they could not be told "
+                "apart: name each once, or rename a folder"
+            )
         self._device, self._dtype, self._offline = device, dtype, offline
         self._lock = threading.RLock()
         self._models: dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]] = {}

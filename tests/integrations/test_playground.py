@@ -158,7 +158,7 @@ def test_settings_of_the_page():
 def test_a_playground_needs_something_to_play_with():
     with pytest.raises(ConfigError, match="at least one target"):
         Playground([], ["cal"])
-    with pytest.raises(ConfigError, match="same name"):
+    with pytest.raises(ConfigError, match="are named 'a'"):
         Playground([Target("a", "x"), Target("a", "y")], ["cal"])
 
 
