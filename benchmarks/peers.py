@@ -563,11 +563,11 @@ def main() -> None:
         "results": measure(lab, variants, wanted, folder, scorers),
     }
     args.output.mkdir(parents=True, exist_ok=True)
-    stem = args.output / args.target.name
     content = json.dumps(record, indent=2, default=str)
-    write_whole(stem.with_suffix(".json"), content.encode() + b"\n")
-    write_whole(stem.with_suffix(".md"), table(record).encode())
-    plot(record, stem.with_suffix(".png"))
+    name = args.target.name
+    write_whole(args.output / f"{name}.json", content.encode() + b"\n")
+    write_whole(args.output / f"{name}.md", table(record).encode())
+    plot(record, args.output / f"{name}.png")
     print(table(record))
 
 
