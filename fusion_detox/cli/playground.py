@@ -66,7 +66,9 @@ def playground(
     Stop it with Ctrl+C. Needs the extra `playground`.
     """
     if port is not None and not 1 <= port <= 65535:
-        raise ConfigError(f"--port must be a number from 1 to 65535, but is {port}")
+        raise ConfigError(
+            f"--port must be a number from 1 to 65535, but is {port}: leave it out for a free one"
+        )
 
     from fusion_detox.calibrator.lookup import DEFAULT_CALIBRATOR, shipped_names
     from fusion_detox.integrations.playground import Playground, Target, is_local, serve

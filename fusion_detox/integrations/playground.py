@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
@@ -513,6 +514,7 @@ def serve(
         MissingExtraError: Gradio is not installed.
         FusionDetoxError: The default model or calibrator cannot be loaded.
     """
+    _check_address(host, port)
     failed: list[BaseException] = []
 
     def load() -> None:
@@ -551,11 +553,7 @@ def serve(
             css=_CSS,
         )
     except OSError as error:
-        raise ConfigError(
-            f"the playground cannot listen on {host}"
-            + (f", port {port}" if port else "")
-            + f" ({error}): choose another --port or --host"
-        ) from error
+        raise _cannot_listen(host, port, error) from error
     if opened is not None:
         opened(address)
     # Not before the page is up: Python runs one thread at a time, so the page would come later by
@@ -569,6 +567,25 @@ def serve(
         page.block_thread()
     finally:
         page.close(verbose=False)
+
+
+def _check_address(host: str, port: int | None) -> None:
+    """Refuses an address that cannot be listened on; Gradio would try a hundred ports first."""
+    try:
+        found = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)
+        with socket.socket(found[0][0], socket.SOCK_STREAM) as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            tried.bind(found[0][4])
+    except OSError as error:
+        raise _cannot_listen(host, port, error) from error
+
+
+def _cannot_listen(host: str, port: int | None, error: OSError) -> ConfigError:
+    where = host if port is None else f"{host}, port {port}"
+    return ConfigError(
+        f"the playground cannot listen on {where} ({error}): give an address of this machine with "
+        "--host, such as 127.0.0.1, or a free port with --port"
+    )
 
 
 def is_local(host: str) -> bool:

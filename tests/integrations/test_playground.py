@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ from fusion_detox.integrations.playground import (
     Playground,
     Request,
     Target,
+    _check_address,
     build_page,
     is_local,
     live_settings,
@@ -250,3 +252,17 @@ def test_the_status_tells_why_the_defaults_cannot_be_loaded(playground, monkeypa
     assert "The defaults cannot be loaded: " in told
     assert "/nowhere/at/all" in told
     assert "<script" not in told
+
+
+@pytest.mark.parametrize("host", ["203.0.113.1", "no.such.host.invalid"])
+def test_an_address_of_another_machine_is_refused_at_once(host):
+    with pytest.raises(ConfigError, match=f"cannot listen on {host}, port 7999 .*--host"):
+        _check_address(host, 7999)
+
+
+def test_a_port_in_use_is_refused_at_once():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"port {port} .*--port"):
+            _check_address("127.0.0.1", port)
+    _check_address("127.0.0.1", None)
