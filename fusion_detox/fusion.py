@@ -28,7 +28,7 @@ _MAX_SHIFT = 1e30
 """In nats: sums of it stay finite in float32."""
 _FADE = 1.0
 """In nats, around the limit of what is plausible: from no shift at its lower end to all of it."""
-_NEWTON_STEPS = 3
+_NEWTON_STEPS = 4
 _SATURATED = 1 - 1e-6
 """Scores up to this fraction of a soft cap are inverted; float32 cannot separate higher ones."""
 

@@ -572,6 +572,7 @@ class FusionLogitsProcessor(LogitsProcessor):
             return
         alone = copy.copy(self)
         alone._before, alone._strengths, alone._sessions = [], None, {}
+        alone._words = None  # which would hide that the models do nothing
         device = self._device or self.calibrator.device
         # Other rules are judged on a target like the reference, to which the clean one is compared.
         paired = self.calibrator.reference is not None

@@ -10,10 +10,11 @@ import torch
 
 from fusion_detox.vocabulary.token_table import TokenTable
 
-# UTF-8 of letters, near enough: not Latin-1, general and Japanese punctuation, symbols, or emoji.
+# UTF-8 of letters, near enough: a-z, U+00C0 to U+1FFF, and U+3040 to U+FFBF. So not Latin-1,
+# general and Japanese punctuation, symbols, emoji, or U+FFFD, which stands for invalid bytes.
 _LETTERS = (
-    rb"(?:[a-z]|[\xc3-\xdf][\x80-\xbf]|[\xe0\xe1\xe4-\xef][\x80-\xbf]{2}"
-    rb"|\xe3[\x81-\xbf][\x80-\xbf])+"
+    rb"(?:[a-z]|[\xc3-\xdf][\x80-\xbf]|[\xe0\xe1\xe4-\xee][\x80-\xbf]{2}"
+    rb"|\xe3[\x81-\xbf][\x80-\xbf]|\xef[\x80-\xbe][\x80-\xbf])+"
 )
 WORD = re.compile(_LETTERS)
 """Finds the runs of letters in a text in lower case."""

@@ -114,10 +114,11 @@ class Definition:
             if ids[place] in self.resets:
                 ids = ids[place + 1 :]
                 break
-        before = self.without_markup(self.spell(ids))
-        text = before + self.token_bytes.get(token, b"").decode("latin-1")
-        ends = [m for m in re.finditer("[a-z]+", text.lower()) if m.end() > len(before)]
-        return max((self.calibrator.words.get(m[0], 0.0) for m in ends), default=0.0)
+        before = self.without_markup(self.spell(ids)).encode("latin-1").decode(errors="replace")
+        text = before + self.token_bytes.get(token, b"").decode(errors="surrogateescape")
+        letters = "[a-zA-Z\u00c0-\u1fff\u3040-\ud7ff\ue000-\uffbf]+"
+        ends = [m for m in re.finditer(letters, text) if m.end() > len(before)]
+        return max((self.calibrator.words.get(m[0].lower(), 0.0) for m in ends), default=0.0)
 
     def law(self, prefix):
         """Return both models' next-token probabilities, ``(2, vocabulary)``, without a cache."""
