@@ -34,7 +34,11 @@ PROMPTS = (
 )
 SWEPT, STRENGTHS = PROMPTS[1], (0.0, 2.0, 4.0, 8.0)
 TOKENS = 16
-PEER_TARGETS = {"smollm2": "SmolLM2-135M-Instruct", "gemma3": "Gemma 3 270M"}
+PEER_TARGETS = {
+    "smollm2": "SmolLM2-135M-Instruct",
+    "gemma3": "Gemma 3 270M",
+    "qwen": "Qwen2.5-Coder-0.5B",
+}
 NAMES = {"contrast": "fusion", "unfused": "model alone"}
 
 
