@@ -435,18 +435,18 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     disable_progress_bar()
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    stem = RESULTS / args.out
+    json_path = RESULTS / f"{args.out}.json"
     RESULTS.mkdir(parents=True, exist_ok=True)
     setup = {
         "calibrator": args.calibrator, "tokens": args.tokens, "threads": args.threads,
         "dtype": args.dtype, "machine": machine_facts(device), "versions": versions(),
     }  # fmt: skip
     document: dict[str, Any] = {"setup": setup, "cells": []}
-    if stem.with_suffix(".json").exists():
-        kept = json.loads(stem.with_suffix(".json").read_text("utf-8"))
+    if json_path.exists():
+        kept = json.loads(json_path.read_text("utf-8"))
         if kept["setup"] != json.loads(json.dumps(setup)):
             raise SystemExit(
-                f"{stem}.json was measured with other settings or versions: give another --out, "
+                f"{json_path} was measured with other settings or versions: give another --out, "
                 "or delete it"
             )
         document = kept
@@ -473,11 +473,12 @@ def main() -> None:
         found["limit"] = round((read + own + passes) / read, 4)
         found["own"] = own_step(processor, texts, cell, model)
         document["cells"].append(found)
-        write_whole(stem.with_suffix(".json"), json.dumps(document, indent=1).encode() + b"\n")
+        write_whole(json_path, json.dumps(document, indent=1).encode() + b"\n")
         print(json.dumps(found), flush=True)
-    write_whole(stem.with_suffix(".md"), table(document).encode())
-    plot(document, stem.with_suffix(".png"))
-    print(table(document))
+    text = table(document)
+    write_whole(RESULTS / f"{args.out}.md", text.encode())
+    plot(document, RESULTS / f"{args.out}.png")
+    print(text)
 
 
 if __name__ == "__main__":

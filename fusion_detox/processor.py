@@ -142,6 +142,7 @@ class FusionLogitsProcessor(LogitsProcessor):
         self._context = TextContext(calibrator, tokens, identity, pad_token_id)
         self._read_bytes = tokens.token_bytes if identity else calibrator.tokens.token_bytes
         self._words = WordTokens(calibrator.words, tokens) if calibrator.words else None
+        self._on_device: dict[torch.device, tuple[Tensor, Tensor | None]] = {}
         self._device = None if device is None else torch.device(device)
         self._sessions: dict[tuple[torch.device, bool], CalibratorSession] = {}
         assistant = 0 if assistant_tokenizer is None else len(assistant_tokenizer)
@@ -397,7 +398,7 @@ class FusionLogitsProcessor(LogitsProcessor):
             context = self._context_factors(reading, scores)
             return self._aligned.prepare(scores, hidden, config, scale, context)
         positions, covers, reading = self._read_texts(texts, device)
-        mapped = fit(self.vocabulary.mapped.to(scores.device), scores.shape[-1])
+        mapped = fit(self._tables(scores.device)[0], scores.shape[-1])
         chosen = select(scores, mapped, config)
         probs = reading.values
         with plain_mode(probs.device):
@@ -426,17 +427,26 @@ class FusionLogitsProcessor(LogitsProcessor):
         listed, factor = self._words, self.config.word_weight
         if listed is None or not factor or not self.config.contrasts:
             return None
+        table = self._tables(tokens.device)[1]
+        assert table is not None
         unfinished = [self._unfinished(position, listed.longest) for position in positions]
-        vocab = listed.weights.shape[1]
+        vocab = table.shape[1]
         known = tokens.clamp_max(vocab - 1)
         begun = torch.tensor([[0 if word else vocab] for word in unfinished], device=tokens.device)
-        weights = listed.weights.to(tokens.device).view(-1).take(begun + known)
+        weights = table.view(-1).take(begun + known)
         for row, word in enumerate(unfinished):
             if completing := listed.completing.get(word):
                 ids, nats = (part.to(tokens.device) for part in completing)
                 found = torch.where(tokens[row, :, None] == ids, nats, 0.0).amax(-1)
                 weights[row] = torch.maximum(weights[row], found)
         return factor * weights
+
+    def _tables(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """The mapped tokens and the listed words' weights, copied to a device only once."""
+        if device not in self._on_device:
+            weights = None if self._words is None else self._words.weights.to(device)
+            self._on_device[device] = self.vocabulary.mapped.to(device), weights
+        return self._on_device[device]
 
     def _unfinished(self, position: Position, longest: int) -> bytes:
         """The letters at the end of a text, in lower case; enough of them to know a listed word."""
@@ -572,7 +582,8 @@ class FusionLogitsProcessor(LogitsProcessor):
             return
         alone = copy.copy(self)
         alone._before, alone._strengths, alone._sessions = [], None, {}
-        alone._words = None  # which would hide that the models do nothing
+        # The list would hide that the models do nothing.
+        alone.config = config.replace(word_weight=0.0)
         device = self._device or self.calibrator.device
         # Other rules are judged on a target like the reference, to which the clean one is compared.
         paired = self.calibrator.reference is not None

@@ -87,6 +87,7 @@ _FIELDS = {
     "vocabulary_size": int,
     "distributions": list,
 }
+_OPTIONAL = {"probes": list, "words": dict}
 
 
 class Settings(NamedTuple):
@@ -172,9 +173,9 @@ def read_settings(folder: Path, *, verify: bool = True) -> Settings:
         )
     if type(found) is not int or found < 1:
         raise CalibratorError(f"{path}: format_version must be 1 or 2, but is {found!r}. {_REMEDY}")
-    probes, words = values.pop("probes", []), values.pop("words", {})
+    probes, words = (values.pop(name, kind()) for name, kind in _OPTIONAL.items())
     digests = values.pop("digests", None) if found > 1 else None
-    _check_fields(values, probes, words, path)
+    _check_fields(values, {"probes": probes, "words": words}, path)
     values["distributions"] = tuple(values["distributions"])
     if values["distributions"] not in (("clean",), DISTRIBUTIONS):
         raise CalibratorError(
@@ -367,14 +368,14 @@ def read_json(path: Path, *, finite: bool = True) -> dict[str, Any]:
     return values
 
 
-def _check_fields(values: Mapping[str, Any], probes: object, words: object, path: Path) -> None:
+def _check_fields(values: Mapping[str, Any], optional: Mapping[str, Any], path: Path) -> None:
     """Check the names and the types of the values in ``calibrator.json``."""
     if values.keys() != _FIELDS.keys():
         missing = ", ".join(sorted(_FIELDS.keys() - values)) or "nothing"
         unknown = ", ".join(sorted(values.keys() - _FIELDS)) or "nothing"
         raise CalibratorError(f"{path}: missing {missing}, unknown {unknown}. {_REMEDY}")
-    given = {**values, "probes": probes, "words": words}
-    for name, kind in (*_FIELDS.items(), ("probes", list), ("words", dict)):
+    given = {**values, **optional}
+    for name, kind in {**_FIELDS, **_OPTIONAL}.items():
         value = given[name]
         if type(value) is not kind:
             raise CalibratorError(

@@ -17,6 +17,11 @@ from fusion_detox.training.config import TrainingConfig
 from fusion_detox.training.contrastive.config import ContrastiveConfig
 
 _DATA = "Data"
+_PROBES = list, "a list 'probes', each with 'context', 'avoided' and 'kept'"
+_WORDS = (
+    dict,
+    'an object \'words\' that gives each word its nats, such as {"words": {"idiot": 4.0}}',
+)
 _EPILOG = """
 **Examples**
 
@@ -188,8 +193,8 @@ def train_calibrator(
             config=TrainingConfig(**settings),
             contrast=ContrastiveConfig(**contrast),
             fusion=None if fusion is None else FusionConfig.from_dict(_read_json(fusion)),
-            probes=None if probes is None else _read_probes(probes),
-            words=None if words is None else _read_words(words),
+            probes=None if probes is None else _read_entry(probes, "probes", _PROBES),
+            words=None if words is None else _read_entry(words, "words", _WORDS),
             notes=None if notes is None else _read_json(notes),
             overwrite=overwrite,
             command=shlex.join(["fusion-detox", *sys.argv[1:]]),
@@ -197,22 +202,12 @@ def train_calibrator(
     write_line(str(output))
 
 
-def _read_words(path: Path) -> dict[str, Any]:
-    found = _read_json(path).get("words")
-    if not isinstance(found, dict):
-        raise DataError(
-            f"{path} must contain an object 'words' that gives each word its nats, such as "
-            '{"words": {"idiot": 4.0}}'
-        )
-    return found
-
-
-def _read_probes(path: Path) -> list[Any]:
-    found = _read_json(path).get("probes")
-    if not isinstance(found, list):
-        raise DataError(
-            f"{path} must contain a list 'probes', each with 'context', 'avoided' and 'kept'"
-        )
+def _read_entry(path: Path, name: str, wanted: tuple[type, str]) -> Any:
+    """One entry of a JSON file, of the wanted type, which the message describes."""
+    kind, described = wanted
+    found = _read_json(path).get(name)
+    if not isinstance(found, kind):
+        raise DataError(f"{path} must contain {described}")
     return found
 
 

@@ -23,9 +23,9 @@ WORD = re.compile(_LETTERS)
 class WordTokens:
     """How far each token of a target is held back because it completes a listed word.
 
-    A token completes a word if its bytes hold the word's last letter, and then end or go on with
-    something that is not a letter. Upper and lower case are the same. A word that only ends inside
-    a longer one, as "ass" does in "glass", does not count.
+    A token completes a word if the word's last letter is the token's last byte, or if the token
+    goes on after it with something other than a letter. Case is ignored. A word that only ends
+    inside a longer one, as "ass" does in "glass", does not count.
 
     Args:
         words: Letters in lower case, and by how many nats to hold each word back.

@@ -49,15 +49,19 @@ class Definition:
             return bytes([int(token[3:5], 16)])
         return token.replace("▁", " ").encode()
 
-    def read(self, ids):
-        """Return the calibrator's ids, the bytes of the last word's tokens, and pending bytes."""
+    def text_of(self, ids):
+        """Return the ids after padding and after the last token that begins or ends a text."""
         ids = list(ids)
         while ids and ids[0] == self.pad:
             del ids[0]
         for place in range(len(ids) - 1, -1, -1):
             if ids[place] in self.resets:
-                ids = ids[place + 1 :]
-                break
+                return ids[place + 1 :]
+        return ids
+
+    def read(self, ids):
+        """Return the calibrator's ids, the bytes of the last word's tokens, and pending bytes."""
+        ids = self.text_of(ids)
         if self.map.kind == "identity":
             path = []
             for i in ids:
@@ -107,14 +111,11 @@ class Definition:
 
     def held_back(self, ids, token):
         """By how many nats the list holds back a token, for the words that end inside it."""
-        ids = list(ids)
-        while ids and ids[0] == self.pad:
-            del ids[0]
-        for place in range(len(ids) - 1, -1, -1):
-            if ids[place] in self.resets:
-                ids = ids[place + 1 :]
-                break
-        before = self.without_markup(self.spell(ids)).encode("latin-1").decode(errors="replace")
+        before = (
+            self.without_markup(self.spell(self.text_of(ids)))
+            .encode("latin-1")
+            .decode(errors="replace")
+        )
         text = before + self.token_bytes.get(token, b"").decode(errors="surrogateescape")
         letters = "[a-zA-Z\u00c0-\u1fff\u3040-\ud7ff\ue000-\uffbf]+"
         ends = [m for m in re.finditer(letters, text) if m.end() > len(before)]
